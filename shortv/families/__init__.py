@@ -1,0 +1,20 @@
+"""Everything that knows a model's internals: which families are supported, where their layers and visual tokens are."""
+
+from shortv.families.decoder import Decoder, decoder_of
+from shortv.families.encoding import Batch, Encoded, encode
+from shortv.families.loading import LoadedModel, load, load_architecture, load_processor
+from shortv.families.table import FAMILIES, supported
+
+__all__ = [
+    "FAMILIES",
+    "Batch",
+    "Decoder",
+    "Encoded",
+    "LoadedModel",
+    "decoder_of",
+    "encode",
+    "load",
+    "load_architecture",
+    "load_processor",
+    "supported",
+]

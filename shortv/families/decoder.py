@@ -1,0 +1,91 @@
+"""One view of every supported model: its decoder layers, their two halves, its final norm and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shortv.errors import Refused
+from shortv.families.table import FAMILIES, TEXT_BACKBONES, Family, LayerParts, supported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The text decoder inside a multimodal model; holds references, copies nothing."""
+
+    family: Family
+    parts: LayerParts
+    backbone: nn.Module
+    layers: tuple[nn.Module, ...]
+    norm: nn.Module
+    head: nn.Module
+    visual_ids: frozenset[int]
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The module whose (first) output is added to the residual stream by the attention half."""
+        return cast(nn.Module, getattr(layer, self.parts.attention))
+
+    def ffn(self, layer: nn.Module) -> nn.Module:
+        """The module whose output is added to the residual stream by the FFN half."""
+        return cast(nn.Module, getattr(layer, self.parts.ffn))
+
+    def ffn_norm(self, layer: nn.Module) -> nn.Module:
+        """The norm before the FFN: its input is the residual stream between the two halves."""
+        return cast(nn.Module, getattr(layer, self.parts.ffn_norm))
+
+    def ffn_half(self, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """x + FFN(norm(x)), the second half of a layer on its own."""
+        output_BTD: Tensor = self.ffn(layer)(self.ffn_norm(layer)(hidden_BTD))
+        return hidden_BTD + output_BTD
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Final norm and LM head over states of the last layer, shape (B, V)."""
+        hidden_BD = hidden_BD.to(_device(self.norm))
+        normed_BD: Tensor = self.norm(hidden_BD)
+        logits_BV: Tensor = self.head(normed_BD.to(_device(self.head)))
+        return logits_BV
+
+    def device(self, layer: nn.Module) -> torch.device:
+        """Where a layer's weights live (layers of one model may be spread over several devices)."""
+        return _device(layer)
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """Find the decoder of a transformers model.
+
+    Raises:
+        Refused: the model's family or its text backbone is not supported; names what was found and what is supported.
+    """
+    config: Any = model.config
+    family = family_of(config.model_type)
+    text_type = config.get_text_config().model_type
+    if text_type not in TEXT_BACKBONES:
+        raise Refused(
+            f"the text backbone {text_type!r} of this {family.label} model is not supported; "
+            f"supported backbones: {', '.join(TEXT_BACKBONES)}"
+        )
+    text = attrgetter(family.decoder)(model)
+    return Decoder(
+        family=family,
+        parts=TEXT_BACKBONES[text_type],
+        backbone=attrgetter(family.backbone)(model),
+        layers=tuple(text.layers),
+        norm=text.norm,
+        head=attrgetter(family.head)(model),
+        visual_ids=frozenset(int(getattr(config, name)) for name in family.visual_id_fields),
+    )
+
+
+def family_of(model_type: str) -> Family:
+    """Look a transformers `model_type` up among the supported families, or refuse it with their list."""
+    if model_type not in FAMILIES:
+        raise Refused(f"model type {model_type!r} is not supported; supported families: {supported()}")
+    return FAMILIES[model_type]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,1 @@
+"""How is work skipped? The reference executor, slow and obviously right."""

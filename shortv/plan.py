@@ -1,0 +1,227 @@
+"""A plan gives every decoder layer one mode; plan files keep it with what it was made for."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from shortv.errors import Refused
+
+SCHEMA = 1
+# A plan's name is part of a file name and of a served model name (`<model>@<plan name>`).
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Mode(StrEnum):
+    """What a decoder layer leaves out."""
+
+    FULL = "full"
+    FREEZE_VISUAL = "freeze-visual"
+    FREEZE_TEXT = "freeze-text"
+    NO_VISUAL_QUERIES = "no-visual-queries"
+    NO_VISUAL_FFN = "no-visual-ffn"
+    SKIP_ATTENTION = "skip-attention"
+    DROP_VISUAL = "drop-visual"
+
+
+# Modes that change nothing for a prompt without visual tokens.
+VISUAL_MODES: frozenset[Mode] = frozenset(
+    {Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL}
+)
+
+
+def parse_mode(text: str) -> Mode:
+    """Return the mode of that name; raises Refused for a name that no mode has."""
+    try:
+        return Mode(text)
+    except ValueError:
+        raise Refused(f"unknown mode {text!r}; the modes are {', '.join(Mode)}") from None
+
+
+def validate_modes(modes: Sequence[Mode]) -> None:
+    """Raise Refused unless `modes` has a layer at all and its drop-visual layers are the last ones."""
+    if not modes:
+        raise Refused("a plan needs at least one layer, and this one has none")
+    dropped = False
+    for layer, mode in enumerate(modes):
+        if dropped and mode is not Mode.DROP_VISUAL:
+            raise Refused(
+                f"layer {layer} is {mode} after layer {layer - 1} dropped the visual tokens; "
+                f"make every layer from {layer} on drop-visual, or none before it"
+            )
+        dropped = mode is Mode.DROP_VISUAL
+
+
+def modes_of_ablation(mode: Mode, layer: int, num_layers: int) -> tuple[Mode, ...]:
+    """Return the modes of the model ablated at `layer`: the mode there alone, the rest full.
+
+    Dropped visual tokens cannot come back, so drop-visual reaches from `layer` to the last layer.
+    """
+    layers = range(layer, num_layers) if mode is Mode.DROP_VISUAL else (layer,)
+    return modes_of_layers(mode, layers, num_layers)
+
+
+def modes_of_layers(mode: Mode, layers: Collection[int], num_layers: int) -> tuple[Mode, ...]:
+    """Return `num_layers` modes, `mode` in `layers` and full elsewhere; raises Refused for bad layers."""
+    _check_layers(layers, num_layers)
+    modes = tuple(mode if layer in layers else Mode.FULL for layer in range(num_layers))
+    validate_modes(modes)
+    return modes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One mode per decoder layer, with the model and the evidence it was made from.
+
+    `config_digest` decides which models it fits. `ranking` lists layers, the first to replace first
+    (it may stop early: published lists do). `source` is free: sweep, samples, seed, KL direction.
+    `flops_ratio` is the prefill cost against the full model at `flops_t` text and `flops_v` visual tokens.
+    Raises Refused on construction when the fields contradict each other.
+    """
+
+    schema: int = SCHEMA
+    name: str
+    model: str
+    revision: str | None = None
+    config_digest: str
+    num_layers: int
+    modes: tuple[Mode, ...]
+    ranking: tuple[int, ...] = ()
+    source: Mapping[str, Any] | None = field(default=None, hash=False)
+    flops_ratio: float | None = None
+    flops_t: float | None = None
+    flops_v: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_header(self)
+        if self.num_layers != len(self.modes):
+            raise Refused(
+                f"the plan says {self.num_layers} layers but lists {len(self.modes)} modes; "
+                "give exactly one mode per layer"
+            )
+        validate_modes(self.modes)
+        _check_layers(self.ranking, self.num_layers)
+        if self.source is not None:
+            # What a file cannot hold is found now; a loaded plan equals the saved one.
+            object.__setattr__(self, "source", _json_value(self.source))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the configuration digest and the modes: the plan's identity."""
+        return digest_of(self.config_digest, self.modes)
+
+    @classmethod
+    def full(cls, *, num_layers: int, name: str = "full", **rest: Any) -> "Plan":
+        """Return the plan of the unmodified model; `rest` are further fields of Plan."""
+        return cls(name=name, num_layers=num_layers, modes=(Mode.FULL,) * num_layers, **rest)
+
+    @classmethod
+    def of_layers(cls, mode: Mode, layers: Iterable[int], *, num_layers: int, **rest: Any) -> "Plan":
+        """Return the plan with `mode` in `layers` and full elsewhere; refuses duplicate layers."""
+        return cls(num_layers=num_layers, modes=modes_of_layers(mode, tuple(layers), num_layers), **rest)
+
+    def layers(self, mode: Mode) -> tuple[int, ...]:
+        """Return the layers that have `mode`, in ascending order."""
+        return tuple(layer for layer, found in enumerate(self.modes) if found is mode)
+
+    def check_fits(
+        self, *, config_digest: str, num_layers: int, model: str, revision: str | None
+    ) -> list[str]:
+        """Raise Refused unless the plan fits this architecture; return warnings, one line each."""
+        made_for = f"plan {self.name!r} was made for {self.model}"
+        if num_layers != self.num_layers:
+            raise Refused(
+                f"{made_for} with {self.num_layers} layers, but {model} has {num_layers}; "
+                f"make a plan from a sweep of {model}"
+            )
+        if config_digest != self.config_digest:
+            raise Refused(
+                f"{made_for} (architecture {self.config_digest[:12]}), but {model} has architecture "
+                f"{config_digest[:12]}; make a plan from a sweep of {model}"
+            )
+        warnings = []
+        if model != self.model:
+            warnings.append(f"{made_for}, not {model}; the architectures agree, the weights may not")
+        if revision != self.revision or revision is None:
+            warnings.append(
+                f"plan {self.name!r} was made for revision {self.revision or 'unknown'}, "
+                f"the model's is {revision or 'unknown'}"
+            )
+        return warnings
+
+    def to_json(self) -> str:
+        """Return the plan as the text of a plan file."""
+        content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return json.dumps(content | {"digest": self.digest}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Return the plan a plan file's text holds; raises Refused for anything it cannot mean."""
+        # The reader builds Plans, so its module imports this one; the same holds for load and save.
+        from shortv.planfile import parse_plan
+
+        return parse_plan(text)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan file whole or not at all, and return its path; a folder gets shortv_plan.json."""
+        from shortv.planfile import write_plan
+
+        return write_plan(self, Path(path))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Plan":
+        """Return the plan of a file, of a folder that holds shortv_plan.json, or a published plan by name."""
+        from shortv.planfile import read_plan
+
+        return read_plan(path)
+
+
+def digest_of(config_digest: str, modes: Iterable[str]) -> str:
+    """Return a plan's digest from the two things it covers."""
+    content = {"config_digest": config_digest, "modes": [str(mode) for mode in modes]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_header(plan: Plan) -> None:
+    if plan.schema != SCHEMA:
+        raise Refused(
+            f"the plan has schema {plan.schema!r}, this version reads {SCHEMA}; make the plan again"
+        )
+    if not _NAME.fullmatch(plan.name):
+        raise Refused(
+            f"plan name {plan.name!r} cannot be part of a file name; "
+            "use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    if not plan.model:
+        raise Refused("the plan names no model; say which model it was made for")
+    if not _HEX_DIGEST.fullmatch(plan.config_digest):
+        raise Refused(f"config_digest {plan.config_digest!r} is no SHA-256 in hex; make the plan again")
+
+
+def _check_layers(layers: Collection[int], num_layers: int) -> None:
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise Refused(
+            f"layer {outside[0]} does not exist: the model has {num_layers} layers, counted from 0 "
+            f"to {num_layers - 1}; correct the list"
+        )
+    seen: set[int] = set()
+    for layer in layers:
+        if layer in seen:
+            raise Refused(f"layer {layer} is listed twice; list each layer once")
+        seen.add(layer)
+
+
+def _json_value(source: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(dict(source), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            f"the plan's source cannot be written as JSON ({error}); use text and numbers"
+        ) from error

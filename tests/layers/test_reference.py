@@ -1,0 +1,246 @@
+"""The reference executor is what its words say: rows put back, halves silenced, keys hidden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shortv.errors import Refused, ShortVError
+from shortv.families import Batch, Decoder, LoadedModel
+from shortv.layers.reference import reference
+from shortv.plan import Mode, modes_of_ablation
+from shortv.sweep.clean import run_clean
+from shortv.tokens import Selection, explicit_mask, hide_keys
+from tests.models import LAYERS, Spec, batch_of, loaded, one_of, random_model
+
+MODES = tuple(Mode)
+SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
+FULL = (Mode.FULL,) * LAYERS
+
+
+def logits(model: LoadedModel, batch: Batch) -> Tensor:
+    with torch.inference_mode():
+        output: Tensor = model.model(**batch.inputs, use_cache=False).logits
+    return output
+
+
+def states(model: LoadedModel, batch: Batch, modes: tuple[Mode, ...]) -> list[Tensor]:
+    """The residual stream before layer 0 and after each layer."""
+    found: list[Tensor] = []
+    with torch.inference_mode(), reference(model.model, modes):
+        first = model.decoder.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        handles = [
+            layer.register_forward_hook(lambda _, __, output: found.append(output))
+            for layer in model.decoder.layers
+        ]
+        model.model(**batch.inputs, use_cache=False)
+        for handle in [first, *handles]:
+            handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava-mistral", "llava-qwen2", "llava-next"])
+def test_full_is_the_untouched_model_and_every_plan_undoes_itself(kind: str) -> None:
+    model = loaded(random_model(kind))
+    batch = batch_of(model.model, SPECS)
+    before = logits(model, batch)
+    with reference(model.model, FULL):
+        assert torch.equal(logits(model, batch), before)
+    for mode in MODES:
+        with pytest.raises(KeyError), reference(model.model, (mode,) * LAYERS):
+            logits(model, batch)
+            raise KeyError("a user's own error")
+        assert torch.equal(logits(model, batch), before)
+
+
+def test_one_frozen_layer_keeps_visual_rows_and_computes_dense_text_rows() -> None:
+    """Dense = overwrite = compact for text rows; only visual rows differ, and they equal the input."""
+    model = loaded(random_model())
+    batch = batch_of(model.model, [[3, "I", 2], ["I", 7]])
+    clean = run_clean(model.decoder, batch, keep_middle=False)
+    visual = batch.types.visual_BT
+    for layer in range(LAYERS):
+        stream = states(model, batch, modes_of_ablation(Mode.FREEZE_VISUAL, layer, LAYERS))
+        entered, left = stream[layer], stream[layer + 1]
+        assert torch.equal(left[visual], entered[visual])
+        assert torch.equal(left[batch.types.text_BT], clean.leaving[layer][batch.types.text_BT])
+        compact = compact_frozen_layer(
+            model.decoder, layer, clean.entering[layer], clean.arguments[layer], batch
+        )
+        torch.testing.assert_close(left[batch.types.text_BT], compact, atol=1e-5, rtol=1e-5)
+
+
+def compact_frozen_layer(
+    decoder: Decoder, index: int, hidden: Tensor, arguments: dict[str, Any], batch: Batch
+) -> Tensor:
+    """A frozen layer written out: text rows alone are queries and pass the FFN, every row gives K and V."""
+    layer: Any = decoder.layers[index]
+    attention, text = layer.self_attn, Selection.of(batch.types.text_BT)
+    normed, heads = layer.input_layernorm(hidden), attention.head_dim
+
+    def split(values: Tensor) -> Tensor:
+        return values.unflatten(-1, (-1, heads)).transpose(1, 2)
+
+    def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = values.chunk(2, dim=-1)
+        return values * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+    cos, sin = arguments["position_embeddings"]
+    query = rotate(split(attention.q_proj(text.rows(normed))), text.rows(cos), text.rows(sin))
+    key = rotate(split(attention.k_proj(normed)), cos, sin).repeat_interleave(
+        attention.num_key_value_groups, 1
+    )
+    value = split(attention.v_proj(normed)).repeat_interleave(attention.num_key_value_groups, 1)
+    length = hidden.shape[1]
+    full = explicit_mask(
+        arguments["attention_mask"], batch=len(hidden), queries=length, keys=length, device=hidden.device
+    )
+    rows = full.gather(2, text.index_BS[:, None, :, None].expand(-1, 1, -1, length))
+    scores = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(~rows, float("-inf"))
+    mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    middle = text.rows(hidden) + attention.o_proj(mixed)
+    output: Tensor = middle + layer.mlp(layer.post_attention_layernorm(middle))
+    return output[text.valid_BS]
+
+
+def test_all_layers_frozen_leave_the_projector_output_in_every_layer() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, SPECS)
+    stream = states(model, batch, (Mode.FREEZE_VISUAL,) * LAYERS)
+    for state in stream[1:]:
+        assert torch.equal(state[batch.types.visual_BT], stream[0][batch.types.visual_BT])
+        assert not torch.equal(state[batch.types.text_BT], stream[0][batch.types.text_BT])
+
+
+def test_freezing_the_last_layer_leaves_text_logits_and_v_0_leaves_everything() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, SPECS)
+    before = logits(model, batch)
+    with reference(model.model, modes_of_ablation(Mode.FREEZE_VISUAL, LAYERS - 1, LAYERS)):
+        assert torch.equal(logits(model, batch)[batch.types.text_BT], before[batch.types.text_BT])
+    text_only = batch_of(model.model, [[4], [9]])
+    before = logits(model, text_only)
+    for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL):
+        with reference(model.model, (mode,) * LAYERS):
+            torch.testing.assert_close(logits(model, text_only), before, atol=1e-6, rtol=0)
+
+
+def test_text_rows_of_the_models_mask_have_the_papers_count() -> None:
+    """Prefix 35, 576 visual tokens, suffix 29: 64 rows, 640 columns and 18,784 open cells."""
+    prefix, visual, suffix = 35, 576, 29
+    length = prefix + visual + suffix
+    text = torch.ones(1, length, dtype=torch.bool)
+    text[:, prefix : prefix + visual] = False
+    mask = explicit_mask(None, batch=1, queries=length, keys=length, device=torch.device("cpu"))
+    rows = mask[0, 0][text[0]]
+    assert rows.shape == (prefix + suffix, length)
+    assert int(rows.sum()) == 18_784
+
+
+def test_text_between_two_images_is_still_updated_and_causal() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, [[2, "I", 3, "I", 2]])
+    modes = (Mode.FREEZE_VISUAL,) * LAYERS
+    stream = states(model, batch, modes)
+    between = slice(6, 9)
+    assert batch.types.text_BT[0, between].all()
+    assert not torch.allclose(stream[-1][0, between], stream[0][0, between])
+    changed = batch.inputs["input_ids"].clone()
+    changed[0, -1] += 1 if changed[0, -1] < 89 else -1
+    later = Batch(inputs={**batch.inputs, "input_ids": changed}, types=batch.types)
+    assert torch.equal(states(model, later, modes)[-1][0, between], stream[-1][0, between])
+    other_image = batch.inputs["pixel_values"].clone()
+    other_image[1] += 1
+    second = Batch(inputs={**batch.inputs, "pixel_values": other_image}, types=batch.types)
+    assert torch.equal(states(model, second, modes)[-1][0, between], stream[-1][0, between])
+    assert not torch.allclose(states(model, second, modes)[-1][0, -1], stream[-1][0, -1])
+
+
+def test_dropping_visual_tokens_everywhere_is_the_language_model_without_them() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, [[3, "I", 2]])
+    text = batch.types.text_BT[0]
+    language: Any = model.model.model.language_model
+    alone = language(
+        inputs_embeds=language.embed_tokens(batch.inputs["input_ids"][:, text]),
+        position_ids=torch.arange(len(text))[None, text],
+    ).last_hidden_state
+    expected = model.model.lm_head(alone)[0, -1]
+    with reference(model.model, (Mode.DROP_VISUAL,) * LAYERS):
+        torch.testing.assert_close(logits(model, batch)[0, -1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_decoding_equals_prefilling_again(mode: Mode) -> None:
+    model = loaded(random_model())
+    specs: list[Spec] = [[3, "I", 2], [1, "I", 5]]
+    batch = batch_of(model.model, specs)
+    modes = modes_of_ablation(mode, 1, LAYERS)
+    with torch.inference_mode(), reference(model.model, modes):
+        prefill = model.model(**batch.inputs, use_cache=True)
+        token = prefill.logits[:, -1:].argmax(-1)
+        lengths = {prefill.past_key_values.get_seq_length(layer) for layer in range(LAYERS)}
+        assert lengths == {batch.types.text_BT.shape[1]}
+        mask = torch.cat([batch.inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        position = batch.inputs["position_ids"][:, -1:] + 1
+        step = model.model(
+            input_ids=token,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=prefill.past_key_values,
+        )
+        again = model.model(
+            input_ids=torch.cat([batch.inputs["input_ids"], token], dim=1),
+            attention_mask=mask,
+            position_ids=torch.cat([batch.inputs["position_ids"], position], dim=1),
+            pixel_values=batch.inputs["pixel_values"],
+            use_cache=False,
+        )
+    torch.testing.assert_close(step.logits[:, -1], again.logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_of_a_padded_batch_equals_single_prompts(mode: Mode) -> None:
+    model = loaded(random_model())
+    specs: list[Spec] = [[3, "I", 2], [6], ["I", 5, "I", 4]]
+    batch = batch_of(model.model, specs)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.inference_mode(), reference(model.model, modes_of_ablation(mode, 1, LAYERS)):
+        together = model.model.generate(**batch.inputs, **options)[:, batch.types.text_BT.shape[1] :]
+        beams = model.model.generate(**batch.inputs, **options, num_beams=2)
+        assert beams.shape[0] == len(specs)
+        for number in range(len(specs)):
+            single = one_of(batch, model.model, specs, number)
+            alone = model.model.generate(**single.inputs, **options)
+            assert alone[0, single.types.text_BT.shape[1] :].tolist() == together[number].tolist()
+
+
+def test_hidden_keys_leave_no_row_empty() -> None:
+    mask = explicit_mask(None, batch=1, queries=3, keys=3, device=torch.device("cpu"))
+    hidden = torch.tensor([[True, False, False]])
+    assert hide_keys(mask, hidden)[0, 0].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [False, True, True],
+    ]
+    additive = torch.zeros(1, 1, 3, 3).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert torch.equal(hide_keys(additive, hidden) == 0, hide_keys(mask, hidden))
+
+
+def test_refusals() -> None:
+    model = loaded(random_model())
+    with pytest.raises(Refused, match="3 modes for a model of 4 layers"), reference(model.model, FULL[:3]):
+        pass
+    with pytest.raises(Refused, match="drop"), reference(model.model, (Mode.DROP_VISUAL, *FULL[:3])):
+        pass
+    batch = batch_of(model.model, SPECS)
+    with reference(model.model, FULL):
+        embeds = model.model.get_input_embeddings()(batch.inputs["input_ids"])
+        with pytest.raises(ShortVError, match="input_ids"):
+            model.model(inputs_embeds=embeds)
+    cache = model.model(**batch.inputs, use_cache=True).past_key_values
+    with reference(model.model, FULL), pytest.raises(ShortVError, match="prefill inside"):
+        model.model(input_ids=torch.ones(4, 1, dtype=torch.long), past_key_values=cache)

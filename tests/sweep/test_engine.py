@@ -1,0 +1,241 @@
+"""The sweep engine equals one naive ablated forward per layer, whatever the batch looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shortv.families import Batch, LoadedModel
+from shortv.layers.reference import reference
+from shortv.plan import Mode, modes_of_ablation
+from shortv.sweep import engine
+from shortv.sweep.clean import run_clean
+from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
+from shortv.sweep.passes import PassCounter
+from tests.models import LAYERS, Spec, batch_of, loaded, one_of, random_model
+
+MODES = tuple(mode for mode in Mode if mode is not Mode.FULL)
+KINDS = ("llava", "llava-mistral", "llava-qwen2", "llava-next")
+MIXED: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
+
+
+def naive(model: LoadedModel, batch: Batch, mode: Mode, layer: int) -> torch.Tensor:
+    """Log-probabilities of a whole forward with hooks, as the released code measures them."""
+    with (
+        torch.inference_mode(),
+        reference(model.model, modes_of_ablation(mode, layer, len(model.decoder.layers))),
+    ):
+        logits_BTV = model.model(**batch.inputs, use_cache=False).logits
+    return log_probabilities(logits_BTV[torch.arange(len(logits_BTV)), batch.types.last_B])
+
+
+def ablated(model: LoadedModel, batch: Batch, modes: Sequence[Mode]) -> dict[Any, torch.Tensor]:
+    layers = range(len(model.decoder.layers))
+    with torch.inference_mode():
+        clean = run_clean(model.decoder, batch, keep_middle=True)
+        return {
+            ablation: log_probabilities(logits_BV)
+            for ablation, logits_BV in engine.ablate(
+                model, batch, clean, layers, modes, stack=None, passes=PassCounter()
+            )
+        }
+
+
+def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
+    assert first.values.keys() == second.values.keys()
+    for ablation, value in first.values.items():
+        torch.testing.assert_close(value[0], second.values[ablation][0], atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(value[1], second.values[ablation][1], atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
+    model = loaded(random_model(kind, attn=attn))
+    batch = batch_of(model.model, MIXED)
+    full_BV = log_probabilities(model.model(**batch.inputs).logits[:, -1])
+    measured = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    for ablation, ablated_BV in ablated(model, batch, MODES).items():
+        naive_BV = naive(model, batch, ablation.mode, ablation.layer)
+        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
+        expected, found = divergence(full_BV, naive_BV), measured.values[ablation]
+        torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-3)
+        assert found[2].tolist() == expected[2].tolist()
+
+
+prompts = st.lists(
+    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
+).map(lambda specs: [[*spec, 2] for spec in specs])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    specs=prompts,
+    padding=st.sampled_from(["left", "right"]),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 99),
+)
+def test_any_image_place_and_padding_equals_naive(
+    specs: list[Spec], padding: str, mode: Mode, seed: int
+) -> None:
+    model = loaded(random_model("llava", seed=seed))
+    batch = batch_of(model.model, specs, padding=padding, seed=seed)
+    for ablation, ablated_BV in ablated(model, batch, [mode]).items():
+        naive_BV = naive(model, batch, mode, ablation.layer)
+        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padded_batch_of_eight_equals_eight_single_samples(padding: str) -> None:
+    model = loaded(random_model())
+    specs: list[Spec] = [*MIXED, [2, "I", "I", 3], [1, "I", 1], [12, "I", 4], ["I", 2]]
+    together = engine.measure(
+        model, batch_of(model.model, specs, padding=padding), layers=range(LAYERS), modes=MODES
+    )
+    batch = batch_of(model.model, specs, padding=padding)
+    for number in range(len(specs)):
+        alone = engine.measure(
+            model, one_of(batch, model.model, specs, number), layers=range(LAYERS), modes=MODES
+        )
+        for ablation, value in alone.values.items():
+            row = together.values[ablation]
+            torch.testing.assert_close(value[0], row[0][number : number + 1], atol=1e-7, rtol=1e-3)
+            torch.testing.assert_close(value[1], row[1][number : number + 1], atol=1e-7, rtol=1e-3)
+
+
+def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> None:
+    model = loaded(random_model())
+    mixed = engine.measure(model, batch_of(model.model, MIXED), layers=range(LAYERS), modes=MODES)
+    text_only = engine.measure(model, batch_of(model.model, [[4], [7]]), layers=range(LAYERS), modes=MODES)
+    for layer in range(LAYERS):
+        for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL):
+            assert mixed.values[engine.Ablation(layer, mode)][0][2] == 0
+            assert text_only.values[engine.Ablation(layer, mode)][0].tolist() == [0, 0]
+        assert (text_only.values[engine.Ablation(layer, Mode.FREEZE_TEXT)][0] > 1e-6).all()
+    assert mixed.values[engine.Ablation(LAYERS - 1, Mode.FREEZE_VISUAL)][0].tolist() == [0] * 4
+    assert (mixed.values[engine.Ablation(1, Mode.FREEZE_VISUAL)][0][[0, 1, 3]] > 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "layers", "ffn", "text_layers"),
+    [
+        (Mode.FREEZE_VISUAL, LAYERS * (LAYERS - 1) // 2, 0, 0),
+        (Mode.FREEZE_TEXT, LAYERS * (LAYERS - 1) // 2, 0, 0),
+        (Mode.NO_VISUAL_FFN, LAYERS * (LAYERS - 1) // 2, 0, 0),
+        (Mode.NO_VISUAL_QUERIES, LAYERS * (LAYERS - 1) // 2, LAYERS, 0),
+        (Mode.SKIP_ATTENTION, LAYERS * (LAYERS - 1) // 2, LAYERS, 0),
+        (Mode.DROP_VISUAL, 0, 0, LAYERS * (LAYERS + 1) // 2),
+    ],
+)
+def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> None:
+    model = loaded(random_model())
+    calls = torch.zeros(
+        3, dtype=torch.long
+    )  # sequences that really passed: whole layers, FFNs, layers of text alone
+    batch = batch_of(model.model, [[3, "I", 2], [1, "I", 9]])
+    width = batch.types.text_BT.shape[1]
+
+    def count(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        calls[0 if output.shape[1] == width else 2] += len(output)
+
+    def count_ffn(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        calls[1] += len(output)
+
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(count)
+        model.decoder.ffn(layer).register_forward_hook(count_ffn)
+    passes = engine.measure(model, batch, layers=range(LAYERS), modes=[mode]).passes
+    assert (passes.clean, passes.layers, passes.ffn, passes.text_layers) == (LAYERS, layers, ffn, text_layers)
+    full = 2 * (LAYERS + layers)
+    assert calls.tolist() == [full, full + 2 * (text_layers + ffn), 2 * text_layers]
+
+
+def test_all_modes_share_one_clean_pass() -> None:
+    model = loaded(random_model())
+    passes = engine.measure(
+        model, batch_of(model.model, [[3, "I", 2]]), layers=range(LAYERS), modes=MODES
+    ).passes
+    assert passes.clean == LAYERS
+    assert passes.layers == 5 * LAYERS * (LAYERS - 1) // 2
+
+
+@pytest.mark.parametrize("stack", [1, 2, 7])
+def test_stacking_changes_nothing(stack: int) -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, MIXED)
+    whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    assert_same(whole, engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=stack))
+
+
+def test_layer_ranges_add_up_to_the_whole() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, MIXED)
+    whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    parts = [engine.measure(model, batch, layers=range(a, b), modes=MODES) for a, b in [(0, 1), (1, LAYERS)]]
+    merged = replace_values(whole, {**parts[0].values, **parts[1].values})
+    assert_same(replace_values(whole, {key: merged.values[key] for key in whole.values}), whole)
+    assert len(merged.values) == len(whole.values)
+
+
+def replace_values(result: engine.BatchLC, values: dict[Any, Any]) -> engine.BatchLC:
+    return replace(result, values=values)
+
+
+def test_running_out_of_memory_halves_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, MIXED)
+    whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    limit = 6 * len(MIXED)
+    layer = model.decoder.layers[2]
+    forward = layer.forward
+
+    def small_device(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(hidden) > limit:
+            raise torch.OutOfMemoryError("injected")
+        return forward(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", small_device)
+    assert_same(engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64), whole)
+    limit = len(MIXED)
+    assert_same(engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64), whole)
+    limit = len(MIXED) - 1
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64)
+
+
+def test_failed_cpu_allocation_counts_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(random_model())
+
+    def greedy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(2**55, dtype=torch.uint8)
+
+    monkeypatch.setattr(model.decoder.layers[0], "forward", greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.measure(model, batch_of(model.model, MIXED), layers=range(LAYERS), modes=MODES)
+
+
+def test_non_finite_logits_name_their_sample_alone() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, MIXED)
+    batch.inputs["pixel_values"][1] = float("nan")  # the first image of the second prompt
+    result = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    assert result.non_finite == (1,)
+    rows = result.records(["a", "b", "c", "d"])
+    assert {row.sample_id for row in rows} == {"a", "c", "d"}
+    assert len(rows) == 3 * len(MODES) * LAYERS
+
+
+def test_kl_directions() -> None:
+    p, q = torch.tensor([[0.9, 0.1]]).double().log(), torch.tensor([[0.5, 0.5]]).double().log()
+    assert kl_divergence(p, q).item() == pytest.approx(0.368064, abs=1e-6)
+    assert kl_divergence(q, p).item() == pytest.approx(0.510826, abs=1e-6)
+    value = divergence(p, q)
+    assert value.kl_full_ablated_B.item() == pytest.approx(0.368064, abs=1e-6)
+    assert kl_divergence(p, p).item() == 0
