@@ -89,9 +89,7 @@ def _decode(content: bytes | None, number: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
-    except (
-        Exception
-    ) as error:  # PIL's plugins raise anything from SyntaxError to struct.error on corrupt bytes
+    except Exception as error:  # PIL's plugins raise anything from SyntaxError to struct.error on corrupt bytes
         message = f"image {number} of {len(content)} bytes cannot be decoded: {_one_line(error)}"
         raise SampleError(stage="decode", error=type(error).__name__, message=message) from error
 
@@ -124,8 +122,7 @@ def _batch(loaded: LoadedModel, prompts: Sequence[_Prompt]) -> Batch:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     dtype = loaded.model.dtype
     moved = {
-        name: value.to(loaded.device, dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
+        name: value.to(loaded.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     types = TokenTypes(visual_BT=types.visual_BT.to(loaded.device), text_BT=types.text_BT.to(loaded.device))
     return Batch(inputs=moved, types=types)

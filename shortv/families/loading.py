@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
@@ -37,9 +36,7 @@ class LoadedModel:
     """Overrides the processor's own template when given."""
 
 
-def load_architecture(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Architecture:
+def load_architecture(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
     """Read a model's architecture from its config alone.
 
     Raises:
@@ -65,7 +62,7 @@ def load(
         chat_template: Jinja text that replaces the processor's template.
 
     Raises:
-        Refused: no such model, unsupported family, no chat template, or an attention implementation that hides its mask.
+        Refused: no such model, unsupported family, no chat template, or attention that hides its mask.
         ShortVError: the weights are there but cannot be loaded whole.
     """
     if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -118,9 +115,7 @@ def load_processor(
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise Refused(f"the processor of {name!r} cannot be loaded: {first_line(error)}") from error
     if not (chat_template or getattr(processor, "chat_template", None)):
@@ -146,11 +141,11 @@ def _architecture(config: Any) -> Architecture:
     return Architecture.from_config_dict(fields)
 
 
-def _weights(name: str, *, dtype: Dtype, **options: Any) -> nn.Module:
+def _weights(name: str, *, dtype: Dtype, **options: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
@@ -166,8 +161,7 @@ def _weights(name: str, *, dtype: Dtype, **options: Any) -> nn.Module:
         raise ShortVError(
             f"the weights of {name!r} lack {len(missing)} tensors ({missing[0]}, ...): the checkpoint is incomplete"
         )
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
 def first_line(error: BaseException) -> str:

@@ -93,9 +93,7 @@ def measure(
     for mode in idle.intersection(modes):
         result.values |= {Ablation(layer, mode): no_divergence(full_BV) for layer in layers}
     working = [mode for mode in modes if mode not in idle]
-    for ablation, logits_BV in ablate(
-        loaded, batch, clean, layers, working, stack=stack, passes=result.passes
-    ):
+    for ablation, logits_BV in ablate(loaded, batch, clean, layers, working, stack=stack, passes=result.passes):
         logits_BV = logits_BV.to(full_BV.device)
         value = divergence(full_BV, log_probabilities(logits_BV))
         result.values[ablation] = zero_where(inert_B, value) if ablation.mode in VISUAL_MODES else value

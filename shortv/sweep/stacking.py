@@ -29,14 +29,12 @@ def run_stack(decoder: Decoder, lane: Lane, stack: Sequence[Ablation], passes: P
             running.append(lane.start(waiting.pop(0)))
         if index == len(decoder.layers):
             break
-        hidden_NTD = (
-            running[0] if len(running) == 1 else torch.cat([state.to(running[0].device) for state in running])
-        )
+        hidden_NTD = running[0] if len(running) == 1 else torch.cat([state.to(running[0].device) for state in running])
         stacked = len(hidden_NTD) // batch
         arguments = repeat_batch(lane.arguments(index), stacked, batch)
         running = [decoder.layers[index](hidden_NTD, **arguments)]
         lane.count(passes, stacked)
-    states = [state_BTD for state in running for state_BTD in state.split(batch)]
+    states = [state_BTD for state in running for state_BTD in torch.split(state, batch)]
     logits: list[Tensor] = [torch.empty(0)] * len(stack)
     for number, state_BTD in zip(order, states, strict=True):
         logits[number] = last_logits(decoder, state_BTD, lane.last_B)
@@ -60,7 +58,7 @@ def automatic_stack(loaded: LoadedModel, batch: int, length: int) -> int:
     A fixed share of the device, not of what happens to be free: the same command stacks the same way every time.
     """
     architecture = loaded.architecture
-    itemsize = loaded.model.dtype.itemsize
+    itemsize = int(loaded.model.dtype.itemsize)
     widths = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
     scores = length * architecture.num_heads if loaded.model.config._attn_implementation == "eager" else 0
     needed = batch * length * (widths * itemsize + scores * (itemsize + 4))

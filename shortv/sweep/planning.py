@@ -1,0 +1,93 @@
+"""Which layers a plan replaces: an order of layers, and how many of them."""
+
+import random
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from shortv.architecture import Architecture
+from shortv.costs import flops_ratio
+from shortv.errors import Refused
+from shortv.plan import Mode, modes_of_layers
+
+
+class Control(StrEnum):
+    """An order of layers that knows nothing of their LC, to compare a plan with (ShortV table 6)."""
+
+    RANDOM = "random"
+    FIRST = "first"
+    LAST = "last"
+
+
+def default_count(num_layers: int) -> int:
+    """Return how many layers a plan replaces unless told otherwise: 0.6 L, at least one."""
+    return max(1, round(0.6 * num_layers))
+
+
+def replacement_order(
+    ranking: Sequence[int], mode: Mode, *, control: Control | None = None, seed: int = 0
+) -> tuple[int, ...]:
+    """Return all layers, the first to replace first.
+
+    `ranking` holds every layer by ascending LC. A drop-visual plan has to reach the last layer, so its order is from
+    the last layer up whatever the LC says, and controls of it are refused. With one `seed` the random
+    control's smaller sets lie inside its larger ones.
+    """
+    num_layers = len(ranking)
+    if sorted(ranking) != list(range(num_layers)):
+        raise Refused(f"the ranking {list(ranking)} does not hold every layer once; run the sweep again")
+    from_the_last = tuple(reversed(range(num_layers)))
+    if mode is Mode.DROP_VISUAL:
+        if control not in (None, Control.LAST):
+            raise Refused(
+                f"drop-visual always takes the last layers, a control of {control} layers cannot exist; "
+                "leave the control out"
+            )
+        return from_the_last
+    if control is None:
+        return tuple(ranking)
+    if control is Control.RANDOM:
+        return tuple(random.Random(seed).sample(range(num_layers), num_layers))
+    return tuple(range(num_layers)) if control is Control.FIRST else from_the_last
+
+
+def check_count(count: int, num_layers: int) -> int:
+    """Return `count` if that many layers can be replaced; raises Refused otherwise."""
+    if not 1 <= count <= num_layers:
+        raise Refused(f"{count} layers cannot be replaced in a model of {num_layers}; give 1 to {num_layers}")
+    return count
+
+
+def count_for_flops_ratio(
+    arch: Architecture, order: Sequence[int], mode: Mode, target: float, t: float, v: float
+) -> int:
+    """Return the fewest layers of `order` with which the FLOPs ratio is at most `target`, at least one.
+
+    `t` and `v` are text and visual tokens of the prompt. Raises Refused, naming the lowest ratio that can be reached,
+    when even all layers are not enough.
+    """
+    ratio = 1.0
+    for count in range(1, len(order) + 1):
+        ratio = flops_ratio(arch, modes_of_layers(mode, order[:count], arch.num_layers), t, v)
+        if ratio <= target:
+            return count
+    raise Refused(
+        f"a FLOPs ratio of {target:g} cannot be reached with {mode}: all {len(order)} layers give "
+        f"{ratio:.4f} at {t:g} text and {v:g} visual tokens; ask for that or more"
+    )
+
+
+def count_for_max_lc(mean_lc: Mapping[int, float], mode: Mode, largest: float) -> int:
+    """Return how many layers have a mean LC, in nats, of at most `largest`.
+
+    They lead the ranking, up to ties within the noise floor. LC(drop-visual, i) already is the price of dropping from i
+    to the last layer, so there the count is that of the earliest exit within the limit, as VTW searches it.
+    Raises Refused, naming the lowest LC, when no layer qualifies.
+    """
+    within = [layer for layer, mean in mean_lc.items() if mean <= largest]
+    if not within:
+        lowest = min(mean_lc, key=lambda layer: mean_lc[layer])
+        raise Refused(
+            f"no layer has an LC of at most {largest:g} with {mode}: the lowest is {mean_lc[lowest]:.4g} "
+            f"at layer {lowest}; tolerate more"
+        )
+    return len(mean_lc) - min(within) if mode is Mode.DROP_VISUAL else len(within)

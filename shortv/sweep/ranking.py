@@ -1,0 +1,176 @@
+"""From per-sample divergences to a ranking of layers, and how sure it is.
+
+Matrices are [S samples, L layers], in nats. Results depend on the order of the rows in one way: a bootstrap
+resample with a given seed picks rows by number. `kl_matrix` sorts them by sample id, so a sweep's numbers do not
+depend on which worker finished first.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortv.errors import ShortVError
+from shortv.plan import Mode
+from shortv.records import KlDirection, LayerRecord
+
+RESAMPLES = 1000
+SHARES = (0.25, 0.5, 1.0)
+# Half of the 5 % outside the interval on each side, in percent.
+INTERVAL = (2.5, 97.5)
+# Resamples drawn at a time; bounds the memory to this many float64 weights per sample.
+_CHUNK = 100
+
+Matrix = NDArray[np.float64]
+
+
+class Ranked(NamedTuple):
+    """All bootstrap resamples: mean LC [R, L] in nats, and rank of every layer [R, L], counted from 1."""
+
+    mean_RL: Matrix
+    rank_RL: NDArray[np.int64]
+
+
+def kl_matrix(
+    sample_ids: Sequence[str] | NDArray[Any],
+    layers: Sequence[int] | NDArray[Any],
+    values: Sequence[float] | NDArray[Any],
+    num_layers: int,
+) -> Matrix:
+    """Arrange measurements, one per sample and layer in any order, as [S, L] with rows sorted by sample id.
+
+    Raises ShortVError when a measurement is missing, stands twice, or names a layer outside the model.
+    """
+    ids, row = np.unique(np.asarray(sample_ids, dtype=object).astype(str), return_inverse=True)
+    column = np.asarray(layers, dtype=np.int64)
+    if column.size and not (0 <= column.min() and column.max() < num_layers):
+        raise ShortVError(
+            f"measurements name layers {column.min()} to {column.max()}, the model has {num_layers}; "
+            "run the sweep again in a new folder"
+        )
+    found_SL = np.zeros((ids.size, num_layers), dtype=np.int64)
+    np.add.at(found_SL, (row, column), 1)
+    wrong = np.argwhere(found_SL != 1)
+    if wrong.size:
+        sample, layer = wrong[0]
+        raise ShortVError(
+            f"sample {ids[sample]!r} has {found_SL[sample, layer]} measurements of layer {layer}, "
+            "where one is needed; run the sweep again in a new folder"
+        )
+    kl_SL = np.zeros((ids.size, num_layers))
+    kl_SL[row, column] = np.asarray(values, dtype=np.float64)
+    return kl_SL
+
+
+def rank_layers(kl_SL: Matrix, noise_floor: float) -> tuple[int, ...]:
+    """Return all layers by ascending mean LC, the first to replace first (ShortV section 3.1).
+
+    Layers closer together than the noise floor are ties, and the deeper of them ranks first. A group of ties starts
+    at its lowest mean and takes every layer nearer to that start than the noise floor: a chain of near
+    neighbours never makes a group wider than the noise. Equal means tie even without noise.
+    """
+    _check(kl_SL)
+    return _order(kl_SL.mean(axis=0), noise_floor)
+
+
+def layer_statistics(
+    kl_SL: Matrix,
+    *,
+    mode: Mode,
+    kl_direction: KlDirection,
+    noise_floor: float,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> list[LayerRecord]:
+    """Return mean LC and rank of every layer with 95 % percentile intervals, in the order of the layers.
+
+    Both intervals come from the same bootstrap over samples; that of a single sample is the point itself.
+    Raises ShortVError without any sample and for divergences that are not finite.
+    """
+    _check(kl_SL)
+    mean_L = kl_SL.mean(axis=0)
+    rank_L = _ranks(mean_L, noise_floor)
+    boot = _bootstrap(kl_SL, len(kl_SL), noise_floor, np.random.default_rng(seed), resamples)
+    low, high = INTERVAL
+    ci_low_L, ci_high_L = np.percentile(boot.mean_RL, INTERVAL, axis=0)
+    # Ranks are whole: step outwards to an observed one.
+    rank_low_L = np.percentile(boot.rank_RL, low, axis=0, method="lower")
+    rank_high_L = np.percentile(boot.rank_RL, high, axis=0, method="higher")
+    return [
+        LayerRecord(
+            mode=mode,
+            layer=layer,
+            n=len(kl_SL),
+            kl_direction=kl_direction,
+            mean=float(mean_L[layer]),
+            ci_low=float(ci_low_L[layer]),
+            ci_high=float(ci_high_L[layer]),
+            rank=int(rank_L[layer]),
+            rank_low=int(rank_low_L[layer]),
+            rank_high=int(rank_high_L[layer]),
+        )
+        for layer in range(kl_SL.shape[1])
+    ]
+
+
+def set_stability(
+    kl_SL: Matrix, n_layers: int, *, noise_floor: float, seed: int, resamples: int = RESAMPLES
+) -> dict[float, float]:
+    """Return, per share of the samples, the share of bootstrap resamples that choose the same `n_layers` layers.
+
+    The same as all samples together choose, as a set. A resample draws that share of S rows, one at least.
+    """
+    _check(kl_SL)
+    chosen_L = _ranks(kl_SL.mean(axis=0), noise_floor) <= n_layers
+    stability = {}
+    for share in SHARES:
+        draws = max(1, round(share * len(kl_SL)))
+        boot = _bootstrap(kl_SL, draws, noise_floor, np.random.default_rng(seed), resamples)
+        same_R = ((boot.rank_RL <= n_layers) == chosen_L).all(axis=1)
+        stability[share] = float(same_R.mean())
+    return stability
+
+
+def _check(kl_SL: Matrix) -> None:
+    if kl_SL.ndim != 2 or kl_SL.shape[1] == 0:
+        raise ShortVError(f"divergences have the shape {kl_SL.shape}; samples by layers are needed")
+    if len(kl_SL) == 0:
+        raise ShortVError("no sample counts for this mode; add samples (with images for a visual mode)")
+    if not np.isfinite(kl_SL).all():
+        sample, layer = np.argwhere(~np.isfinite(kl_SL))[0]
+        raise ShortVError(
+            f"the divergence of sample {sample} at layer {layer} is {kl_SL[sample, layer]}, no finite number; "
+            "leave that sample out or measure in float32"
+        )
+
+
+def _order(mean_L: NDArray[Any], noise_floor: float) -> tuple[int, ...]:
+    means = mean_L.tolist()
+    order: list[int] = []
+    group: list[int] = []
+    for layer in sorted(range(len(means)), key=lambda layer: (means[layer], -layer)):
+        if group and means[layer] != means[group[0]] and means[layer] - means[group[0]] >= noise_floor:
+            order += sorted(group, reverse=True)
+            group = []
+        group.append(layer)
+    return (*order, *sorted(group, reverse=True))
+
+
+def _ranks(mean_L: NDArray[Any], noise_floor: float) -> NDArray[np.int64]:
+    rank_L = np.empty(len(mean_L), dtype=np.int64)
+    rank_L[list(_order(mean_L, noise_floor))] = np.arange(1, len(mean_L) + 1)
+    return rank_L
+
+
+def _bootstrap(kl_SL: Matrix, draws: int, noise_floor: float, rng: np.random.Generator, resamples: int) -> Ranked:
+    mean_RL = np.concatenate([weight_RS @ kl_SL / draws for weight_RS in _weights(len(kl_SL), draws, rng, resamples)])
+    return Ranked(mean_RL, np.stack([_ranks(mean_L, noise_floor) for mean_L in mean_RL]))
+
+
+def _weights(samples: int, draws: int, rng: np.random.Generator, resamples: int) -> Iterator[Matrix]:
+    """Yield chunks [R, S] of how often each resample draws each sample."""
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        picks = (rng.integers(samples, size=draws) for _ in range(size))
+        yield np.stack([np.bincount(pick, minlength=samples) for pick in picks]).astype(np.float64)
