@@ -34,9 +34,10 @@ def bench() -> None:
 def sweep(model: str, calibration: str, limit: int, batch_size: int, repeats: int, dtype: str, device: str) -> int:
     """Sweep freeze-visual with this engine and with the released algorithm (one full forward per layer)."""
     from reports.calibration import read_calibration
-    from shortv.families import load
+    from shortv.families import load, quiet_transformers
     from shortv.sweep.bench import bench_sweep
 
+    quiet_transformers()
     samples = read_calibration(calibration)[:limit]
     loaded = load(model, dtype=dtype, device=device)  # type: ignore[arg-type]
     rows = bench_sweep(loaded, samples, batch_size=batch_size, repeats=repeats)

@@ -64,9 +64,7 @@ def layer_flops(arch: Architecture, mode: Mode, t: Count, v: Count) -> Count:
 def plan_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count) -> Count:
     """Return the prefill FLOPs of all layers; raises Refused when there is not one mode per layer."""
     if len(modes) != arch.num_layers:
-        raise Refused(
-            f"found {len(modes)} modes for a model of {arch.num_layers} layers; give one mode per layer"
-        )
+        raise Refused(f"found {len(modes)} modes for a model of {arch.num_layers} layers; give one mode per layer")
     total = 0 * t
     for mode in modes:
         total += layer_flops(arch, mode, t, v)

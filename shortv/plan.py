@@ -130,9 +130,7 @@ class Plan:
         """Return the layers that have `mode`, in ascending order."""
         return tuple(layer for layer, found in enumerate(self.modes) if found is mode)
 
-    def check_fits(
-        self, *, config_digest: str, num_layers: int, model: str, revision: str | None
-    ) -> list[str]:
+    def check_fits(self, *, config_digest: str, num_layers: int, model: str, revision: str | None) -> list[str]:
         """Raise Refused unless the plan fits this architecture; return warnings, one line each."""
         made_for = f"plan {self.name!r} was made for {self.model}"
         if num_layers != self.num_layers:
@@ -190,9 +188,7 @@ def digest_of(config_digest: str, modes: Iterable[str]) -> str:
 
 def _check_header(plan: Plan) -> None:
     if plan.schema != SCHEMA:
-        raise Refused(
-            f"the plan has schema {plan.schema!r}, this version reads {SCHEMA}; make the plan again"
-        )
+        raise Refused(f"the plan has schema {plan.schema!r}, this version reads {SCHEMA}; make the plan again")
     if not _NAME.fullmatch(plan.name):
         raise Refused(
             f"plan name {plan.name!r} cannot be part of a file name; "
@@ -222,6 +218,4 @@ def _json_value(source: Mapping[str, Any]) -> Any:
     try:
         return json.loads(json.dumps(dict(source), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise Refused(
-            f"the plan's source cannot be written as JSON ({error}); use text and numbers"
-        ) from error
+        raise Refused(f"the plan's source cannot be written as JSON ({error}); use text and numbers") from error

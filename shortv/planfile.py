@@ -52,9 +52,7 @@ def write_plan(plan: Plan, path: Path) -> Path:
     try:
         _write_atomic(target, plan.to_json().encode())
     except OSError as error:
-        raise ShortVError(
-            f"cannot write plan file {target}: {error.strerror}; choose a writable path"
-        ) from error
+        raise ShortVError(f"cannot write plan file {target}: {error.strerror}; choose a writable path") from error
     return target
 
 

@@ -41,9 +41,7 @@ class TokenTypes:
         return [int(n) for n in self.visual_BT.sum(1).tolist()]
 
 
-def token_types(
-    input_ids_BT: Tensor, attention_mask_BT: Tensor | None, visual_ids: Collection[int]
-) -> TokenTypes:
+def token_types(input_ids_BT: Tensor, attention_mask_BT: Tensor | None, visual_ids: Collection[int]) -> TokenTypes:
     """Tell visual tokens, text and padding apart by the placeholder ids that the vision tower's features replace."""
     placeholders = torch.tensor(sorted(visual_ids), device=input_ids_BT.device)
     visual_BT = torch.isin(input_ids_BT, placeholders)
@@ -59,9 +57,7 @@ def last_true(mask_BT: Tensor) -> Tensor:
     return (mask_BT * (positions_T + 1)).argmax(1)
 
 
-def explicit_mask(
-    mask: Tensor | None, *, batch: int, queries: int, keys: int, device: torch.device
-) -> Tensor:
+def explicit_mask(mask: Tensor | None, *, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
     """The 4D mask that an attention call obeys, spelled out where the model passed None.
 
     transformers passes None when the mask is the plain causal one (keys end where queries end); a 4D mask, boolean

@@ -68,9 +68,7 @@ def random_model(kind: str = "llava", *, seed: int = 0, attn: str = "sdpa") -> P
             image_token_index=IMAGE_TOKEN,
             image_grid_pinpoints=[[28, 56], [56, 28]],
         )
-        model: PreTrainedModel = LlavaNextForConditionalGeneration._from_config(
-            config, attn_implementation=attn
-        )
+        model: PreTrainedModel = LlavaNextForConditionalGeneration._from_config(config, attn_implementation=attn)
     else:
         config = LlavaConfig(vision_config=_VISION, text_config=text, image_token_index=IMAGE_TOKEN)
         model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)

@@ -2,7 +2,7 @@
 
 from shortv.families.decoder import Decoder, decoder_of
 from shortv.families.encoding import Batch, Encoded, encode
-from shortv.families.loading import LoadedModel, load, load_architecture, load_processor
+from shortv.families.loading import LoadedModel, load, load_architecture, load_processor, quiet_transformers
 from shortv.families.table import FAMILIES, supported
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load",
     "load_architecture",
     "load_processor",
+    "quiet_transformers",
     "supported",
 ]

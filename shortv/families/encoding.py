@@ -154,4 +154,6 @@ def _process(loaded: LoadedModel, prompts: Sequence[_Prompt]) -> dict[str, Tenso
 
 
 def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:500] or type(error).__name__
+    # A memory address would make the same failure read differently in every run.
+    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the bytes", str(error))
+    return re.sub(r"\s+", " ", text).strip()[:500] or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -115,7 +116,9 @@ def load_processor(
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        processor = cast(Any, AutoProcessor).from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise Refused(f"the processor of {name!r} cannot be loaded: {first_line(error)}") from error
     if not (chat_template or getattr(processor, "chat_template", None)):
@@ -126,6 +129,8 @@ def load_processor(
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise Refused(f"model folder {name} does not exist; give a folder with config.json and weights, or a hub id")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -162,6 +167,14 @@ def _weights(name: str, *, dtype: Dtype, **options: Any) -> Any:
             f"the weights of {name!r} lack {len(missing)} tensors ({missing[0]}, ...): the checkpoint is incomplete"
         )
     return model
+
+
+def quiet_transformers() -> None:
+    """Turn transformers' progress bars and warnings off for this process; errors still show."""
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def first_line(error: BaseException) -> str:

@@ -33,9 +33,7 @@ def reference(model: nn.Module, modes: Sequence[Mode]) -> Iterator[None]:
     decoder = decoder_of(model)
     validate_modes(modes)
     if len(modes) != len(decoder.layers):
-        raise Refused(
-            f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer"
-        )
+        raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
     sequence = _Sequence(decoder)
     with ExitStack() as hooks:
         _attach(hooks, model.register_forward_pre_hook(sequence.observe, with_kwargs=True))
@@ -55,9 +53,7 @@ class _Sequence:
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids_BT = args[0] if args else kwargs.get("input_ids")
         if input_ids_BT is None:
-            raise ShortVError(
-                "this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids"
-            )
+            raise ShortVError("this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids")
         mask_BK = kwargs.get("attention_mask")
         mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
         self.types = token_types(input_ids_BT, mask_BT, self._decoder.visual_ids)
@@ -118,9 +114,7 @@ def _silence(part: Callable[[Decoder, nn.Module], nn.Module], rows: _Rows) -> Ca
 def _hide_visual_keys(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: _Sequence) -> None:
     """Nobody attends to visual tokens in this layer; with all later layers doing the same they are gone."""
 
-    def enter(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
         visual_BK = sequence.visual_BK.to(hidden_BTD.device)
         batch, queries, keys = len(hidden_BTD), hidden_BTD.shape[1], visual_BK.shape[1]

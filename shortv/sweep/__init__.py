@@ -1,1 +1,1 @@
-"""What is a layer worth: ablations of one batch, divergence, ranking and its uncertainty, choice of layers."""
+"""What a layer is worth: ablations of one batch, divergence, ranking, uncertainty, choice of layers."""

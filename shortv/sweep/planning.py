@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 from shortv.architecture import Architecture
@@ -18,6 +19,63 @@ class Control(StrEnum):
     LAST = "last"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a sweep found out about one mode.
+
+    `ranking` holds every layer by ascending LC, `mean_lc` their means in nats; `t` and `v` are the mean text and
+    visual tokens of the samples that count.
+    """
+
+    architecture: Architecture
+    mode: Mode
+    ranking: tuple[int, ...]
+    mean_lc: Mapping[int, float]
+    t: float
+    v: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """How many layers, at most one of the three (else `default_count`), and in which order (else by LC).
+
+    `layers` is a count, `flops_ratio` the largest share of the full model's FLOPs, `max_lc` the largest LC in nats.
+    """
+
+    layers: int | None = None
+    flops_ratio: float | None = None
+    max_lc: float | None = None
+    control: Control | None = None
+    control_seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The order in which layers would be replaced, and those that are."""
+
+    order: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+def choose_layers(evidence: Evidence, request: Request) -> Choice:
+    """Choose the layers that `request` asks for; raises Refused when no choice can meet it.
+
+    A control gets as many layers as the ranking by LC would.
+    """
+    arch, mode = evidence.architecture, evidence.mode
+    order = replacement_order(evidence.ranking, mode, control=request.control, seed=request.control_seed)
+    if request.flops_ratio is not None:
+        count = count_for_flops_ratio(arch, order, mode, request.flops_ratio, evidence.t, evidence.v)
+    elif request.max_lc is not None:
+        within = layers_for_max_lc(evidence.mean_lc, evidence.ranking, mode, request.max_lc)
+        if request.control is None:
+            return Choice(order=order, layers=within)
+        count = len(within)
+    else:
+        count = default_count(len(order)) if request.layers is None else request.layers
+    return Choice(order=order, layers=order[: check_count(count, len(order))])
+
+
 def default_count(num_layers: int) -> int:
     """Return how many layers a plan replaces unless told otherwise: 0.6 L, at least one."""
     return max(1, round(0.6 * num_layers))
@@ -28,9 +86,9 @@ def replacement_order(
 ) -> tuple[int, ...]:
     """Return all layers, the first to replace first.
 
-    `ranking` holds every layer by ascending LC. A drop-visual plan has to reach the last layer, so its order is from
-    the last layer up whatever the LC says, and controls of it are refused. With one `seed` the random
-    control's smaller sets lie inside its larger ones.
+    `ranking` holds every layer by ascending LC. A drop-visual plan has to reach the last layer, so its
+    order starts there whatever the LC says, and other controls of it are refused. With one `seed` the
+    random control's smaller sets lie inside its larger ones.
     """
     num_layers = len(ranking)
     if sorted(ranking) != list(range(num_layers)):
@@ -62,8 +120,8 @@ def count_for_flops_ratio(
 ) -> int:
     """Return the fewest layers of `order` with which the FLOPs ratio is at most `target`, at least one.
 
-    `t` and `v` are text and visual tokens of the prompt. Raises Refused, naming the lowest ratio that can be reached,
-    when even all layers are not enough.
+    `t` and `v` are text and visual tokens of the prompt. Raises Refused, naming the lowest ratio that can
+    be reached, when even all layers are not enough.
     """
     ratio = 1.0
     for count in range(1, len(order) + 1):
@@ -76,18 +134,22 @@ def count_for_flops_ratio(
     )
 
 
-def count_for_max_lc(mean_lc: Mapping[int, float], mode: Mode, largest: float) -> int:
-    """Return how many layers have a mean LC, in nats, of at most `largest`.
+def layers_for_max_lc(
+    mean_lc: Mapping[int, float], order: Sequence[int], mode: Mode, largest: float
+) -> tuple[int, ...]:
+    """Return the layers whose mean LC, in nats, is at most `largest`, in the order of `order`.
 
-    They lead the ranking, up to ties within the noise floor. LC(drop-visual, i) already is the price of dropping from i
-    to the last layer, so there the count is that of the earliest exit within the limit, as VTW searches it.
-    Raises Refused, naming the lowest LC, when no layer qualifies.
+    LC(drop-visual, i) is already the price of dropping from i to the last layer, so there the layers are
+    those from the earliest one within the limit on, as VTW searches its exit. Raises Refused, naming the
+    lowest LC, when no layer qualifies.
     """
-    within = [layer for layer, mean in mean_lc.items() if mean <= largest]
+    within = {layer for layer, mean in mean_lc.items() if mean <= largest}
     if not within:
         lowest = min(mean_lc, key=lambda layer: mean_lc[layer])
         raise Refused(
             f"no layer has an LC of at most {largest:g} with {mode}: the lowest is {mean_lc[lowest]:.4g} "
             f"at layer {lowest}; tolerate more"
         )
-    return len(mean_lc) - min(within) if mode is Mode.DROP_VISUAL else len(within)
+    if mode is Mode.DROP_VISUAL:
+        within = set(range(min(within), len(mean_lc)))
+    return tuple(layer for layer in order if layer in within)

@@ -1,8 +1,8 @@
 """From per-sample divergences to a ranking of layers, and how sure it is.
 
-Matrices are [S samples, L layers], in nats. Results depend on the order of the rows in one way: a bootstrap
-resample with a given seed picks rows by number. `kl_matrix` sorts them by sample id, so a sweep's numbers do not
-depend on which worker finished first.
+Matrices are [S samples, L layers], in nats. The order of the rows matters, as a bootstrap resample picks
+rows by number; `kl_matrix` sorts them by sample id, so a sweep's numbers do not depend on which worker
+finished first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ def kl_matrix(
     """
     ids, row = np.unique(np.asarray(sample_ids, dtype=object).astype(str), return_inverse=True)
     column = np.asarray(layers, dtype=np.int64)
-    if column.size and not (0 <= column.min() and column.max() < num_layers):
+    if column.size and (column.min() < 0 or column.max() >= num_layers):
         raise ShortVError(
             f"measurements name layers {column.min()} to {column.max()}, the model has {num_layers}; "
             "run the sweep again in a new folder"
@@ -66,9 +66,9 @@ def kl_matrix(
 def rank_layers(kl_SL: Matrix, noise_floor: float) -> tuple[int, ...]:
     """Return all layers by ascending mean LC, the first to replace first (ShortV section 3.1).
 
-    Layers closer together than the noise floor are ties, and the deeper of them ranks first. A group of ties starts
-    at its lowest mean and takes every layer nearer to that start than the noise floor: a chain of near
-    neighbours never makes a group wider than the noise. Equal means tie even without noise.
+    Layers closer together than the noise floor, in nats, are ties, and the deeper of them ranks first.
+    A group of ties starts at its lowest mean and takes every layer nearer to that start than the noise
+    floor: a chain of near neighbours never makes a group wider than the noise. Equal means always tie.
     """
     _check(kl_SL)
     return _order(kl_SL.mean(axis=0), noise_floor)
@@ -117,9 +117,10 @@ def layer_statistics(
 def set_stability(
     kl_SL: Matrix, n_layers: int, *, noise_floor: float, seed: int, resamples: int = RESAMPLES
 ) -> dict[float, float]:
-    """Return, per share of the samples, the share of bootstrap resamples that choose the same `n_layers` layers.
+    """Return how often a bootstrap resample chooses the same `n_layers` layers as all samples do.
 
-    The same as all samples together choose, as a set. A resample draws that share of S rows, one at least.
+    Keys are shares of the samples that a resample draws (one at least), values shares of the resamples.
+    Layers are compared as sets; their order inside does not matter.
     """
     _check(kl_SL)
     chosen_L = _ranks(kl_SL.mean(axis=0), noise_floor) <= n_layers
@@ -140,8 +141,8 @@ def _check(kl_SL: Matrix) -> None:
     if not np.isfinite(kl_SL).all():
         sample, layer = np.argwhere(~np.isfinite(kl_SL))[0]
         raise ShortVError(
-            f"the divergence of sample {sample} at layer {layer} is {kl_SL[sample, layer]}, no finite number; "
-            "leave that sample out or measure in float32"
+            f"the divergence of sample {sample} at layer {layer} is {kl_SL[sample, layer]}, "
+            "no finite number; leave that sample out or measure in float32"
         )
 
 

@@ -33,8 +33,7 @@ def states(model: LoadedModel, batch: Batch, modes: tuple[Mode, ...]) -> list[Te
     with torch.inference_mode(), reference(model.model, modes):
         first = model.decoder.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
         handles = [
-            layer.register_forward_hook(lambda _, __, output: found.append(output))
-            for layer in model.decoder.layers
+            layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in model.decoder.layers
         ]
         model.model(**batch.inputs, use_cache=False)
         for handle in [first, *handles]:
@@ -67,9 +66,7 @@ def test_one_frozen_layer_keeps_visual_rows_and_computes_dense_text_rows() -> No
         entered, left = stream[layer], stream[layer + 1]
         assert torch.equal(left[visual], entered[visual])
         assert torch.equal(left[batch.types.text_BT], clean.leaving[layer][batch.types.text_BT])
-        compact = compact_frozen_layer(
-            model.decoder, layer, clean.entering[layer], clean.arguments[layer], batch
-        )
+        compact = compact_frozen_layer(model.decoder, layer, clean.entering[layer], clean.arguments[layer], batch)
         torch.testing.assert_close(left[batch.types.text_BT], compact, atol=1e-5, rtol=1e-5)
 
 
@@ -90,9 +87,7 @@ def compact_frozen_layer(
 
     cos, sin = arguments["position_embeddings"]
     query = rotate(split(attention.q_proj(text.rows(normed))), text.rows(cos), text.rows(sin))
-    key = rotate(split(attention.k_proj(normed)), cos, sin).repeat_interleave(
-        attention.num_key_value_groups, 1
-    )
+    key = rotate(split(attention.k_proj(normed)), cos, sin).repeat_interleave(attention.num_key_value_groups, 1)
     value = split(attention.v_proj(normed)).repeat_interleave(attention.num_key_value_groups, 1)
     length = hidden.shape[1]
     full = explicit_mask(

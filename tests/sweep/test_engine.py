@@ -11,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortv.families import Batch, LoadedModel
+from shortv.families import Batch, LoadedModel, encode
 from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
+from shortv.sample import Sample
 from shortv.sweep import engine
 from shortv.sweep.clean import run_clean
 from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
 from shortv.sweep.passes import PassCounter
+from shortv.sweep.released import measure_released
 from tests.models import LAYERS, Spec, batch_of, loaded, one_of, random_model
+from tests.tiny_model import bundled, calibration
 
 MODES = tuple(mode for mode in Mode if mode is not Mode.FULL)
 KINDS = ("llava", "llava-mistral", "llava-qwen2", "llava-next")
@@ -70,6 +73,34 @@ def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
         assert found[2].tolist() == expected[2].tolist()
 
 
+def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
+    model = bundled()
+    text_only = Sample(sample_id="text", prompt="Describe the objects in this picture.")
+    batch = encode(model, [*calibration()[:3], text_only]).batch
+    assert batch is not None
+    for ablation, ablated_BV in ablated(model, batch, MODES).items():
+        naive_BV = naive(model, batch, ablation.mode, ablation.layer)
+        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
+
+
+def test_engine_equals_the_released_algorithm() -> None:
+    model = loaded(random_model())
+    batch = batch_of(model.model, MIXED)
+    measured = engine.measure(model, batch, layers=range(LAYERS), modes=[Mode.FREEZE_VISUAL])
+    for layer, expected in enumerate(measure_released(model, batch)):
+        found = measured.values[engine.Ablation(layer, Mode.FREEZE_VISUAL)]
+        torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
+
+
+def test_noise_floor_is_rounding_not_signal() -> None:
+    model = bundled()
+    for count in (1, 4):
+        encoded = encode(model, calibration()[:count])
+        assert encoded.batch is not None
+        full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
+        assert 0 <= engine.noise_floor(model, encoded.samples, encoded.batch, full_BV) < 1e-9
+
+
 prompts = st.lists(
     st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
 ).map(lambda specs: [[*spec, 2] for spec in specs])
@@ -82,9 +113,7 @@ prompts = st.lists(
     mode=st.sampled_from(MODES),
     seed=st.integers(0, 99),
 )
-def test_any_image_place_and_padding_equals_naive(
-    specs: list[Spec], padding: str, mode: Mode, seed: int
-) -> None:
+def test_any_image_place_and_padding_equals_naive(specs: list[Spec], padding: str, mode: Mode, seed: int) -> None:
     model = loaded(random_model("llava", seed=seed))
     batch = batch_of(model.model, specs, padding=padding, seed=seed)
     for ablation, ablated_BV in ablated(model, batch, [mode]).items():
@@ -96,14 +125,10 @@ def test_any_image_place_and_padding_equals_naive(
 def test_padded_batch_of_eight_equals_eight_single_samples(padding: str) -> None:
     model = loaded(random_model())
     specs: list[Spec] = [*MIXED, [2, "I", "I", 3], [1, "I", 1], [12, "I", 4], ["I", 2]]
-    together = engine.measure(
-        model, batch_of(model.model, specs, padding=padding), layers=range(LAYERS), modes=MODES
-    )
+    together = engine.measure(model, batch_of(model.model, specs, padding=padding), layers=range(LAYERS), modes=MODES)
     batch = batch_of(model.model, specs, padding=padding)
     for number in range(len(specs)):
-        alone = engine.measure(
-            model, one_of(batch, model.model, specs, number), layers=range(LAYERS), modes=MODES
-        )
+        alone = engine.measure(model, one_of(batch, model.model, specs, number), layers=range(LAYERS), modes=MODES)
         for ablation, value in alone.values.items():
             row = together.values[ablation]
             torch.testing.assert_close(value[0], row[0][number : number + 1], atol=1e-7, rtol=1e-3)
@@ -136,9 +161,7 @@ def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> N
 )
 def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> None:
     model = loaded(random_model())
-    calls = torch.zeros(
-        3, dtype=torch.long
-    )  # sequences that really passed: whole layers, FFNs, layers of text alone
+    calls = torch.zeros(3, dtype=torch.long)  # sequences that really passed: whole layers, FFNs, layers of text alone
     batch = batch_of(model.model, [[3, "I", 2], [1, "I", 9]])
     width = batch.types.text_BT.shape[1]
 
@@ -159,9 +182,7 @@ def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> No
 
 def test_all_modes_share_one_clean_pass() -> None:
     model = loaded(random_model())
-    passes = engine.measure(
-        model, batch_of(model.model, [[3, "I", 2]]), layers=range(LAYERS), modes=MODES
-    ).passes
+    passes = engine.measure(model, batch_of(model.model, [[3, "I", 2]]), layers=range(LAYERS), modes=MODES).passes
     assert passes.clean == LAYERS
     assert passes.layers == 5 * LAYERS * (LAYERS - 1) // 2
 

@@ -1,0 +1,1 @@
+"""Result files of a sweep: schemas, store, manifest, calibration input, tables and charts."""
