@@ -63,7 +63,7 @@ class Folder:
         """Write a whole file atomically. Raises ShortVError when the disk is full or not writable."""
         try:
             if self.local_path is not None:
-                replace_file(self.local_path / name, data)
+                replace_file(Path(self._path(name)), data)
             else:
                 self._put(self._path(name), data)
         except OSError as error:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shortv.architecture import Architecture
     from shortv.errors import Refused, SampleError, ShortVError
+    from shortv.layers.apply import apply
     from shortv.plan import Mode, Plan
     from shortv.sample import Sample
 
-__all__ = ["Architecture", "Mode", "Plan", "Refused", "Sample", "SampleError", "ShortVError"]
+__all__ = ["Architecture", "Mode", "Plan", "Refused", "Sample", "SampleError", "ShortVError", "apply"]
 
 # Where each public name lives; it is loaded on first use, so `import shortv` stays light.
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "Sample": "shortv.sample",
     "SampleError": "shortv.errors",
     "ShortVError": "shortv.errors",
+    "apply": "shortv.layers.apply",
 }
 
 

@@ -63,6 +63,7 @@ def modes_of_ablation(mode: Mode, layer: int, num_layers: int) -> tuple[Mode, ..
 
     Dropped visual tokens cannot come back, so drop-visual reaches from `layer` to the last layer.
     """
+    _check_layers((layer,), num_layers)
     layers = range(layer, num_layers) if mode is Mode.DROP_VISUAL else (layer,)
     return modes_of_layers(mode, layers, num_layers)
 

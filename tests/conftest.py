@@ -14,6 +14,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_DATASETS_OFFLINE", "1")
     patch.setenv("MPLBACKEND", "agg")
+    # The models are tiny: more threads than one only wait for each other, badly so on a busy machine.
+    patch.setenv("OMP_NUM_THREADS", "1")
     # Credentials of the person who runs the tests are no business of the tests.
     patch.delenv("HF_TOKEN", raising=False)
     allowed = {"127.0.0.1", "::1", "localhost", "0.0.0.0", *_own_addresses()}

@@ -37,10 +37,18 @@ class Decoder:
         """The norm before the FFN: its input is the residual stream between the two halves."""
         return cast(nn.Module, getattr(layer, self.parts.ffn_norm))
 
+    def attention_norm(self, layer: nn.Module) -> nn.Module:
+        """The norm before the attention block."""
+        return cast(nn.Module, getattr(layer, self.parts.attention_norm))
+
+    def add_attention(self, layer: nn.Module, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """The residual stream after the attention half, from what entered it and the attention block's output."""
+        return hidden_BTD + _normed(layer, self.parts.attention_post_norm, output_BTD)
+
     def ffn_half(self, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """x + FFN(norm(x)), the second half of a layer on its own."""
         output_BTD: Tensor = self.ffn(layer)(self.ffn_norm(layer)(hidden_BTD))
-        return hidden_BTD + output_BTD
+        return hidden_BTD + _normed(layer, self.parts.ffn_post_norm, output_BTD)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final norm and LM head over states of the last layer, shape (B, V)."""
@@ -85,6 +93,10 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise Refused(f"model type {model_type!r} is not supported; supported families: {supported()}")
     return FAMILIES[model_type]
+
+
+def _normed(layer: nn.Module, norm: str | None, output_BTD: Tensor) -> Tensor:
+    return output_BTD if norm is None else getattr(layer, norm)(output_BTD)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -173,8 +173,8 @@ def quiet_transformers() -> None:
     """Turn transformers' progress bars and warnings off for this process; errors still show."""
     from transformers import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    cast(Any, logging).disable_progress_bar()
+    cast(Any, logging).set_verbosity_error()
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,10 @@ class LayerParts:
     attention: str
     ffn_norm: str
     ffn: str
+    attention_post_norm: str | None = None
+    """Norm of the attention output before it is added, where a family has one."""
+    ffn_post_norm: str | None = None
+    """Norm of the FFN output before it is added, where a family has one."""
 
 
 LLAMA_PARTS = LayerParts(

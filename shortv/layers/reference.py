@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
+from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, validate_modes
-from shortv.tokens import TokenTypes, explicit_mask, hide_keys, token_types
+from shortv.tokens import TokenTypes, explicit_mask, hide_keys
 
 
 @contextmanager
@@ -34,40 +35,12 @@ def reference(model: nn.Module, modes: Sequence[Mode]) -> Iterator[None]:
     validate_modes(modes)
     if len(modes) != len(decoder.layers):
         raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
-    sequence = _Sequence(decoder)
+    sequence = SequenceState(decoder)
     with ExitStack() as hooks:
         _attach(hooks, model.register_forward_pre_hook(sequence.observe, with_kwargs=True))
         for layer, mode in zip(decoder.layers, modes, strict=True):
             _HOOKS[mode](hooks, decoder, layer, sequence)
         yield
-
-
-class _Sequence:
-    """What stands where in the sequences under way, kept from prefill through decoding."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self.types = TokenTypes(visual_BT=torch.empty(0), text_BT=torch.empty(0))
-        self.visual_BK = torch.empty(0, 0, dtype=torch.bool)
-
-    def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input_ids_BT = args[0] if args else kwargs.get("input_ids")
-        if input_ids_BT is None:
-            raise ShortVError("this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids")
-        mask_BK = kwargs.get("attention_mask")
-        mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
-        self.types = token_types(input_ids_BT, mask_BT, self._decoder.visual_ids)
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if past == 0:
-            self.visual_BK = self.types.visual_BT
-        elif self.visual_BK.shape == (len(input_ids_BT), past):
-            self.visual_BK = torch.cat([self.visual_BK, self.types.visual_BT], dim=1)
-        else:
-            raise ShortVError(
-                f"the cache holds {past} positions of {len(input_ids_BT)} sequences, but the plan has seen "
-                f"{tuple(self.visual_BK.shape)}; prefill inside the plan's context"
-            )
 
 
 def _attach(hooks: ExitStack, handle: RemovableHandle) -> None:
@@ -77,10 +50,10 @@ def _attach(hooks: ExitStack, handle: RemovableHandle) -> None:
 _Rows = Callable[[TokenTypes], Tensor]
 
 
-def _keep_rows(rows: _Rows) -> Callable[[ExitStack, Decoder, nn.Module, _Sequence], None]:
+def _keep_rows(rows: _Rows) -> Callable[[ExitStack, Decoder, nn.Module, SequenceState], None]:
     """Put the rows that entered the layer back over the rows that leave it."""
 
-    def attach(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: _Sequence) -> None:
+    def attach(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: SequenceState) -> None:
         entered: list[Tensor] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +72,7 @@ def _keep_rows(rows: _Rows) -> Callable[[ExitStack, Decoder, nn.Module, _Sequenc
 def _silence(part: Callable[[Decoder, nn.Module], nn.Module], rows: _Rows) -> Callable[..., None]:
     """Set some rows of a half's output to zero before it is added to the residual stream."""
 
-    def attach(hooks: ExitStack, decoder: Decoder, layer: nn.Module, sequence: _Sequence) -> None:
+    def attach(hooks: ExitStack, decoder: Decoder, layer: nn.Module, sequence: SequenceState) -> None:
         def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             branch_BTD = output[0] if isinstance(output, tuple) else output
             silent_BT1 = rows(sequence.types)[:, :, None].to(branch_BTD.device)
@@ -111,7 +84,7 @@ def _silence(part: Callable[[Decoder, nn.Module], nn.Module], rows: _Rows) -> Ca
     return attach
 
 
-def _hide_visual_keys(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: _Sequence) -> None:
+def _hide_visual_keys(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: SequenceState) -> None:
     """Nobody attends to visual tokens in this layer; with all later layers doing the same they are gone."""
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -130,7 +103,7 @@ def _nothing(*_: Any) -> None:
     """The full layer."""
 
 
-_HOOKS: dict[Mode, Callable[[ExitStack, Decoder, nn.Module, _Sequence], None]] = {
+_HOOKS: dict[Mode, Callable[[ExitStack, Decoder, nn.Module, SequenceState], None]] = {
     Mode.FULL: _nothing,
     Mode.FREEZE_VISUAL: _keep_rows(lambda types: types.visual_BT),
     Mode.FREEZE_TEXT: _keep_rows(lambda types: types.text_BT),

@@ -67,7 +67,8 @@ def choose_layers(evidence: Evidence, request: Request) -> Choice:
     if request.flops_ratio is not None:
         count = count_for_flops_ratio(arch, order, mode, request.flops_ratio, evidence.t, evidence.v)
     elif request.max_lc is not None:
-        within = layers_for_max_lc(evidence.mean_lc, evidence.ranking, mode, request.max_lc)
+        lc_order = replacement_order(evidence.ranking, mode)
+        within = layers_for_max_lc(evidence.mean_lc, lc_order, mode, request.max_lc)
         if request.control is None:
             return Choice(order=order, layers=within)
         count = len(within)

@@ -55,7 +55,7 @@ def kl_matrix(
     if wrong.size:
         sample, layer = wrong[0]
         raise ShortVError(
-            f"sample {ids[sample]!r} has {found_SL[sample, layer]} measurements of layer {layer}, "
+            f"sample {str(ids[sample])!r} has {found_SL[sample, layer]} measurements of layer {layer}, "
             "where one is needed; run the sweep again in a new folder"
         )
     kl_SL = np.zeros((ids.size, num_layers))

@@ -1,0 +1,71 @@
+# Every target sets up what it needs and does nothing twice. Needs Python 3.11 or later with pip, nothing else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+COMPAT := .venv-compat
+LOCK_FLAGS := -q --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+# The oldest transformers that pyproject.toml allows, and the newest hub client it works with.
+OLDEST := transformers==5.17.0\nhuggingface-hub<2\n
+
+.PHONY: help install demo test test-slow test-compat check format lock clean
+.DELETE_ON_ERROR:
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: .venv/.installed ## Set up .venv from requirements.lock
+
+demo: .venv/.installed ## Sweep the bundled model into runs/demo
+	$(BIN)/python jobs/lc_sweep.py --output-path runs/demo
+
+test: .venv/.installed ## Run the tests (no slow, gpu)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/.installed ## Run the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu" || test $$? -eq 5 # 5: no such test
+
+test-compat: $(COMPAT)/.installed ## Run the tests of floors 0-2 with the oldest supported transformers
+	$(COMPAT)/bin/python -m pytest -m "not slow and not gpu and not ray" --ignore=tests/workers --ignore=tests/jobs
+
+check: .venv/.installed ## Lint, format check and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.installed ## Format, and fix what can be fixed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lock: .venv/.installed ## Resolve requirements.lock and requirements-compat.lock anew, keeping pins that still fit
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --extra dev pyproject.toml -o requirements.lock
+	printf '$(OLDEST)' | $(BIN)/uv pip compile $(LOCK_FLAGS) --no-deps - -o requirements-compat.lock
+
+clean: ## Remove environments and caches, keep runs
+	rm -rf .venv $(COMPAT) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# pip fetches uv and setuptools under their hashes; uv installs the rest in parallel. A few packages come as source:
+# they are built with that setuptools, not with whatever is newest (--no-build-isolation).
+define make_environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "Python 3.11 or later is needed, found: $(PYTHON) ($$($(PYTHON) --version 2>&1))." \
+	"Install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@awk '/^[^ ]/ { keep = /^(uv|setuptools)==/ } keep' requirements.lock > $(1)/bootstrap.lock
+$(1)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r $(1)/bootstrap.lock
+$(1)/bin/uv pip install -q --python $(1)/bin/python --require-hashes --no-build-isolation -r requirements.lock
+endef
+
+define install_project
+$(1)/bin/uv pip install -q --python $(1)/bin/python --no-deps --no-build-isolation -e .
+touch $(1)/.installed
+endef
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(call make_environment,.venv)
+	$(call install_project,.venv)
+
+$(COMPAT)/.installed: requirements.lock requirements-compat.lock pyproject.toml
+	$(call make_environment,$(COMPAT))
+	$(COMPAT)/bin/uv pip install -q --python $(COMPAT)/bin/python --require-hashes --no-deps -r requirements-compat.lock
+	$(call install_project,$(COMPAT))

@@ -1,0 +1,253 @@
+"""Make a plan from a sweep folder.
+
+    python jobs/plan.py runs/demo --layers 5
+    python jobs/plan.py runs/demo --flops-ratio 0.55 --mode no-visual-queries
+    python jobs/plan.py runs/demo --max-lc 0.003 --mode drop-visual
+    python jobs/plan.py runs/demo --layers 5 --random 0
+
+Exit status: 0 the plan is there, 1 it could not be written, 2 refused.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.compute as pc
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs.common import option, run
+from reports.manifest import Manifest, State, digest_of
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.costs import flops_ratio as ratio_of
+from shortv.errors import Refused, ShortVError
+from shortv.plan import VISUAL_MODES, Mode, Plan, modes_of_layers, parse_mode
+from shortv.planfile import PLAN_FILE, parse_plan
+from shortv.records import KlDirection
+from shortv.sweep.planning import Choice, Control, Evidence, Request, choose_layers
+from shortv.sweep.ranking import Matrix, kl_matrix, rank_layers, set_stability
+
+SWEPT_MODES = [mode.value for mode in Mode if mode is not Mode.FULL]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepResult:
+    """A finished sweep folder, read for one mode and one KL direction."""
+
+    manifest: Manifest
+    direction: KlDirection
+    kl_SL: Matrix
+    evidence: Evidence
+
+    @property
+    def noise_floor(self) -> float:
+        """The run's noise floor in nats; without one only equal layers tie."""
+        return self.manifest.noise_floor or 0.0
+
+
+@click.command(help="Make a plan from the results of a sweep.")
+@click.argument("sweep_folder")
+@option("--layers", type=int, help="Replace this many layers.  [default: 0.6 of them]")
+@option("--flops-ratio", type=float, help="Replace the fewest layers that get the FLOPs down to this share.")
+@option("--max-lc", type=float, help="Replace the layers whose LC, in nats, is at most this.")
+@option("--mode", type=click.Choice(SWEPT_MODES), default=Mode.FREEZE_VISUAL.value, show_default=True)
+@option("--random", "random_seed", type=int, metavar="SEED", help="Control: layers drawn with this seed.")
+@option("--first", is_flag=True, help="Control: the first layers.")
+@option("--last", is_flag=True, help="Control: the last layers.")
+@option("--name", help="Name of the plan.  [default: mode and number of layers]")
+@option("--output", "--output-path", "--output_path", help="Plan file.  [default: SWEEP_FOLDER/plans/NAME.json]")
+@option(
+    "--kl-direction",
+    type=click.Choice([direction.value for direction in KlDirection]),
+    help="Rank by this.  [default: the sweep's]",
+)
+def make(
+    sweep_folder: str,
+    mode: str,
+    random_seed: int | None,
+    first: bool,
+    last: bool,
+    name: str | None,
+    output: str | None,
+    kl_direction: str | None,
+    **count: Any,
+) -> int:
+    """Parse the request, choose the layers, write the plan; ShortVError tells what went wrong."""
+    _only_one(**count)
+    _only_one(random=random_seed, first=first, last=last)
+    controls = {Control.RANDOM: random_seed is not None, Control.FIRST: first, Control.LAST: last}
+    control = next((control for control, given in controls.items() if given), None)
+    request = Request(control=control, control_seed=random_seed or 0, **count)
+    folder = Folder(sweep_folder)
+    try:
+        result = read_sweep(folder, parse_mode(mode), KlDirection(kl_direction) if kl_direction else None)
+    except ShortVError as error:
+        # No work has started: a folder that cannot be read is refused, whatever the reason.
+        raise Refused(str(error)) from error
+    choice = choose_layers(result.evidence, request)
+    plan = make_plan(result, request, choice, name)
+    outcome = write_once(plan, *_place(folder, plan, output))
+    click.echo(f"{describe(plan, result, request, choice)}\n{outcome}")
+    return 0
+
+
+def read_sweep(folder: Folder, mode: Mode, direction: KlDirection | None) -> SweepResult:
+    """Read what a sweep folder says about `mode`; raises ShortVError when it cannot carry a plan.
+
+    `direction` is the sweep's own unless given. Only samples with visual tokens count for visual modes.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.state is State.RUNNING:
+        raise Refused(f"the sweep in {folder.shown} is not finished; run its command again to complete it")
+    own_direction = KlDirection(manifest.kl_direction)
+    direction = direction or own_direction
+    samples = folder.read_table("samples")
+    if mode in VISUAL_MODES:
+        samples = samples.filter(pc.greater(samples["n_visual"], 0))
+    rows = folder.read_table("lc_layers")
+    rows = rows.filter(pc.equal(rows["mode"], mode.value)).sort_by("rank")
+    if not len(samples) or not len(rows):
+        raise Refused(
+            f"the sweep in {folder.shown} has no result for {mode} (it measured {', '.join(manifest.modes)}); "
+            f"choose one that it has, or sweep {mode} with samples that count for it"
+        )
+    kl_SL = _measurements(folder, mode, direction, samples, manifest.num_layers)
+    ranking, means = rows["layer"].to_pylist(), rows["mean"].to_pylist()
+    if direction is not own_direction:
+        ranking = rank_layers(kl_SL, manifest.noise_floor or 0.0)
+        means = kl_SL.mean(axis=0)[list(ranking)].tolist()
+    evidence = Evidence(
+        architecture=_architecture(manifest, folder),
+        mode=mode,
+        ranking=tuple(ranking),
+        mean_lc=dict(zip(ranking, means, strict=True)),
+        t=pc.mean(samples["n_text"]).as_py(),
+        v=pc.mean(samples["n_visual"]).as_py(),
+    )
+    return SweepResult(manifest=manifest, direction=direction, kl_SL=kl_SL, evidence=evidence)
+
+
+def _measurements(folder: Folder, mode: Mode, direction: KlDirection, samples: pa.Table, num_layers: int) -> Matrix:
+    table = folder.read_tables("lc_samples")
+    counted = pc.is_in(table["sample_id"], samples["sample_id"].combine_chunks())
+    table = table.filter(pc.and_(pc.equal(table["mode"], mode.value), counted))
+    kl_SL = kl_matrix(
+        table["sample_id"].to_pylist(), table["layer"].to_numpy(), table[direction.column].to_numpy(), num_layers
+    )
+    if len(kl_SL) != len(samples):
+        raise Refused(
+            f"{folder.shown} lists {len(samples)} samples for {mode} but measured {len(kl_SL)}; run the sweep again"
+        )
+    return kl_SL
+
+
+def _architecture(manifest: Manifest, folder: Folder) -> Architecture:
+    sizes = manifest.details.get("architecture")
+    try:
+        architecture = Architecture(**sizes) if isinstance(sizes, dict) else None
+    except TypeError:
+        architecture = None
+    if architecture is None or architecture.config_digest != manifest.config_digest:
+        raise Refused(
+            f"the manifest of {folder.shown} does not hold the sizes of {manifest.model}, or others than it "
+            "was measured with; run the sweep again in a new folder"
+        )
+    return architecture
+
+
+def make_plan(result: SweepResult, request: Request, choice: Choice, name: str | None) -> Plan:
+    """Return the plan of the chosen layers, with a telling name unless one is given."""
+    evidence, manifest = result.evidence, result.manifest
+    modes = modes_of_layers(evidence.mode, choice.layers, evidence.architecture.num_layers)
+    return Plan(
+        name=name or _telling_name(result, request, len(choice.layers)),
+        model=manifest.model,
+        revision=manifest.revision,
+        config_digest=manifest.config_digest,
+        num_layers=evidence.architecture.num_layers,
+        modes=modes,
+        ranking=choice.order,
+        source=_source(result, request),
+        flops_ratio=ratio_of(evidence.architecture, modes, evidence.t, evidence.v),
+        flops_t=evidence.t,
+        flops_v=evidence.v,
+    )
+
+
+def _telling_name(result: SweepResult, request: Request, count: int) -> str:
+    parts = [result.evidence.mode.value, str(count)]
+    if request.control is Control.RANDOM:
+        parts.append(f"random{request.control_seed}")
+    elif request.control:
+        parts.append(request.control.value)
+    elif result.direction != result.manifest.kl_direction:
+        parts.append(result.direction.value)
+    return "-".join(parts)
+
+
+def _source(result: SweepResult, request: Request) -> dict[str, Any]:
+    manifest = result.manifest
+    sweep = [manifest.arguments_digest, manifest.calibration_digest, manifest.config_digest]
+    source: dict[str, Any] = {
+        "sweep": digest_of(sweep),
+        "samples": len(result.kl_SL),
+        "seed": manifest.seed,
+        "kl_direction": result.direction.value,
+        "order": request.control.value if request.control else "lc",
+    }
+    return source | ({"order_seed": request.control_seed} if request.control is Control.RANDOM else {})
+
+
+def describe(plan: Plan, result: SweepResult, request: Request, choice: Choice) -> str:
+    """Return what a user wants to know of a plan: its layers, its price, how sure the choice is."""
+    evidence = result.evidence
+    lines = [
+        f"{plan.name}: {evidence.mode} in {len(choice.layers)} of {plan.num_layers} layers, "
+        f"the first to replace first: {', '.join(map(str, choice.layers))}",
+        f"FLOPs ratio: {plan.flops_ratio:.4f} at {evidence.t:.1f} text and {evidence.v:.1f} visual tokens "
+        f"(means of {len(result.kl_SL)} samples)",
+    ]
+    if request.control or evidence.mode is Mode.DROP_VISUAL:
+        return "\n".join([*lines, "stability: the layers follow from their number, not from a ranking by LC"])
+    stability = set_stability(
+        result.kl_SL, len(choice.layers), noise_floor=result.noise_floor, seed=result.manifest.seed
+    )
+    shares = [f"{same:.0%} with {share:.0%} of the samples" for share, same in stability.items()]
+    return "\n".join([*lines, f"stability: bootstrap resamples choose the same layers in {', '.join(shares)}"])
+
+
+def write_once(plan: Plan, folder: Folder, file: str) -> str:
+    """Write the plan unless it is there already, and return what happened; refuses to replace another one."""
+    shown = f"{folder.shown}/{file}"
+    if not folder.exists(file):
+        folder.write_bytes(file, plan.to_json().encode())
+        return f"written to {shown}"
+    try:
+        same = parse_plan(folder.read_bytes(file).decode(errors="replace")) == plan
+    except Refused:
+        same = False
+    if not same:
+        raise Refused(f"{shown} holds something else than this plan; give another --name or --output")
+    return f"{shown} holds this plan already; nothing to do"
+
+
+def _place(sweep: Folder, plan: Plan, output: str | None) -> tuple[Folder, str]:
+    if output is None:
+        return sweep, f"plans/{plan.name}.json"
+    if output.endswith("/") or Path(output).is_dir():
+        return Folder(output), PLAN_FILE
+    parent, slash, file = output.rpartition("/")
+    return Folder(parent + slash or "."), file
+
+
+def _only_one(**given: object) -> None:
+    names = ["--" + name.replace("_", "-") for name, value in given.items() if value is not None and value is not False]
+    if len(names) > 1:
+        raise click.UsageError(f"{' and '.join(names)} exclude each other; give one of them")
+
+
+if __name__ == "__main__":
+    run(make)

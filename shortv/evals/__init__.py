@@ -1,0 +1,1 @@
+"""Benchmarks through lmms-eval: their tasks as calibration samples."""

@@ -1,0 +1,108 @@
+"""`with shortv.apply(model, plan):` - a transformers model follows a plan inside and is untouched outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from shortv.architecture import Architecture
+from shortv.errors import Refused
+from shortv.families import Decoder, decoder_of
+from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
+from shortv.layers.fast import EXECUTORS, RUNS, PlannedLayer
+from shortv.layers.progress import Progress
+from shortv.plan import Mode, Plan, validate_modes
+
+_MARK = "_shortv_applied"
+
+
+@contextmanager
+def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]]:
+    """Run a transformers model under a plan: `model(...)`, `model.generate(...)` and everything built on them.
+
+    No weights are copied; leaving the context, also by an exception, gives the model back bit for bit.
+
+    Args:
+        plan: a Plan, a plan file, a folder with `shortv_plan.json`, or the name of a published plan.
+
+    Yields:
+        Warnings, one line each: another checkpoint or revision than the plan was made for.
+
+    Raises:
+        Refused: the plan does not fit the model, the model is in training mode or already under a plan, or its
+            attention implementation has no mask whose rows can be selected.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    architecture = Architecture.from_config_dict(model.config.to_dict())
+    warnings = plan.check_fits(
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        model=getattr(model.config, "_name_or_path", "") or "this model",
+        revision=getattr(model.config, "_commit_hash", None),
+    )
+    with executing(model, plan.modes):
+        yield warnings
+
+
+@contextmanager
+def executing(model: Any, modes: Sequence[Mode]) -> Iterator[None]:
+    """The same for bare modes, one per layer."""
+    decoder = decoder_of(model)
+    _check(model, decoder, modes)
+    progress = Progress(decoder, model.config)
+    with ExitStack() as undo:
+        _claim(model, undo)
+        undo.callback(model.register_forward_pre_hook(progress.observe, with_kwargs=True).remove)
+        for index, mode in enumerate(modes):
+            if mode is not Mode.FULL:
+                _patch(decoder, index, modes, progress, undo)
+        yield
+
+
+def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
+    validate_modes(modes)
+    if len(modes) != len(decoder.layers):
+        raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
+    if model.training:
+        raise Refused("the model is in training mode, where a plan would be silently wrong; call model.eval() first")
+    attention = model.config.get_text_config()._attn_implementation
+    if attention not in ATTENTION_IMPLEMENTATIONS:
+        raise Refused(
+            f"attention implementation {attention!r} gives layers no mask whose rows can be selected; "
+            f"load the model with one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+        )
+
+
+def _claim(model: Any, undo: ExitStack) -> None:
+    token = object()
+    # setdefault is atomic: of two threads, one finds the other's token.
+    if model.__dict__.setdefault(_MARK, token) is not token:
+        raise Refused("this model is already under a plan; leave that context first (plans do not nest or overlap)")
+    undo.callback(model.__dict__.pop, _MARK)
+
+
+def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progress, undo: ExitStack) -> None:
+    layer, mode = decoder.layers[index], modes[index]
+    alone = mode not in RUNS
+    planned = PlannedLayer(
+        decoder=decoder,
+        layer=layer,
+        index=index,
+        own=layer.forward,
+        progress=progress,
+        first=alone or index == 0 or modes[index - 1] is not mode,
+        last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
+    )
+    before = layer.__dict__.get("forward")
+    layer.forward = partial(EXECUTORS[mode], planned)
+    undo.callback(_restore, layer, before)
+
+
+def _restore(layer: Any, before: Any) -> None:
+    if before is None:
+        del layer.forward
+    else:
+        layer.forward = before

@@ -1,0 +1,43 @@
+"""Attention of some rows over all rows, with a decoder layer's own weights and the model's own kernel.
+
+Shapes: B batch, S query rows, T positions, K keys, H heads, D width, C width of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def project(attention: Any, part: str, normed_BTD: Tensor) -> Tensor:
+    """Queries, keys or values per head (B, H, T, C) by `q_proj`, `k_proj` or `v_proj`, with the family's head norm."""
+    heads_BTHC = getattr(attention, f"{part}_proj")(normed_BTD).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{part}_norm", None)
+    if norm is not None:
+        heads_BTHC = norm(heads_BTHC)
+    return cast(Tensor, heads_BTHC.transpose(1, 2))
+
+
+def rotate(heads_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split layout that all supported backbones use."""
+    first, second = heads_BHTC.chunk(2, dim=-1)
+    turned_BHTC = torch.cat([-second, first], dim=-1)
+    return heads_BHTC * cos_BTC.unsqueeze(1) + turned_BHTC * sin_BTC.unsqueeze(1)
+
+
+def attend(attention: Any, query_BHSC: Tensor, key_BHKC: Tensor, value_BHKC: Tensor, mask_BHSK: Tensor) -> Tensor:
+    """Output of the attention block (B, S, D) before it is added to the residual stream."""
+    module = sys.modules[type(attention).__module__]
+    function = cast(
+        Callable[..., tuple[Tensor, Any]],
+        ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, module.eager_attention_forward),
+    )
+    mixed_BSHC, _ = function(
+        attention, query_BHSC, key_BHKC, value_BHKC, mask_BHSK, dropout=0.0, scaling=attention.scaling
+    )
+    return cast(Tensor, attention.o_proj(mixed_BSHC.flatten(2)))

@@ -1,0 +1,168 @@
+"""The fast executors: what a mode leaves out is not computed.
+
+Each function is a decoder layer's forward under one mode. Where a forward brings no visual tokens (decoding, prompts
+without an image) the visual modes are the model's own layer. Shapes: B batch, T positions of this forward, S updated
+rows, R resting rows, K keys, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from shortv.families import Decoder
+from shortv.layers.attention import attend, project, rotate
+from shortv.layers.cache import shortened_layer
+from shortv.layers.progress import Progress
+from shortv.layers.streams import Split
+from shortv.plan import Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayer:
+    """A decoder layer under a mode, and its place in a run of layers with that mode."""
+
+    decoder: Decoder
+    layer: nn.Module
+    index: int
+    own: Callable[..., Tensor]
+    """The model's own forward of this layer."""
+    progress: Progress
+    first: bool
+    """Whether the run begins here: the two streams part."""
+    last: bool
+    """Whether the run ends here: they join."""
+
+    def part(self, split: Split, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Updated and resting rows; inside a run the layer before has already parted them."""
+        if self.first or self.progress.joined:
+            self.progress.resting = split.resting.rows(hidden)
+            return split.updated.rows(hidden), self.progress.resting
+        return hidden, self.progress.resting
+
+    def join(self, split: Split, updated_BSD: Tensor, resting_BRD: Tensor) -> Tensor:
+        """All rows in order at the end of a run; inside it the updated rows alone go on."""
+        if self.last or self.progress.joined:
+            return split.positions(updated_BSD, resting_BRD)
+        return updated_BSD
+
+
+def freeze_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """Visual tokens give K and V alone (ShortV, section 3.2)."""
+    if not planned.progress.has_visual:
+        return planned.own(hidden, **arguments)
+    return _frozen(planned, planned.progress.text, hidden, **arguments)
+
+
+def freeze_text(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """Text tokens, generated ones too, give K and V alone (for analysis)."""
+    if planned.progress.has_visual:
+        return _frozen(planned, planned.progress.visual, hidden, **arguments)
+    cache = arguments.get("past_key_values")
+    if cache is not None:
+        attention = planned.decoder.attention(planned.layer)
+        normed_BTD = planned.decoder.attention_norm(planned.layer)(hidden)
+        key = rotate(project(attention, "k", normed_BTD), *arguments["position_embeddings"])
+        cache.update(key, project(attention, "v", normed_BTD), planned.index)
+    return hidden
+
+
+def _frozen(
+    planned: PlannedLayer,
+    split: Split,
+    hidden: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> Tensor:
+    decoder, layer = planned.decoder, planned.layer
+    attention, norm = decoder.attention(layer), decoder.attention_norm(layer)
+    updated_BSD, resting_BRD = planned.part(split, hidden)
+    query_from, rest = norm(updated_BSD), norm(resting_BRD)
+    cos, sin = position_embeddings
+    key = split.positions(project(attention, "k", query_from), project(attention, "k", rest))
+    value = split.positions(project(attention, "v", query_from), project(attention, "v", rest))
+    key = rotate(key, cos, sin)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, planned.index)
+    query = rotate(project(attention, "q", query_from), split.updated_rows(cos), split.updated_rows(sin))
+    mask = split.mask_rows(attention_mask, hidden.device)
+    output_BSD = attend(attention, query, key, value, mask)
+    updated_BSD = decoder.ffn_half(layer, decoder.add_attention(layer, updated_BSD, output_BSD))
+    return planned.join(split, updated_BSD, resting_BRD)
+
+
+def no_visual_queries(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """Visual tokens do not attend, their FFN runs (NAAViT, SAISA section 3)."""
+    if not planned.progress.has_visual:
+        return planned.own(hidden, **arguments)
+    decoder, layer, split = planned.decoder, planned.layer, planned.progress.text
+    attention = decoder.attention(layer)
+    normed_BTD = decoder.attention_norm(layer)(hidden)
+    cos, sin = arguments["position_embeddings"]
+    key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
+    if arguments.get("past_key_values") is not None:
+        key, value = arguments["past_key_values"].update(key, value, planned.index)
+    query_from = split.updated.rows(normed_BTD)
+    query = rotate(project(attention, "q", query_from), split.updated_rows(cos), split.updated_rows(sin))
+    mask = split.mask_rows(arguments.get("attention_mask"), hidden.device)
+    output_BSD = attend(attention, query, key, value, mask)
+    updated_BSD = decoder.add_attention(layer, split.updated.rows(hidden), output_BSD)
+    return decoder.ffn_half(layer, split.positions(updated_BSD, split.resting.rows(hidden)))
+
+
+def no_visual_ffn(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """Visual tokens attend, their FFN is skipped."""
+    if not planned.progress.has_visual:
+        return planned.own(hidden, **arguments)
+    decoder, layer, split = planned.decoder, planned.layer, planned.progress.text
+    output_BTD, _ = decoder.attention(layer)(hidden_states=decoder.attention_norm(layer)(hidden), **arguments)
+    middle_BTD = decoder.add_attention(layer, hidden, output_BTD)
+    updated_BSD = decoder.ffn_half(layer, split.updated.rows(middle_BTD))
+    return split.positions(updated_BSD, split.resting.rows(middle_BTD))
+
+
+def skip_attention(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """x + FFN(norm(x)) for every token (EAS); no K and V are made or kept."""
+    cache = arguments.get("past_key_values")
+    if cache is not None:
+        shortened_layer(cache, planned.index, len(hidden), hidden).seen += hidden.shape[1]
+    return planned.decoder.ffn_half(planned.layer, hidden)
+
+
+def drop_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+    """Visual tokens are gone; text keeps its original positions (VTW, DyVTE)."""
+    progress = planned.progress
+    if not progress.sequence_has_visual:
+        return planned.own(hidden, **arguments)
+    cache = arguments.get("past_key_values")
+    if cache is not None:
+        shortened_layer(cache, planned.index, len(hidden), hidden).seen += progress.length
+    mask = arguments.get("attention_mask")
+    if not progress.has_visual:
+        arguments["attention_mask"] = progress.kept_columns(mask, hidden.device)
+        return planned.own(hidden, **arguments)
+    split = progress.text
+    updated_BSD, resting_BRD = planned.part(split, hidden)
+    arguments["attention_mask"] = split.mask_square(mask, hidden.device)
+    arguments["position_embeddings"] = tuple(split.updated_rows(value) for value in arguments["position_embeddings"])
+    return planned.join(split, planned.own(updated_BSD, **arguments), resting_BRD)
+
+
+EXECUTORS: dict[Mode, Callable[..., Tensor]] = {
+    Mode.FREEZE_VISUAL: freeze_visual,
+    Mode.FREEZE_TEXT: freeze_text,
+    Mode.NO_VISUAL_QUERIES: no_visual_queries,
+    Mode.NO_VISUAL_FFN: no_visual_ffn,
+    Mode.SKIP_ATTENTION: skip_attention,
+    Mode.DROP_VISUAL: drop_visual,
+}
+"""How a layer runs under each mode; a `full` layer is not touched."""
+
+RUNS = frozenset({Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT, Mode.DROP_VISUAL})
+"""Modes whose streams stay apart over consecutive layers."""

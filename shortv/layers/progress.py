@@ -1,0 +1,88 @@
+"""What the planned layers of one model share: where the sequences stand, and the streams of the current forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from shortv.errors import ShortVError
+from shortv.families import Decoder
+from shortv.layers.sequence import SequenceState
+from shortv.layers.streams import Split
+from shortv.tokens import Selection, explicit_mask, may_attend
+
+
+class Progress(SequenceState):
+    """The current forward, as the fast executors need it."""
+
+    def __init__(self, decoder: Decoder, config: Any) -> None:
+        super().__init__(decoder)
+        self._config = config
+        self.length = 0
+        """Positions of this forward."""
+        self.sequence_has_visual = False
+        """Whether any sequence of the batch has had visual tokens so far."""
+        self.joined = False
+        """Whether every layer has to return all rows, because the caller asked for hidden states."""
+        self.resting = torch.empty(0)
+        """Rows that the current run leaves alone."""
+        self._prompt: Selection
+        self._prompt_length = 0
+        self._text: Split | None = None
+        self._visual: Split | None = None
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model; begins a new forward."""
+        if isinstance(kwargs.get("past_key_values"), StaticCache):
+            raise ShortVError("a static cache has no room for layers of different lengths; use the dynamic cache")
+        super().observe(module, args, kwargs)
+        if self.past and self.has_visual:
+            raise ShortVError("a prompt with images cannot be prefilled in chunks under a plan; prefill it at once")
+        self.length = self.types.text_BT.shape[1]
+        self.sequence_has_visual = self.has_visual if self.past == 0 else self.sequence_has_visual
+        self.joined = bool(kwargs.get("output_hidden_states") or getattr(self._config, "output_hidden_states", False))
+        self._text = self._visual = None
+        if self.past == 0 and self.has_visual:
+            self._prompt, self._prompt_length = self.text.updated, self.length
+
+    @property
+    def text(self) -> Split:
+        """Text updated, everything else resting."""
+        if self._text is None:
+            self._text = Split(self.types.text_BT, ~self.types.text_BT)
+        return self._text
+
+    @property
+    def visual(self) -> Split:
+        """Visual tokens updated, everything else resting."""
+        if self._visual is None:
+            self._visual = Split(self.types.visual_BT, ~self.types.visual_BT)
+        return self._visual
+
+    def kept_columns(self, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept).
+
+        A mask narrower than the sequence (a sliding window's cache) holds its last positions.
+        """
+        kept_BS, valid_BS = self._kept(device)
+        batch, keys = len(kept_BS), self.visual_BK.shape[1]
+        full = explicit_mask(mask, batch=batch, queries=self.length, keys=keys, device=device)
+        column_BS = kept_BS - (keys - full.shape[3])
+        seen_BS = valid_BS & (column_BS >= 0)
+        index = column_BS.clamp(min=0)[:, None, None, :].expand(-1, full.shape[1], self.length, -1)
+        columns = full.expand(batch, -1, -1, -1).gather(3, index)
+        allowed = may_attend(columns) & seen_BS[:, None, None, :]
+        if columns.dtype == torch.bool:
+            return allowed
+        return columns.masked_fill(~allowed, torch.finfo(columns.dtype).min)
+
+    def _kept(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Original positions of the K and V that such a layer keeps, in the order it keeps them, and which are real."""
+        index_BS, valid_BS = self._prompt.index_BS.to(device), self._prompt.valid_BS.to(device)
+        batch, keys = self.visual_BK.shape
+        generated = torch.arange(self._prompt_length, keys, device=device).expand(batch, -1)
+        kept_BS = torch.cat([index_BS, generated], dim=1)
+        return kept_BS, torch.cat([valid_BS, torch.ones_like(generated, dtype=torch.bool)], dim=1)

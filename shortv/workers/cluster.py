@@ -1,0 +1,112 @@
+"""The driver's connection to Ray: an existing cluster, or an embedded one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from shortv.errors import ShortVError
+from shortv.workers.resources import FreeNode
+
+STARTS = 3
+"""Times that starting Ray on this machine is tried."""
+_QUIET = ("ray", "ray.data", "ray.train", "ray.serve")
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of the submitted job, else start Ray on this machine while the block runs.
+
+    A connection that is already there is used and left as it is.
+
+    Raises:
+        ShortVError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        _connect()
+    except ShortVError:
+        raise
+    except Exception as error:  # ray.init raises bare Exceptions for a node that does not come up
+        raise ShortVError(
+            f"Ray at {os.environ.get('RAY_ADDRESS') or 'this machine'} cannot be reached: {first_line(error)}; "
+            "check RAY_ADDRESS and the token (RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    # Ray's C++ layer reports every retried task on stderr, in several lines.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+    else:
+        _start(options)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _start(options: dict[str, Any]) -> None:
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except ShortVError:
+            raise
+        except Exception:
+            # Ray allows its processes 30 seconds to start, which a busy machine exceeds.
+            ray.shutdown()
+            if attempt == STARTS:
+                raise
+
+
+def driver_actor(cls: type) -> Any:
+    """Make an actor class whose actor lives on the driver's node, takes no CPU and comes back when it dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(cls)
+
+
+def free_nodes() -> list[FreeNode]:
+    """What each living node has free, and what it has in all."""
+    from ray._private.state import available_resources_per_node
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    nodes = []
+    for node in living_nodes():
+        total = node["Resources"]
+        # A node that has just joined has not reported yet.
+        left = free.get(node["NodeID"], total)
+        nodes.append(
+            FreeNode(
+                cpus=left.get("CPU", 0.0),
+                gpus=left.get("GPU", 0.0),
+                total_cpus=total.get("CPU", 0.0),
+                total_gpus=total.get("GPU", 0.0),
+            )
+        )
+    return nodes
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """Ray's description of each node that is alive."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, for one-line reports."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,122 @@
+"""The end of a sweep: tables, default plan and manifest, in an order in which a killed run never looks complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from reports.manifest import Manifest, State, digest_of, utc_now
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.costs import flops_ratio
+from shortv.errors import ShortVError
+from shortv.plan import VISUAL_MODES, Mode, Plan, modes_of_layers
+from shortv.records import KlDirection, LayerRecord
+from shortv.sample import Sample
+from shortv.sweep.planning import default_count, replacement_order
+from shortv.sweep.ranking import kl_matrix, set_stability
+from shortv.workers.assemble import Tables, assemble, layer_records
+from shortv.workers.journal import Journal
+
+
+def finish(
+    folder: Folder,
+    journal: Journal,
+    manifest: Manifest,
+    *,
+    batches: Sequence[Sequence[Sample]],
+    modes: Sequence[Mode],
+    architecture: Architecture,
+    wall_seconds: float,
+) -> Manifest:
+    """Write all tables and the default plan, then the final manifest, then forget the journal.
+
+    Raises:
+        ShortVError: a sample was lost, no sample could be used, or the disk is full.
+    """
+    direction = KlDirection(manifest.kl_direction)
+    layers = architecture.num_layers
+    tables = assemble(folder, journal, batches, modes=modes, num_layers=layers, kl_direction=direction)
+    if not tables.used:
+        first = tables.errors[0]
+        raise ShortVError(
+            f"none of the {len(tables.errors)} samples could be used; the first, {first.sample_id!r}, failed at "
+            f"{first.stage}: {first.message} (all stand in {folder.shown}/errors.parquet)"
+        )
+    rows = layer_records(tables, num_layers=layers, kl_direction=direction, seed=manifest.seed)
+    folder.write_table("lc_layers", rows)
+    plan = default_plan(manifest, tables, rows, architecture)
+    if plan is not None:
+        folder.write_bytes(f"plans/{plan.name}.json", plan.to_json().encode())
+    final = replace(
+        manifest,
+        state=State.PARTIAL if tables.errors else State.COMPLETE,
+        noise_floor=tables.noise_floor,
+        counts={
+            "samples": len(tables.used) + len(tables.errors),
+            "used": len(tables.used),
+            "errors": len(tables.errors),
+            "without_image": sum(not row.n_visual for row in tables.used),
+        },
+        stability=_stability(manifest, tables, layers),
+        finished=utc_now(),
+        wall_seconds=wall_seconds + (manifest.wall_seconds or 0.0),
+        details={**manifest.details, "default_plan": plan.name if plan else None},
+    )
+    final.save(folder)
+    journal.remove()
+    return final
+
+
+def default_plan(
+    manifest: Manifest, tables: Tables, rows: Sequence[LayerRecord], architecture: Architecture
+) -> Plan | None:
+    """The plan that jobs/plan.py makes without options, for freeze-visual or the first mode that was measured."""
+    measured = list(dict.fromkeys(row.mode for row in rows))
+    if not measured:
+        return None
+    mode = Mode.FREEZE_VISUAL if Mode.FREEZE_VISUAL in measured else measured[0]
+    ranking = [row.layer for row in sorted(rows, key=lambda row: row.rank) if row.mode is mode]
+    order = replacement_order(ranking, mode)
+    count = default_count(len(order))
+    counted = [row for row in tables.used if row.n_visual or mode not in VISUAL_MODES]
+    t = sum(row.n_text for row in counted) / len(counted)
+    v = sum(row.n_visual for row in counted) / len(counted)
+    modes = modes_of_layers(mode, order[:count], architecture.num_layers)
+    source: dict[str, Any] = {
+        "sweep": digest_of([manifest.arguments_digest, manifest.calibration_digest, manifest.config_digest]),
+        "samples": len(counted),
+        "seed": manifest.seed,
+        "kl_direction": manifest.kl_direction,
+        "order": "lc",
+    }
+    return Plan(
+        name=f"{mode.value}-{count}",
+        model=manifest.model,
+        revision=manifest.revision,
+        config_digest=manifest.config_digest,
+        num_layers=architecture.num_layers,
+        modes=modes,
+        ranking=order,
+        source=source,
+        flops_ratio=flops_ratio(architecture, modes, t, v),
+        flops_t=t,
+        flops_v=v,
+    )
+
+
+def _stability(manifest: Manifest, tables: Tables, num_layers: int) -> dict[str, dict[str, float]]:
+    return {
+        str(mode): {
+            f"{share:g}": same
+            for share, same in set_stability(
+                kl_matrix(values.sample_ids, values.layers, values.kl, num_layers),
+                default_count(num_layers),
+                noise_floor=tables.noise_floor or 0.0,
+                seed=manifest.seed,
+            ).items()
+        }
+        for mode, values in tables.values.items()
+        if values.sample_ids
+    }

@@ -1,0 +1,145 @@
+"""A count of attempts kept outside the worker processes, so that a death leaves a trace.
+
+Ray Data retries the task of a dead process for ever and without a record. A worker therefore notes what it is about
+to do, and the next process that gets the same unit finds an attempt that never ended: its process died.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+LOADING = "loading the model"
+WHOLE = "the whole batch"
+MAX_DEATHS = 3
+"""Deaths after which a sample, or the loading of the model, is given up."""
+MAX_WHOLE_DEATHS = MAX_DEATHS - 1
+"""Deaths of a batch after which its samples are run one by one."""
+
+
+@dataclass(slots=True)
+class Attempts:
+    """What is known of a unit: deaths of its processes by what they were doing, and what is being done now."""
+
+    deaths: dict[str, int] = field(default_factory=dict)
+    doing: str | None = None
+    worker: str | None = None
+
+
+class Ledger:
+    """The counts of one sweep; `path` keeps them over a restart of the process that holds them."""
+
+    def __init__(self, path: str) -> None:
+        """Open the ledger, with what an earlier process wrote there."""
+        self._path = Path(path)
+        self._units: dict[str, Attempts] = {}
+        self._loading_deaths = 0
+        if self._path.exists():
+            stored = json.loads(self._path.read_text())
+            self._units = {name: Attempts(**value) for name, value in stored["units"].items()}
+            self._loading_deaths = stored["loading_deaths"]
+
+    def begin(self, unit_id: str, worker: str) -> dict[str, int]:
+        """Open an attempt at a unit; returns the deaths so far by what was being done, those of loading in a row.
+
+        An attempt that is still open belongs to a process that died. `worker` names this one: its process id, an `@`,
+        and something that no other process has.
+        """
+        attempts = self._units.setdefault(unit_id, Attempts())
+        # A call that is repeated after the ledger's own restart comes from the same living process.
+        if attempts.doing is not None and attempts.worker != worker:
+            if attempts.doing == LOADING:
+                self._loading_deaths += 1
+            else:
+                attempts.deaths[attempts.doing] = attempts.deaths.get(attempts.doing, 0) + 1
+        attempts.doing, attempts.worker = None, worker
+        self._keep()
+        return {**attempts.deaths, LOADING: self._loading_deaths}
+
+    def enter(self, unit_id: str, doing: str) -> None:
+        """Note what the open attempt does from now on."""
+        self._units[unit_id].doing = doing
+        self._keep()
+
+    def loaded(self) -> None:
+        """Note that a process has loaded the model: the deaths before it were not the model's fault."""
+        self._loading_deaths = 0
+        self._keep()
+
+    def end(self, unit_id: str) -> None:
+        """Close the attempt: its result is on the way."""
+        self._units.pop(unit_id, None)
+        self._keep()
+
+    def running(self) -> dict[str, int]:
+        """Process ids of the workers that are at work, by unit."""
+        return {
+            name: int(value.worker.partition("@")[0])
+            for name, value in self._units.items()
+            if value.worker and value.doing
+        }
+
+    def _keep(self) -> None:
+        value: dict[str, Any] = {
+            "units": {name: asdict(attempts) for name, attempts in self._units.items()},
+            "loading_deaths": self._loading_deaths,
+        }
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps(value))
+        temporary.replace(self._path)
+
+
+class Attempter(Protocol):
+    """The ledger as a worker sees it."""
+
+    def begin(self, unit_id: str, worker: str) -> dict[str, int]:
+        """See `Ledger.begin`."""
+
+    def enter(self, unit_id: str, doing: str) -> None:
+        """See `Ledger.enter`."""
+
+    def loaded(self) -> None:
+        """See `Ledger.loaded`."""
+
+    def end(self, unit_id: str) -> None:
+        """See `Ledger.end`."""
+
+
+class RemoteLedger:
+    """The ledger's actor, called and waited for."""
+
+    def __init__(self, actor: Any) -> None:
+        """Wrap the actor's handle."""
+        self.actor = actor
+
+    def begin(self, unit_id: str, worker: str) -> dict[str, int]:
+        """See `Ledger.begin`."""
+        deaths: dict[str, int] = self._wait(self.actor.begin.remote(unit_id, worker))
+        return deaths
+
+    def enter(self, unit_id: str, doing: str) -> None:
+        """See `Ledger.enter`."""
+        self._wait(self.actor.enter.remote(unit_id, doing))
+
+    def loaded(self) -> None:
+        """See `Ledger.loaded`."""
+        self._wait(self.actor.loaded.remote())
+
+    def end(self, unit_id: str) -> None:
+        """See `Ledger.end`."""
+        self._wait(self.actor.end.remote(unit_id))
+
+    @staticmethod
+    def _wait(reference: Any) -> Any:
+        import ray
+
+        return ray.get(reference)
+
+
+def start_ledger(path: Path) -> RemoteLedger:
+    """Start the ledger's actor on the driver's node; it takes no CPU and restarts with its counts."""
+    from shortv.workers.cluster import driver_actor
+
+    return RemoteLedger(driver_actor(Ledger).remote(str(path)))

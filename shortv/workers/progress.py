@@ -1,0 +1,56 @@
+"""A progress bar with samples per second; plain lines, few of them, where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class SweepProgress:
+    """Counts samples as their layers get done; a sample with half of its layers measured counts as half."""
+
+    def __init__(self, *, total: int, done: float = 0.0, console: Console | None = None) -> None:
+        """Start at `done` of `total` samples, those of an earlier run of the same command."""
+        self._console = console or Console()
+        self._total, self._before, self._done = total, done, done
+        self._started = self._last_line = time.monotonic()
+        self._errors = 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> SweepProgress:
+        if self._console.is_terminal:
+            columns = (TextColumn("sweep"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task(self._text(), total=self._total, completed=int(self._done))
+        else:
+            self._console.print(self._text(), highlight=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._done > self._before:
+            self._console.print(self._text(), highlight=False)
+
+    def advance(self, samples: float, errors: int) -> None:
+        """Note a finished unit: its samples times its share of the layers, and its error rows."""
+        self._done += samples
+        self._errors += errors
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=self._text())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(self._text(), highlight=False)
+
+    def _text(self) -> str:
+        seconds = time.monotonic() - self._started
+        rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
+        text = f"{self._done:.1f}/{self._total} samples, {rate:.2f} samples/s"
+        return f"{text}, {self._errors} errors" if self._errors else text

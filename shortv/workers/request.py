@@ -1,0 +1,105 @@
+"""What a user asked a sweep to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from shortv.errors import Refused
+from shortv.plan import Mode, parse_mode
+from shortv.records import KlDirection
+
+DEFAULT_MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
+ABLATIONS = tuple(mode for mode in Mode if mode is not Mode.FULL)
+
+
+class WorkerRange(NamedTuple):
+    """How many workers are wished for: between `low` and `high`."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What a worker needs to load the model."""
+
+    name: str
+    """Hub id, or a folder on the driver's node."""
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """One sweep: model, samples, what to ablate, and how to run it."""
+
+    model: ModelSpec
+    calibration: tuple[str, ...]
+    output_path: str
+    modes: tuple[Mode, ...] = DEFAULT_MODES
+    kl_direction: KlDirection = KlDirection.FULL_ABLATED
+    batch_size: int = 8
+    limit: float | None = None
+    """Samples per calibration source: a count, or below 1 a share."""
+    seed: int = 0
+    include_path: str | None = None
+    workers: WorkerRange | None = None
+    """None: one per free GPU, or one on CPUs."""
+    gpus_per_worker: float = 1
+    device: str = "auto"
+    layers_per_unit: int | None = None
+    stack: int | None = None
+    fail_on_error: float = 0.0
+    """Share of samples that may end in errors with exit status 0."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that decide the result, by the name of their option."""
+        return {
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "dtype": self.model.dtype,
+            "attn-implementation": self.model.attn_implementation,
+            "trust-remote-code": self.model.trust_remote_code,
+            "chat-template": self.model.chat_template,
+            "calibration": list(self.calibration),
+            "modes": [str(mode) for mode in self.modes],
+            "kl-direction": str(self.kl_direction),
+            "batch-size": self.batch_size,
+            "limit": self.limit,
+            "seed": self.seed,
+        }
+
+
+def parse_workers(text: str) -> WorkerRange:
+    """Read `N` or `MIN:MAX`; raises Refused for anything else."""
+    low, _, high = text.partition(":")
+    try:
+        found = WorkerRange(int(low), int(high or low))
+    except ValueError:
+        raise Refused(f"--workers is {text!r}; give a number (4) or a range (2:8)") from None
+    if not 1 <= found.low <= found.high:
+        raise Refused(f"--workers is {text!r}; give at least 1, and a range from low to high")
+    return found
+
+
+def parse_modes(text: str) -> tuple[Mode, ...]:
+    """Read a comma-separated list of modes, or `all`; the order of the answer is the canonical one."""
+    if text.strip() == "all":
+        return ABLATIONS
+    found = {parse_mode(name.strip()) for name in text.split(",") if name.strip()}
+    if not found:
+        raise Refused(f"--modes is {text!r}; give some of {', '.join(ABLATIONS)}, or all")
+    if Mode.FULL in found:
+        raise Refused("--modes names 'full', which changes nothing; give the modes to measure")
+    return tuple(mode for mode in ABLATIONS if mode in found)
+
+
+def shown(value: Any) -> str:
+    """An argument as one short piece of text for messages."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,249 @@
+"""The law: for every family, mode and layer the fast executor equals the reference, and undoes itself."""
+
+from __future__ import annotations
+
+import random
+import threading
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import StaticCache
+
+import shortv
+from shortv.architecture import Architecture
+from shortv.errors import Refused, ShortVError
+from shortv.families import Batch
+from shortv.layers.apply import executing
+from shortv.layers.reference import reference
+from shortv.plan import Mode, Plan, modes_of_ablation, modes_of_layers
+from tests.models import IMAGE_TOKEN, LAYERS, Spec, batch_of, random_model
+
+Modes = tuple[Mode, ...]
+FULL: Modes = (Mode.FULL,) * LAYERS
+SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
+KINDS = ("llava", "llava-mistral", "llava-qwen2", "llava-next")
+
+
+def drawn(seed: int) -> Modes:
+    """Random modes; visual tokens may be dropped from some layer on."""
+    draw = random.Random(seed)
+    kept = draw.randint(0, LAYERS)
+    free = [mode for mode in Mode if mode is not Mode.DROP_VISUAL]
+    return (*(draw.choice(free) for _ in range(kept)), *(Mode.DROP_VISUAL,) * (LAYERS - kept))
+
+
+PLANS: list[Modes] = [
+    *((mode,) * LAYERS for mode in Mode),
+    *(modes_of_ablation(mode, layer, LAYERS) for mode, layer in product(Mode, range(LAYERS)) if mode is not Mode.FULL),
+    modes_of_layers(Mode.FREEZE_VISUAL, (0, 2, 3), LAYERS),  # the published pattern: first and deep layers
+    *(drawn(seed) for seed in range(8)),
+]
+
+
+def text_logits(model: Any, batch: Batch, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(**batch.inputs, **options).logits
+    return logits[batch.types.text_BT]
+
+
+def assert_law(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_equals_reference(kind: str, attn: str, padding: str) -> None:
+    model = random_model(kind, attn=attn)
+    batch = batch_of(model, SPECS, padding=padding)
+    before = text_logits(model, batch)
+    for modes in PLANS:
+        with reference(model, modes):
+            expected = text_logits(model, batch)
+        with executing(model, modes):
+            assert_law(text_logits(model, batch, use_cache=False), expected)
+            assert_law(text_logits(model, batch, use_cache=True), expected)
+    with executing(model, FULL):
+        assert torch.equal(text_logits(model, batch), before)
+    assert torch.equal(text_logits(model, batch), before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True, "temperature": 0.8}],
+    ids=["greedy", "beams", "no-cache", "sampling"],
+)
+@pytest.mark.parametrize("kind", ["llava", "llava-next"])
+def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None:
+    """Plans with layer 0 skipped and layer 0 dropped among them: its cache tells transformers the sequence length."""
+    model = random_model(kind)
+    batch = batch_of(model, SPECS)
+    fixed = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE_TOKEN]}
+
+    def generate() -> list[list[int]]:
+        torch.manual_seed(0)
+        tokens: list[list[int]] = model.generate(**batch.inputs, **{**fixed, **options}).tolist()
+        return tokens
+
+    for modes in PLANS[1:7] + PLANS[-8:]:
+        with reference(model, modes):
+            expected = generate()
+        with executing(model, modes):
+            assert generate() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_the_truth_as_the_reference(dtype: torch.dtype) -> None:
+    truth, half = random_model(), random_model().to(dtype)
+    batch = batch_of(truth, SPECS)
+    pixels = batch.inputs["pixel_values"].to(dtype)
+    halved = Batch(inputs={**batch.inputs, "pixel_values": pixels}, types=batch.types)
+    for modes in PLANS[1:7] + PLANS[-4:]:
+        with reference(truth, modes):
+            exact = text_logits(truth, batch)
+        with reference(half, modes):
+            slow = (text_logits(half, halved).float() - exact).abs().mean()
+        with executing(half, modes):
+            fast = (text_logits(half, halved).float() - exact).abs().mean()
+        assert fast <= 2 * slow
+
+
+prompts = st.lists(
+    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
+).map(lambda specs: [[*spec, 2] for spec in specs])
+
+
+@settings(max_examples=30, deadline=None)
+@given(specs=prompts, padding=st.sampled_from(["left", "right"]), seed=st.integers(0, 10_000))
+def test_any_plan_on_any_prompt(specs: list[Spec], padding: str, seed: int) -> None:
+    model, modes = random_model(), drawn(seed)
+    batch = batch_of(model, specs, padding=padding, seed=seed)
+    with reference(model, modes):
+        expected = text_logits(model, batch)
+    with executing(model, modes):
+        assert_law(text_logits(model, batch), expected)
+
+
+def test_skipped_work_is_not_done() -> None:
+    """Rows that pass the FFN and the query projection of each layer, counted inside the model."""
+    model = random_model()
+    batch = batch_of(model, [[3, "I", 2]])
+    text, every = batch.types.n_text[0], batch.types.text_BT.shape[1]
+    layer = model.model.language_model.layers[1]
+    rows: dict[str, int] = {}
+    for name, part in {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "ffn": layer.mlp.up_proj}.items():
+        part.register_forward_hook(
+            lambda _, args, __, name=name: rows.update({name: rows.get(name, 0) + args[0].shape[1]})
+        )
+    expected = {
+        Mode.FULL: {"q": every, "k": every, "ffn": every},
+        Mode.FREEZE_VISUAL: {"q": text, "k": every, "ffn": text},
+        Mode.FREEZE_TEXT: {"q": every - text, "k": every, "ffn": every - text},
+        Mode.NO_VISUAL_QUERIES: {"q": text, "k": every, "ffn": every},
+        Mode.NO_VISUAL_FFN: {"q": every, "k": every, "ffn": text},
+        Mode.SKIP_ATTENTION: {"ffn": every},
+        Mode.DROP_VISUAL: {"q": text, "k": text, "ffn": text},
+    }
+    for mode, counts in expected.items():
+        rows.clear()
+        with executing(model, modes_of_ablation(mode, 1, LAYERS)):
+            text_logits(model, batch)
+        assert rows == counts
+
+
+def test_dropped_layers_keep_no_visual_keys_and_skipped_ones_none() -> None:
+    model = random_model()
+    batch = batch_of(model, [[3, "I", 2]])
+    modes = (Mode.SKIP_ATTENTION, Mode.FREEZE_VISUAL, Mode.DROP_VISUAL, Mode.DROP_VISUAL)
+    with torch.inference_mode(), executing(model, modes):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [0, 9, 5, 5]
+    assert [layer.get_seq_length() for layer in cache.layers] == [9, 9, 9, 9]
+
+
+def test_hidden_states_have_every_row_under_every_plan() -> None:
+    model = random_model()
+    batch = batch_of(model, SPECS)
+    for modes in PLANS[1:7]:
+        with torch.inference_mode(), executing(model, modes):
+            states = model(**batch.inputs, output_hidden_states=True).hidden_states
+        assert {state.shape[:2] for state in states} == {batch.types.text_BT.shape}
+
+
+def plan_for(model: Any, modes: Modes, **changes: Any) -> Plan:
+    digest = Architecture.from_config_dict(model.config.to_dict()).config_digest
+    return Plan(**{"name": "p", "model": "m", "config_digest": digest, "num_layers": LAYERS, "modes": modes, **changes})
+
+
+def test_apply_takes_a_plan_or_its_file_and_undoes_itself_after_an_error(tmp_path: Any) -> None:
+    model = random_model()
+    batch = batch_of(model, SPECS)
+    before = text_logits(model, batch)
+    plan = plan_for(model, (Mode.FREEZE_VISUAL,) * LAYERS)
+    plan.save(tmp_path)
+    with shortv.apply(model, plan):
+        inside = text_logits(model, batch)
+    assert not torch.equal(inside, before)
+    with pytest.raises(KeyError), shortv.apply(model, tmp_path):
+        assert torch.equal(text_logits(model, batch), inside)
+        raise KeyError("a user's own error")
+    assert torch.equal(text_logits(model, batch), before)
+    assert not any("forward" in layer.__dict__ for layer in model.model.language_model.layers)
+
+
+def test_refusals() -> None:
+    model = random_model()
+    freeze = (Mode.FREEZE_VISUAL,) * LAYERS
+    with pytest.raises(Refused, match="has 4"), shortv.apply(model, plan_for(model, freeze + freeze, num_layers=8)):
+        pass
+    with (
+        pytest.raises(Refused, match="architecture"),
+        shortv.apply(model, plan_for(model, freeze, config_digest="0" * 64)),
+    ):
+        pass
+    with executing(model, freeze), pytest.raises(Refused, match="already under a plan"), executing(model, FULL):
+        pass
+    with pytest.raises(Refused, match="training mode"), executing(model.train(), freeze):
+        pass
+    model.eval()
+    with pytest.raises(Refused, match="drop"), executing(model, (Mode.DROP_VISUAL, *FULL[1:])):
+        pass
+    model.set_attn_implementation("eager")
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(Refused, match="load the model with one of"), executing(model, freeze):
+        pass
+
+
+def test_a_second_thread_cannot_take_a_model_that_is_under_a_plan() -> None:
+    model = random_model()
+    refused: list[str] = []
+
+    def other() -> None:
+        try:
+            with executing(model, FULL):
+                pass
+        except Refused as error:
+            refused.append(str(error))
+
+    with executing(model, FULL):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1
+
+
+def test_what_a_plan_cannot_run_is_refused_by_name() -> None:
+    model = random_model()
+    batch = batch_of(model, [[3, "I", 2]])
+    with torch.inference_mode(), executing(model, (Mode.FREEZE_VISUAL,) * LAYERS):
+        with pytest.raises(ShortVError, match="static cache"):
+            model(**batch.inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=32))
+        cache = model(**batch.inputs).past_key_values
+        with pytest.raises(ShortVError, match="in chunks"):
+            mask = torch.ones(1, 2 * batch.types.text_BT.shape[1], dtype=torch.long)
+            model(**{**batch.inputs, "attention_mask": mask, "position_ids": None}, past_key_values=cache)

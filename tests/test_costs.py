@@ -1,0 +1,227 @@
+"""FLOPs against the tables of the papers, and the modes against each other."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shortv.architecture import Architecture
+from shortv.costs import Passes, ablation_passes, flops_ratio, layer_flops, plan_flops, sweep_passes
+from shortv.errors import Refused
+from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
+
+SMALL = Architecture(
+    model_type="llava",
+    text_model_type="llama",
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32064,
+)
+LARGE = dataclasses.replace(
+    SMALL, num_layers=40, hidden_size=5120, intermediate_size=13824, num_heads=40, num_kv_heads=40
+)
+MODELS = {"1.5-7B": (SMALL, 576), "1.5-13B": (LARGE, 576), "NeXT-7B": (SMALL, 2880), "NeXT-13B": (LARGE, 2880)}
+T = 64
+
+# ShortV table 11: replaced layers, then TFLOPs and ratio as printed, then TFLOPs by the paper's own formula.
+TABLE_11 = {
+    "1.5-7B": [
+        (0, 8.5, 100, 8.5040), (4, 7.7, 91, 7.7020), (8, 6.9, 81, 6.8999), (12, 6.1, 72, 6.0978),
+        (16, 5.3, 62, 5.2957), (19, 4.7, 55, 4.6941), (20, 4.5, 53, 4.4936), (24, 3.7, 44, 3.6915),
+        (28, 2.9, 34, 2.8894),
+    ],
+    "1.5-13B": [
+        (0, 16.6, 100, 16.5759), (4, 15.3, 92, 15.3257), (8, 14.1, 85, 14.0754), (12, 12.8, 77, 12.8252),
+        (16, 11.6, 70, 11.5749), (20, 10.3, 62, 10.3247), (24, 9.1, 55, 9.0745), (28, 7.8, 47, 7.8242),
+        (32, 6.6, 40, 6.5740), (36, 5.3, 32, 5.3237),
+    ],
+    "NeXT-7B": [
+        (0, 42.7, 100, 42.6748), (4, 38.3, 90, 38.2295), (8, 33.8, 79, 33.7842), (12, 29.4, 69, 29.3389),
+        (16, 24.9, 58, 24.8936), (19, 21.6, 51, 21.5597), (20, 20.5, 48, 20.4483), (24, 16.0, 37, 16.0030),
+    ],
+    "NeXT-13B": [
+        (0, 81.8, 100, 81.8057), (4, 75.0, 92, 75.0109), (8, 68.2, 83, 68.2162), (12, 61.4, 75, 61.4214),
+        (16, 54.6, 67, 54.6266), (20, 47.8, 58, 47.8318), (24, 41.0, 50, 41.0371), (28, 34.3, 42, 34.2423),
+        (32, 27.5, 34, 27.4475),
+    ],
+}  # fmt: skip
+# The paper rounds up five TFLOPs and divides rounded TFLOPs for two ratios.
+TERAFLOPS_OFF = {("NeXT-7B", 4), ("NeXT-7B", 12), ("NeXT-7B", 20), ("NeXT-13B", 28), ("NeXT-13B", 32)}
+RATIOS_OFF = {("1.5-7B", 24), ("NeXT-7B", 24)}
+ROWS = [(model, *row) for model, rows in TABLE_11.items() for row in rows]
+
+
+def replaced(arch: Architecture, count: int, mode: Mode = Mode.FREEZE_VISUAL) -> list[Mode]:
+    return [Mode.FULL] * (arch.num_layers - count) + [mode] * count
+
+
+@pytest.mark.parametrize(("model", "count", "printed", "percent", "computed"), ROWS)
+def test_shortv_table_11(model: str, count: int, printed: float, percent: int, computed: float) -> None:
+    arch, v = MODELS[model]
+    modes = replaced(arch, count)
+    tera = plan_flops(arch, modes, T, v) / 1e12
+    ratio = 100 * flops_ratio(arch, modes, T, v)
+    assert tera == pytest.approx(computed, abs=5.1e-5)
+    assert tera == pytest.approx(printed, abs=0.1)
+    assert ratio == pytest.approx(percent, abs=1)
+    assert (round(tera, 1) != printed) == ((model, count) in TERAFLOPS_OFF)
+    assert (round(ratio) != percent) == ((model, count) in RATIOS_OFF)
+
+
+def test_shortv_table_11_is_whole() -> None:
+    assert len(ROWS) == 36
+
+
+@pytest.mark.parametrize(
+    ("model", "dense", "sparse"),
+    [
+        ("1.5-7B", 265.751101440, 65.229815808),
+        ("1.5-13B", 414.397235, 101.837701),
+        ("NeXT-7B", 1333.587345, 222.264558),
+        ("NeXT-13B", 2045.142630, 346.449510),
+    ],
+)
+def test_gigaflops_of_one_layer(model: str, dense: float, sparse: float) -> None:
+    arch, v = MODELS[model]
+    assert layer_flops(arch, Mode.FULL, T, v) / 1e9 == pytest.approx(dense, abs=5.1e-7)
+    assert layer_flops(arch, Mode.FREEZE_VISUAL, T, v) / 1e9 == pytest.approx(sparse, abs=5.1e-7)
+
+
+def test_exact_values_of_the_7b_models() -> None:
+    assert layer_flops(SMALL, Mode.FULL, T, 576) == 265_751_101_440
+    assert layer_flops(SMALL, Mode.FREEZE_VISUAL, T, 576) == 65_229_815_808
+    assert 110 * layer_flops(SMALL, Mode.FREEZE_VISUAL, T, 576) == 27 * layer_flops(SMALL, Mode.FULL, T, 576)
+    assert 6 * layer_flops(SMALL, Mode.FREEZE_VISUAL, T, 2880) == layer_flops(SMALL, Mode.FULL, T, 2880)
+    assert layer_flops(SMALL, Mode.NO_VISUAL_QUERIES, T, 576) == 221_056_598_016
+    assert layer_flops(SMALL, Mode.NO_VISUAL_FFN, T, 576) == 109_924_319_232
+    assert plan_flops(SMALL, replaced(SMALL, 19), T, 576) == 4_694_130_819_072
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "ratio"),
+    [("1.5-7B", 19, 55.199), ("1.5-13B", 24, 54.745), ("NeXT-7B", 19, 50.521), ("NeXT-13B", 24, 50.164)],
+)
+def test_headline_ratios(model: str, count: int, ratio: float) -> None:
+    arch, v = MODELS[model]
+    assert 100 * flops_ratio(arch, replaced(arch, count), T, v) == pytest.approx(ratio, abs=5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "fastv", "vtw", "exit_layer"),
+    [
+        ("1.5-7B", 4.8666, 4.6676, 16),
+        ("1.5-13B", 9.4108, 9.1016, 20),
+        ("NeXT-7B", 22.0413, 21.7529, 16),
+        ("NeXT-13B", 42.1072, 41.7165, 20),
+    ],
+)
+def test_baselines(model: str, fastv: float, vtw: float, exit_layer: int) -> None:
+    """VTW withdraws visual tokens at a layer; FastV halves them after two layers, a plan of fewer tokens."""
+    arch, v = MODELS[model]
+    dropped = replaced(arch, arch.num_layers - exit_layer, Mode.DROP_VISUAL)
+    assert plan_flops(arch, dropped, T, v) / 1e12 == pytest.approx(vtw, abs=5.1e-5)
+    halved = 2 * layer_flops(arch, Mode.FULL, T, v) + (arch.num_layers - 2) * layer_flops(arch, Mode.FULL, T, v // 2)
+    assert halved / 1e12 == pytest.approx(fastv, abs=5.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "ratio"), [(8, 32.3), (12, 43.6), (14, 49.2), (15, 52.1), (16, 54.9), (20, 66.2), (24, 77.4)]
+)
+def test_dyvte_exit_ratios(first: int, ratio: float) -> None:
+    modes = replaced(SMALL, 32 - first, Mode.DROP_VISUAL)
+    assert 100 * flops_ratio(SMALL, modes, T, 576) == pytest.approx(ratio, abs=0.051)
+
+
+def test_neighbours_of_shortv() -> None:
+    v_skip = replaced(SMALL, 19, Mode.NO_VISUAL_QUERIES)
+    assert plan_flops(SMALL, v_skip, T, 576) / 1e12 == pytest.approx(7.655, abs=5.1e-4)
+    assert flops_ratio(SMALL, v_skip, T, 576) == pytest.approx(0.900, abs=5e-4)
+    every = {mode: flops_ratio(SMALL, [mode] * 32, T, 576) for mode in Mode}
+    assert every[Mode.NO_VISUAL_QUERIES] == pytest.approx(0.8318, abs=5e-5)
+    assert every[Mode.NO_VISUAL_FFN] == pytest.approx(0.4136, abs=5e-5)
+    assert every[Mode.FREEZE_VISUAL] == pytest.approx(0.2455, abs=5e-5)  # SAISA without its projectors
+    assert layer_flops(SMALL, Mode.SKIP_ATTENTION, T, 576) == 6 * 640 * 4096 * 11008  # EAS
+
+
+@pytest.mark.parametrize(
+    ("v", "ffn_only", "ratio"),
+    [(576, {0, 3, 5, *range(16, 24)}, 73.5), (2880, {12, *range(14, 24)}, 68.8)],
+)
+def test_opskip_presets(v: int, ffn_only: set[int], ratio: float) -> None:
+    modes = [Mode.FULL] * 24 + [Mode.FREEZE_VISUAL] * 8
+    modes[2] = Mode.NO_VISUAL_FFN
+    for layer in ffn_only:
+        modes[layer] = Mode.NO_VISUAL_QUERIES
+    assert 100 * flops_ratio(SMALL, modes, T, v) == pytest.approx(ratio, abs=0.051)
+
+
+def test_grouped_queries_and_heads_wider_than_the_model() -> None:
+    """Counted by hand: h 8, q 3x4 = 12, kv 1x4 = 4, m 10, 2 text and 3 visual tokens."""
+    arch = dataclasses.replace(
+        SMALL, num_layers=1, hidden_size=8, intermediate_size=10, num_heads=3, num_kv_heads=1, head_dim=4
+    )
+    q_and_o, k_and_v, ffn = 2 * 2 * 8 * 12, 2 * 2 * 8 * 4, 2 * 3 * 8 * 10  # per token
+    pair = 2 * 2 * 12  # per query and key
+    expected = {
+        Mode.FULL: 5 * (q_and_o + k_and_v + ffn) + 25 * pair,
+        Mode.FREEZE_VISUAL: 2 * (q_and_o + ffn) + 5 * k_and_v + 10 * pair,
+        Mode.FREEZE_TEXT: 3 * (q_and_o + ffn) + 5 * k_and_v + 15 * pair,
+        Mode.NO_VISUAL_QUERIES: 2 * q_and_o + 5 * (k_and_v + ffn) + 10 * pair,
+        Mode.NO_VISUAL_FFN: 5 * (q_and_o + k_and_v) + 2 * ffn + 25 * pair,
+        Mode.SKIP_ATTENTION: 5 * ffn,
+        Mode.DROP_VISUAL: 2 * (q_and_o + k_and_v + ffn) + 4 * pair,
+    }
+    assert {mode: layer_flops(arch, mode, 2, 3) for mode in Mode} == expected
+
+
+@given(t=st.integers(1, 4096), v=st.integers(0, 4096), mode=st.sampled_from(list(Mode)))
+def test_no_mode_costs_more_than_full(t: int, v: int, mode: Mode) -> None:
+    full, found = layer_flops(SMALL, Mode.FULL, t, v), layer_flops(SMALL, mode, t, v)
+    assert isinstance(found, int)
+    assert found <= full
+    if v == 0 and mode in VISUAL_MODES:
+        assert found == full
+
+
+def test_mean_token_counts_are_allowed() -> None:
+    assert layer_flops(SMALL, Mode.FULL, 64.0, 576.0) == 265_751_101_440
+    assert layer_flops(SMALL, Mode.FULL, 64, 575) < layer_flops(SMALL, Mode.FULL, 64.0, 575.5)
+
+
+def test_impossible_counts_are_refused() -> None:
+    with pytest.raises(Refused, match="v=-1"):
+        layer_flops(SMALL, Mode.FULL, 1, -1)
+    with pytest.raises(Refused, match="t=nan"):
+        layer_flops(SMALL, Mode.FULL, float("nan"), 1.0)
+    with pytest.raises(Refused, match="at least one token"):
+        flops_ratio(SMALL, [Mode.FULL] * 32, 0, 0)
+    with pytest.raises(Refused, match="31 modes for a model of 32"):
+        plan_flops(SMALL, [Mode.FULL] * 31, 1, 1)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("num_layers", [1, 6, 32])
+def test_passes_of_a_sweep(mode: Mode, num_layers: int) -> None:
+    below = num_layers * (num_layers - 1) // 2
+    expected = {
+        Mode.FULL: Passes(),
+        Mode.FREEZE_VISUAL: Passes(layers=below),
+        Mode.FREEZE_TEXT: Passes(layers=below),
+        Mode.NO_VISUAL_FFN: Passes(layers=below),
+        Mode.NO_VISUAL_QUERIES: Passes(layers=below, ffn=num_layers),
+        Mode.SKIP_ATTENTION: Passes(layers=below, ffn=num_layers),
+        Mode.DROP_VISUAL: Passes(text_layers=below + num_layers),
+    }[mode]
+    assert sweep_passes(num_layers, mode) == expected
+    last = ablation_passes(num_layers, mode, num_layers - 1)
+    assert last.layers == 0
+    assert last.text_layers == modes_of_ablation(mode, num_layers - 1, num_layers).count(Mode.DROP_VISUAL)
+
+
+def test_restarting_halves_the_sweep_of_the_released_code() -> None:
+    assert [n + sweep_passes(n, Mode.FREEZE_VISUAL).layers for n in (32, 40)] == [32 + 496, 40 + 780]

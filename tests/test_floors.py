@@ -1,0 +1,194 @@
+"""Imports only go down the floors, and the heavy libraries stay on theirs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FACADE = "shortv"
+# The longest prefix decides. The facade hands out names of many floors, so only jobs may use it.
+FLOORS = {
+    "jobs": 4,
+    "shortv.workers": 3,
+    "reports": 2,
+    "shortv.sweep": 2,
+    "shortv.layers": 2,
+    "shortv.evals": 2,
+    "shortv.tiny": 2,
+    "shortv.learned": 2,
+    "shortv.families": 1,
+    "shortv.tokens": 1,
+    "shortv": 0,
+}
+# A module beside the rooms of its floor is no room: they may all import it, it imports none of them.
+SHARED = {"shortv.tokens"}
+RAY_ROOMS = {"jobs", "shortv.workers"}
+TORCH_FREE_ROOMS = {"reports", "shortv"}
+LIBRARIES_OF_FLOOR_0 = {*sys.stdlib_module_names, "shortv"}
+
+
+class Import(NamedTuple):
+    """One import statement's target, as a dotted name."""
+
+    module: str
+    target: str
+    line: int
+
+
+def room_of(module: str) -> str | None:
+    """Return the room that holds a module of this project, or None for a library."""
+    rooms = [room for room in FLOORS if module == room or module.startswith(room + ".")]
+    return max(rooms, key=len) if rooms else None
+
+
+def imports_of(root: Path) -> Iterator[Import]:
+    """Yield every import below `root`, those inside functions and type-checking blocks included."""
+    modules = {_module_name(path, root): path for path in root.rglob("*.py") if _is_ours(path, root)}
+    for module, path in sorted(modules.items()):
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            for target in _targets(node, package):
+                # `from a import b` means the module a.b where there is one.
+                shorter = target.rpartition(".")[0]
+                known = room_of(target) is None or target in modules or target in _packages(modules)
+                yield Import(module, target if known else shorter, getattr(node, "lineno", 0))
+
+
+def violations(root: Path) -> list[str]:
+    """Return one line for every import that climbs, crosses to a neighbour, or loads what its floor must not."""
+    return [f"{found.module}:{found.line} {why}" for found in imports_of(root) if (why := _why_wrong(found))]
+
+
+def _why_wrong(found: Import) -> str | None:
+    here, there = room_of(found.module), room_of(found.target)
+    assert here is not None
+    library = found.target.split(".")[0]
+    if there is None:
+        if library == "ray" and here not in RAY_ROOMS:
+            return "imports ray"
+        if library in ("torch", "torchvision") and here in TORCH_FREE_ROOMS:
+            return f"imports {library}"
+        if here == "shortv" and library not in LIBRARIES_OF_FLOOR_0:
+            return f"imports {library}, and floor 0 is standard library only"
+        return None
+    if found.target == FACADE:
+        return None if here == "jobs" else "imports the facade; import the module that defines the name"
+    if here == "reports" != there and FLOORS[there] > 0:
+        return f"in reports imports {found.target}; it reads floor 0 alone"
+    lowest_banned = FLOORS[here] + (there in SHARED)
+    if here != there and FLOORS[there] >= lowest_banned:
+        return f"on floor {FLOORS[here]} imports {found.target} on floor {FLOORS[there]}"
+    return None
+
+
+def _targets(node: ast.AST, package: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*above, base] if base else above)
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+        "import_module",
+        "__import__",
+    ):
+        first = node.args[0] if node.args else None
+        return [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
+    return []
+
+
+def _is_ours(path: Path, root: Path) -> bool:
+    return path.relative_to(root).parts[0] in ("shortv", "reports", "jobs")
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _packages(modules: dict[str, Path]) -> set[str]:
+    return {module.rpartition(".")[0] for module in modules}
+
+
+def test_imports_only_go_down() -> None:
+    assert violations(ROOT) == []
+
+
+def test_the_tree_was_read() -> None:
+    found = set(imports_of(ROOT))
+    assert any(entry.module == "shortv.costs" and entry.target == "shortv.plan" for entry in found)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "why"),
+    [
+        ("shortv/costs.py", "import torch", "imports torch"),
+        ("shortv/costs.py", "def f():\n    from torch import nn", "imports torch"),
+        ("shortv/costs.py", "import numpy as np", "imports numpy, and floor 0"),
+        ("shortv/costs.py", "from shortv.sweep import ranking", "imports shortv.sweep.ranking on floor 2"),
+        ("shortv/costs.py", "from .sweep.ranking import f", "imports shortv.sweep.ranking on floor 2"),
+        ("shortv/__init__.py", "from shortv.sweep.ranking import f", "imports shortv.sweep.ranking on floor 2"),
+        ("shortv/tokens.py", "import ray.data", "imports ray"),
+        ("shortv/families/a.py", "from shortv import sweep", "imports shortv.sweep on floor 2"),
+        ("shortv/sweep/a.py", "import reports.store", "imports reports.store on floor 2"),
+        ("shortv/sweep/a.py", "from ..layers import fast", "imports shortv.layers.fast on floor 2"),
+        ("shortv/sweep/a.py", "import importlib\nimportlib.import_module('ray')", "imports ray"),
+        ("shortv/sweep/a.py", "from shortv import Plan", "imports the facade"),
+        ("shortv/families/a.py", "from shortv.tokens import x", None),
+        ("shortv/tokens.py", "from shortv.families import a", "imports shortv.families on floor 1"),
+        ("reports/a.py", "import torch.nn", "imports torch"),
+        ("reports/a.py", "from shortv.tokens import x", "in reports imports shortv.tokens"),
+        ("shortv/workers/a.py", "from jobs.common import run", "imports jobs.common on floor 4"),
+        ("shortv/workers/a.py", "import ray\nfrom shortv.sweep import ranking\nimport reports.store", None),
+        ("shortv/sweep/a.py", "from . import ranking\nfrom shortv.plan import Plan\nimport torch", None),
+        ("jobs/a.py", "from shortv import Plan\nfrom jobs.common import run\nimport ray", None),
+    ],
+)
+def test_the_checker_finds_what_is_wrong(file: str, code: str, why: str | None, tmp_path: Path) -> None:
+    names = [
+        "shortv/plan.py",
+        "shortv/tokens.py",
+        "shortv/sweep/ranking.py",
+        "shortv/layers/fast.py",
+        "reports/store.py",
+    ]
+    for name in [*names, "jobs/common.py", file]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / file).write_text(code)
+    found = violations(tmp_path)
+    assert len(found) == (why is not None), found
+    assert why is None or why in found[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "banned"),
+    [
+        ("import shortv; shortv.Plan; shortv.Mode", {"torch", "ray", "numpy", "transformers", "pyarrow"}),
+        ("import shortv.plan, shortv.planfile, shortv.records, shortv.sample, shortv.costs", {"torch", "ray", "numpy"}),
+        ("import shortv.sweep.ranking, shortv.sweep.planning", {"torch", "ray"}),
+        ("import reports.store, reports.manifest", {"torch", "ray"}),
+    ],
+)
+def test_what_an_import_loads(code: str, banned: set[str]) -> None:
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert banned.isdisjoint(done.stdout.split())
+
+
+def test_the_facade_hands_out_what_it_lists() -> None:
+    import shortv
+    from shortv.plan import Plan
+
+    assert shortv.Plan is Plan
+    assert all(getattr(shortv, name) is not None for name in shortv.__all__)
+    assert set(shortv.__all__) <= set(dir(shortv))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = shortv.nothing

@@ -1,0 +1,143 @@
+"""An engine without a model: numbers from names, and every way in which a real one fails."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.plan import Mode
+from shortv.records import ErrorRecord, LcRecord, UsedSample
+from shortv.sample import Sample
+from shortv.workers.outcome import Measured
+from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+
+LAYERS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeEngine:
+    """Measures by hashing; samples named in a field fail in that field's way."""
+
+    seconds: float = 0.0
+    kills: frozenset[str] = frozenset()
+    raises: frozenset[str] = frozenset()
+    unusable: frozenset[str] = frozenset()
+    most_samples: int = 10**6
+    broken: bool = False
+    dies_loading: bool = False
+
+    def describe(self, spec: ModelSpec) -> Architecture:
+        return Architecture(
+            model_type="fake",
+            text_model_type="fake",
+            num_layers=LAYERS,
+            hidden_size=8,
+            intermediate_size=16,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=4,
+            vocab_size=10,
+        )
+
+    def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
+        if self.dies_loading:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.broken:
+            raise OSError("no file named model.safetensors")
+        return "loaded"
+
+    def measure(
+        self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
+    ) -> Measured:
+        assert loaded == "loaded"
+        time.sleep(self.seconds)
+        names = {sample.sample_id for sample in samples}
+        if names & self.kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if names & self.raises:
+            raise RuntimeError(f"cannot run {min(names & self.raises)}\nand a second line")
+        if len(samples) > self.most_samples:
+            raise MemoryError
+        good = [sample for sample in samples if sample.sample_id not in self.unusable]
+        return Measured(
+            records=tuple(record(sample, mode, layer) for sample in good for mode in modes for layer in layers),
+            used=tuple(used(sample) for sample in good),
+            errors=tuple(
+                ErrorRecord(sample_id=sample.sample_id, stage="decode", error="fake", message="unusable")
+                for sample in samples
+                if sample.sample_id in self.unusable
+            ),
+            noise_floor=1e-9 if 0 in layers else None,
+        )
+
+
+def record(sample: Sample, mode: Mode, layer: int) -> LcRecord:
+    digest = hashlib.sha256(f"{sample.sample_id} {mode} {layer}".encode()).digest()
+    value = (layer + 1) * (1 + digest[0] / 256) if sample.images else 0.0
+    return LcRecord(
+        sample_id=sample.sample_id,
+        mode=mode,
+        layer=layer,
+        kl_full_ablated=value,
+        kl_ablated_full=2 * value,
+        top1_changed=bool(digest[1] % 2),
+    )
+
+
+def used(sample: Sample) -> UsedSample:
+    return UsedSample(
+        sample_id=sample.sample_id,
+        dataset=sample.dataset,
+        prompt=sample.prompt,
+        answer=sample.answer,
+        n_text=5,
+        n_visual=4 * len(sample.images),
+    )
+
+
+def make_samples(count: int) -> list[Sample]:
+    """Samples s00, s01, ...; every fifth has no image."""
+    return [
+        Sample(sample_id=f"s{number:02d}", images=() if number % 5 == 4 else (b"image",), prompt=f"question {number}")
+        for number in range(count)
+    ]
+
+
+def write_calibration(path: Path, samples: Sequence[Sample]) -> str:
+    """Write a calibration file and return its path."""
+    rows = [{"sample_id": one.sample_id, "images": list(one.images), "prompt": one.prompt} for one in samples]
+    schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return str(path)
+
+
+def make_request(folder: Path, *, samples: int = 12, workers: int = 2, **fields: Any) -> SweepRequest:
+    """A request for a fake sweep into `folder / "out"`."""
+    folder.mkdir(exist_ok=True)
+    calibration = write_calibration(folder / "calibration.parquet", make_samples(samples))
+    return SweepRequest(
+        model=ModelSpec(name="fake/model"),
+        calibration=(calibration,),
+        output_path=str(folder / "out"),
+        batch_size=fields.pop("batch_size", 2),
+        workers=WorkerRange(workers, workers),
+        **fields,
+    )
+
+
+def tables(output: Path | str) -> dict[str, list[dict[str, Any]]]:
+    """All rows of a finished sweep folder."""
+    folder = Folder(str(output))
+    found = {name: folder.read_table(name).to_pylist() for name in ("samples", "lc_layers", "errors")}
+    return {**found, "lc_samples": folder.read_tables("lc_samples").to_pylist()}

@@ -1,0 +1,126 @@
+"""Sweeps on Ray with a fake engine: every failure leaves each sample used or in the errors, and the same tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from reports.manifest import Manifest, State
+from reports.store import Folder
+from shortv.errors import ShortVError
+from shortv.workers.ledger import RemoteLedger, start_ledger
+from shortv.workers.sweep import run_sweep
+from tests.workers.fakes import FakeEngine, make_request, tables
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    assert run_sweep(make_request(folder, workers=1), engine=FakeEngine()) == 0
+    return folder / "out"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_leaves_the_same_tables(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = make_request(tmp_path)
+    killed: list[int] = []
+
+    def start_and_kill(path: Path) -> RemoteLedger:
+        ledger = start_ledger(path)
+
+        def watch() -> None:
+            while not (pids := ray.get(ledger.actor.running.remote())):
+                time.sleep(0.05)
+            os.kill(next(iter(pids.values())), signal.SIGKILL)
+            killed.append(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        return ledger
+
+    monkeypatch.setattr("shortv.workers.running.start_ledger", start_and_kill)
+    assert run_sweep(request, engine=FakeEngine(seconds=0.5)) == 0
+    assert killed
+    assert tables(request.output_path) == tables(reference)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, reference: Path) -> None:
+    engine = FakeEngine(kills=frozenset({"s03"}), raises=frozenset({"s06"}), unusable=frozenset({"s08"}))
+    request = make_request(tmp_path, batch_size=4)
+    assert run_sweep(request, engine=engine) == 3
+    found, whole = tables(request.output_path), tables(reference)
+    bad = {"s03": "process-died", "s06": "RuntimeError", "s08": "fake"}
+    assert {row["sample_id"]: row["error"] for row in found["errors"]} == bad
+    assert all("\n" not in row["message"] for row in found["errors"])
+    for name in ("samples", "lc_samples"):
+        assert found[name] == [row for row in whole[name] if row["sample_id"] not in bad]
+    assert Manifest.load(Folder(request.output_path)).state is State.PARTIAL
+    # A finished command does nothing and repeats its status; a tolerated share counts as success.
+    assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
+    assert run_sweep(make_request(tmp_path, batch_size=4, fail_on_error=0.3), engine=engine) == 0
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [(FakeEngine(broken=True), "no file named"), (FakeEngine(dies_loading=True), "died while loading")],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
+    tmp_path: Path, engine: FakeEngine, reason: str
+) -> None:
+    request = make_request(tmp_path, samples=4)
+    with pytest.raises(ShortVError, match=reason) as caught:
+        run_sweep(request, engine=engine)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    assert Manifest.load(Folder(request.output_path)).state is State.RUNNING
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from tests.workers.fakes import FakeEngine, make_request
+from shortv.workers.sweep import run_sweep
+import ray
+folder, workers, seconds = sys.argv[1:]
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+sys.exit(run_sweep(make_request(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds))))
+"""
+
+
+def test_a_killed_driver_is_continued_with_other_workers(tmp_path: Path, reference: Path) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), "2", "1.0"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    progress = tmp_path / "out" / "progress"
+    deadline = time.monotonic() + 100
+    while not (progress.is_dir() and list(progress.glob("*.json"))):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["state"] == "running"
+    assert len(list(progress.glob("*.json"))) < 6
+    request = make_request(tmp_path, workers=3)
+    assert run_sweep(request, engine=FakeEngine()) == 0
+    assert not progress.exists()
+    assert tables(request.output_path) == tables(reference)
