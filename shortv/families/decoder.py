@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shortv.errors import Refused
-from shortv.families.table import FAMILIES, TEXT_BACKBONES, Family, LayerParts, supported
+from shortv.families.table import FAMILIES, REFUSED, TEXT_BACKBONES, Family, LayerParts, supported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +18,15 @@ class Decoder:
     """The text decoder inside a multimodal model; holds references, copies nothing."""
 
     family: Family
+    config: Any
     parts: LayerParts
     backbone: nn.Module
     layers: tuple[nn.Module, ...]
     norm: nn.Module
     head: nn.Module
     visual_ids: frozenset[int]
+    text: nn.Module
+    """The module that loops over the layers."""
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The module whose (first) output is added to the residual stream by the attention half."""
@@ -49,6 +52,12 @@ class Decoder:
         """x + FFN(norm(x)), the second half of a layer on its own."""
         output_BTD: Tensor = self.ffn(layer)(self.ffn_norm(layer)(hidden_BTD))
         return hidden_BTD + _normed(layer, self.parts.ffn_post_norm, output_BTD)
+
+    @property
+    def num_deepstack(self) -> int:
+        """After so many first layers the model adds vision features to visual rows (Qwen3-VL's DeepStack)."""
+        vision = getattr(self.config, "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final norm and LM head over states of the last layer, shape (B, V)."""
@@ -79,10 +88,12 @@ def decoder_of(model: nn.Module) -> Decoder:
     text = attrgetter(family.decoder)(model)
     return Decoder(
         family=family,
+        config=config,
         parts=TEXT_BACKBONES[text_type],
         backbone=attrgetter(family.backbone)(model),
         layers=tuple(text.layers),
         norm=text.norm,
+        text=text,
         head=attrgetter(family.head)(model),
         visual_ids=frozenset(int(getattr(config, name)) for name in family.visual_id_fields),
     )
@@ -90,6 +101,8 @@ def decoder_of(model: nn.Module) -> Decoder:
 
 def family_of(model_type: str) -> Family:
     """Look a transformers `model_type` up among the supported families, or refuse it with their list."""
+    if model_type in REFUSED:
+        raise Refused(f"model type {model_type!r} cannot be supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise Refused(f"model type {model_type!r} is not supported; supported families: {supported()}")
     return FAMILIES[model_type]

@@ -138,7 +138,11 @@ def _check_fits(loaded: LoadedModel, prompt: _Prompt, n_text: int, n_visual: int
 
 
 def _process(loaded: LoadedModel, prompts: Sequence[_Prompt]) -> dict[str, Tensor]:
-    images = [image for prompt in prompts for image in prompt.images]
+    images: list[Any] = [list(prompt.images) for prompt in prompts]
+    if not loaded.decoder.family.nested_images:
+        images = [image for own in images for image in own]
+    if not any(prompt.images for prompt in prompts):
+        images = []
     bos = loaded.processor.tokenizer.bos_token
     try:
         inputs: Any = loaded.processor(

@@ -23,10 +23,24 @@ LLAMA_PARTS = LayerParts(
     attention_norm="input_layernorm", attention="self_attn", ffn_norm="post_attention_layernorm", ffn="mlp"
 )
 
+GEMMA_PARTS = LayerParts(
+    attention_norm="input_layernorm",
+    attention="self_attn",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn="mlp",
+    attention_post_norm="post_attention_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+
 TEXT_BACKBONES: dict[str, LayerParts] = {
     "llama": LLAMA_PARTS,
     "mistral": LLAMA_PARTS,
     "qwen2": LLAMA_PARTS,
+    "qwen3": LLAMA_PARTS,
+    "qwen2_vl_text": LLAMA_PARTS,
+    "qwen2_5_vl_text": LLAMA_PARTS,
+    "qwen3_vl_text": LLAMA_PARTS,
+    "gemma3_text": GEMMA_PARTS,
 }
 """Text model types that may stand under a family, and where the parts of their layers are."""
 
@@ -47,6 +61,8 @@ class Family:
     """Config fields that hold the ids of the placeholders which vision features replace."""
     positions_from_mask: bool
     """Whether positions are one per token, counted over the attention mask (else the model makes its own)."""
+    nested_images: bool = False
+    """Whether the processor wants the images of each prompt in a list of their own."""
 
 
 _LLAVA = Family(
@@ -57,12 +73,33 @@ _LLAVA = Family(
     visual_id_fields=("image_token_id",),
     positions_from_mask=True,
 )
+_QWEN = replace(
+    _LLAVA, label="Qwen2-VL", visual_id_fields=("image_token_id", "video_token_id"), positions_from_mask=False
+)
+_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model", nested_images=True)
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
     "llava_next": replace(_LLAVA, label="LLaVA-NeXT"),
+    "llava_onevision": replace(_LLAVA, label="LLaVA-OneVision", visual_id_fields=("image_token_id", "video_token_id")),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": replace(_QWEN, label="Qwen2.5-VL"),
+    "qwen3_vl": replace(_QWEN, label="Qwen3-VL"),
+    "internvl": replace(_LLAVA, label="InternVL3"),
+    "idefics3": _IDEFICS,
+    "smolvlm": replace(_IDEFICS, label="SmolVLM"),
+    "gemma3": replace(_LLAVA, label="Gemma 3"),
 }
 """transformers `model_type` to family."""
+
+REFUSED: dict[str, str] = {
+    "mllama": "its text reads the image through cross-attention layers, so there are no visual tokens to freeze",
+    "qwen3_5": "its gated-delta layers mix tokens without K and V, so a frozen token cannot be read",
+    "qwen3_5_moe": "its gated-delta layers mix tokens without K and V, so a frozen token cannot be read",
+    "gemma3n": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
+    "gemma4": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
+}
+"""Families that were looked at and cannot be supported, with the reason."""
 
 
 def supported() -> str:

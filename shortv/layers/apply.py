@@ -86,14 +86,15 @@ def _claim(model: Any, undo: ExitStack) -> None:
 
 def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progress, undo: ExitStack) -> None:
     layer, mode = decoder.layers[index], modes[index]
-    alone = mode not in RUNS
+    # Between these layers the model itself reaches into the visual rows.
+    alone = mode not in RUNS or index < decoder.num_deepstack
     planned = PlannedLayer(
         decoder=decoder,
         layer=layer,
         index=index,
         own=layer.forward,
         progress=progress,
-        first=alone or index == 0 or modes[index - 1] is not mode,
+        first=alone or index == decoder.num_deepstack or modes[index - 1] is not mode,
         last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
     )
     before = layer.__dict__.get("forward")

@@ -145,7 +145,9 @@ def drop_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tens
         shortened_layer(cache, planned.index, len(hidden), hidden).seen += progress.length
     mask = arguments.get("attention_mask")
     if not progress.has_visual:
-        arguments["attention_mask"] = progress.kept_columns(mask, hidden.device)
+        arguments["attention_mask"] = progress.kept_columns(
+            planned.decoder.attention(planned.layer), mask, hidden.device
+        )
         return planned.own(hidden, **arguments)
     split = progress.text
     updated_BSD, resting_BRD = planned.part(split, hidden)

@@ -12,7 +12,7 @@ from shortv.errors import ShortVError
 from shortv.families import Decoder
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
-from shortv.tokens import Selection, explicit_mask, may_attend
+from shortv.tokens import Selection, may_attend
 
 
 class Progress(SequenceState):
@@ -62,18 +62,14 @@ class Progress(SequenceState):
             self._visual = Split(self.types.visual_BT, ~self.types.visual_BT)
         return self._visual
 
-    def kept_columns(self, mask: Tensor | None, device: torch.device) -> Tensor:
-        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept).
-
-        A mask narrower than the sequence (a sliding window's cache) holds its last positions.
-        """
+    def kept_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept)."""
         kept_BS, valid_BS = self._kept(device)
-        batch, keys = len(kept_BS), self.visual_BK.shape[1]
-        full = explicit_mask(mask, batch=batch, queries=self.length, keys=keys, device=device)
-        column_BS = kept_BS - (keys - full.shape[3])
+        full = self.mask_of(attention, mask, device)
+        column_BS = kept_BS - (self.visual_BK.shape[1] - full.shape[3])
         seen_BS = valid_BS & (column_BS >= 0)
         index = column_BS.clamp(min=0)[:, None, None, :].expand(-1, full.shape[1], self.length, -1)
-        columns = full.expand(batch, -1, -1, -1).gather(3, index)
+        columns = full.expand(len(kept_BS), -1, -1, -1).gather(3, index)
         allowed = may_attend(columns) & seen_BS[:, None, None, :]
         if columns.dtype == torch.bool:
             return allowed

@@ -17,7 +17,7 @@ from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, validate_modes
-from shortv.tokens import TokenTypes, explicit_mask, hide_keys
+from shortv.tokens import TokenTypes, hide_keys
 
 
 @contextmanager
@@ -84,16 +84,13 @@ def _silence(part: Callable[[Decoder, nn.Module], nn.Module], rows: _Rows) -> Ca
     return attach
 
 
-def _hide_visual_keys(hooks: ExitStack, _: Decoder, layer: nn.Module, sequence: SequenceState) -> None:
+def _hide_visual_keys(hooks: ExitStack, decoder: Decoder, layer: nn.Module, sequence: SequenceState) -> None:
     """Nobody attends to visual tokens in this layer; with all later layers doing the same they are gone."""
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        visual_BK = sequence.visual_BK.to(hidden_BTD.device)
-        batch, queries, keys = len(hidden_BTD), hidden_BTD.shape[1], visual_BK.shape[1]
-        mask = explicit_mask(
-            kwargs.get("attention_mask"), batch=batch, queries=queries, keys=keys, device=hidden_BTD.device
-        )
+        mask = sequence.mask_of(decoder.attention(layer), kwargs.get("attention_mask"), hidden_BTD.device)
+        visual_BK = sequence.visual_BK.to(hidden_BTD.device)[:, -mask.shape[3] :]
         return args, {**kwargs, "attention_mask": hide_keys(mask, visual_BK)}
 
     _attach(hooks, layer.register_forward_pre_hook(enter, with_kwargs=True))

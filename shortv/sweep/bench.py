@@ -28,7 +28,7 @@ class BenchRow:
     name: str
     batch_size: int
     layer_passes: int
-    """Layer runs, counted by hooks and per sample: a layer run over a batch of B, or a stack of k B, counts B or k B."""
+    """Layer runs counted by hooks, per sample: a layer run over a stack of k batches of B samples counts k B."""
     seconds: float
     """Median over the repeats."""
 

@@ -24,6 +24,8 @@ class CleanPass:
     """Between a layer's attention and FFN halves; empty unless asked for."""
     leaving: list[Tensor] = field(default_factory=list)
     """Residual stream leaving each layer."""
+    between: list[Tensor | None] = field(default_factory=list)
+    """What the model adds to the residual stream after each layer (Qwen3-VL's DeepStack), None for nothing."""
     arguments: list[dict[str, Any]] = field(default_factory=list)
     """Keyword arguments (mask, positions, ...) the model passed to each layer."""
     logits_BV: Tensor
@@ -40,7 +42,11 @@ def run_clean(decoder: Decoder, batch: Batch, *, keep_middle: bool) -> CleanPass
             if keep_middle:
                 norm = decoder.ffn_norm(layer)
                 hooks.enter_context(_hooked(norm.register_forward_pre_hook(_middle(clean))))
+        hooks.enter_context(
+            _hooked(decoder.text.register_forward_pre_hook(_deepstack(clean, batch.types.visual_BT), with_kwargs=True))
+        )
         decoder.backbone(**batch.inputs, use_cache=False)
+    clean.between += [None] * (len(decoder.layers) - len(clean.between))
     clean.logits_BV = last_logits(decoder, clean.leaving[-1], batch.types.last_B)
     return clean
 
@@ -75,6 +81,18 @@ def _enter(clean: CleanPass) -> Callable[..., None]:
 def _middle(clean: CleanPass) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         clean.middle.append(args[0])
+
+    return hook
+
+
+def _deepstack(clean: CleanPass, visual_BT: Tensor) -> Callable[..., None]:
+    """Keep the features that the model adds to visual rows, spread over all rows."""
+
+    def hook(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for features_ND in kwargs.get("deepstack_visual_embeds") or ():
+            added_BTD = kwargs["inputs_embeds"].new_zeros(kwargs["inputs_embeds"].shape)
+            added_BTD[visual_BT] = features_ND.to(added_BTD)
+            clean.between.append(added_BTD)
 
     return hook
 

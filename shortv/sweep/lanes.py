@@ -42,6 +42,9 @@ class Lane(Protocol):
     def arguments(self, layer: int) -> dict[str, Any]:
         """Keyword arguments of a layer for one unstacked batch."""
 
+    def after(self, layer: int) -> Tensor | None:
+        """What the model adds to the states of one unstacked batch after a layer, if anything."""
+
     def count(self, passes: PassCounter, stacked: int) -> None:
         """Count one layer run over so many stacked ablations."""
 
@@ -58,6 +61,10 @@ class DenseLane:
         return ablation.layer + 1
 
     def start(self, ablation: Ablation) -> Tensor:
+        state_BTD, added_BTD = self._leaving(ablation), self.after(ablation.layer)
+        return state_BTD if added_BTD is None else state_BTD + added_BTD
+
+    def _leaving(self, ablation: Ablation) -> Tensor:
         layer, mode = ablation
         entering_BTD, leaving_BTD = self._clean.entering[layer], self._clean.leaving[layer]
         entering_BTD = entering_BTD.to(leaving_BTD.device)
@@ -79,6 +86,9 @@ class DenseLane:
 
     def arguments(self, layer: int) -> dict[str, Any]:
         return self._clean.arguments[layer]
+
+    def after(self, layer: int) -> Tensor | None:
+        return self._clean.between[layer]
 
     def count(self, passes: PassCounter, stacked: int) -> None:
         passes.layers += stacked
@@ -112,6 +122,10 @@ class TextLane:
                 arguments["position_ids"]
             )
         return arguments
+
+    def after(self, layer: int) -> Tensor | None:
+        # Only visual rows are added to, and they are gone.
+        return None
 
     def count(self, passes: PassCounter, stacked: int) -> None:
         passes.text_layers += stacked

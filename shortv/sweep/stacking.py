@@ -32,7 +32,9 @@ def run_stack(decoder: Decoder, lane: Lane, stack: Sequence[Ablation], passes: P
         hidden_NTD = running[0] if len(running) == 1 else torch.cat([state.to(running[0].device) for state in running])
         stacked = len(hidden_NTD) // batch
         arguments = repeat_batch(lane.arguments(index), stacked, batch)
-        running = [decoder.layers[index](hidden_NTD, **arguments)]
+        hidden_NTD = decoder.layers[index](hidden_NTD, **arguments)
+        added_BTD = lane.after(index)
+        running = [hidden_NTD if added_BTD is None else hidden_NTD + repeat_batch(added_BTD, stacked, batch)]
         lane.count(passes, stacked)
     states = [state_BTD for state in running for state_BTD in torch.split(state, batch)]
     logits: list[Tensor] = [torch.empty(0)] * len(stack)

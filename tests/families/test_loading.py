@@ -45,10 +45,26 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
         load_architecture(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mllama", "cross-attention"),
+        ("qwen3_5", "gated-delta"),
+        ("qwen3_5_moe", "gated-delta"),
+        ("gemma3n", "share K and V"),
+        ("gemma4", "share K and V"),
+    ],
+)
+def test_families_that_cannot_be_supported_are_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(Refused, match=rf"'{model_type}' cannot be supported: .*{reason}"):
+        load_architecture(str(tmp_path))
+
+
 def test_an_unsupported_backbone_is_refused() -> None:
     model = random_model()
     model.config.get_text_config().model_type = "mamba"
-    with pytest.raises(Refused, match=r"'mamba'.*supported backbones: llama, mistral, qwen2"):
+    with pytest.raises(Refused, match=r"'mamba'.*supported backbones: llama, mistral"):
         decoder_of(model)
 
 

@@ -1,14 +1,19 @@
 """jobs/plan.py on a small sweep folder made by hand."""
 
+import contextlib
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from jobs.common import run
+from jobs.plan import make
 from reports.manifest import Manifest
 from reports.store import Folder
 from shortv.architecture import Architecture
@@ -91,15 +96,28 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def plan_job(*arguments: object, status: int = 0) -> str:
-    """Run the job as a user does, from a folder of its own, and return what it said."""
-    command = [sys.executable, str(ROOT / "jobs" / "plan.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    if status:
-        return done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    """Run the job in this process and return what it said: its output, or what it wrote to stderr on failure."""
+    said, failed = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["plan.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(failed),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run(make)
+    assert ended.value.code == status, said.getvalue() + failed.getvalue()
+    assert bool(said.getvalue()) != bool(failed.getvalue())
+    return said.getvalue() + failed.getvalue()
+
+
+def test_the_job_as_a_script_from_anywhere(sweep: Path) -> None:
+    """The second run refuses; both as a cluster would start it, from another folder, with nothing on the path."""
+    command = [sys.executable, str(ROOT / "jobs" / "plan.py"), str(sweep), "--name", "script"]
+    for more, status in ([], 0), (["--layers", "1"], 2):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd="/", check=False)
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count("\n") == status // 2
+    assert Plan.load(sweep / "plans" / "script.json").name == "script"
 
 
 def made(folder: Path, *arguments: object) -> Plan:
@@ -192,7 +210,7 @@ def test_sweeps_that_cannot_carry_a_plan(sweep: Path, tmp_path: Path) -> None:
     manifest(details={"architecture": dataclasses.asdict(ARCH) | {"num_heads": 2}}).save(folder)
     assert "or others than it was measured with" in plan_job(sweep, status=2)
     manifest(state="partial").save(folder)
-    (sweep / "lc_samples" / "part-00001.parquet").unlink()
+    (sweep / "lc_samples" / "part-00000.parquet").unlink()
     assert "run the sweep again" in plan_job(sweep, status=2)
     (sweep / "lc_layers.parquet").write_bytes(b"PAR1")
     error = plan_job(sweep, status=2)
@@ -202,14 +220,6 @@ def test_sweeps_that_cannot_carry_a_plan(sweep: Path, tmp_path: Path) -> None:
 
 def test_a_plan_that_cannot_be_written_fails(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = [
-        sys.executable,
-        str(ROOT / "jobs" / "plan.py"),
-        str(sweep),
-        "--output",
-        str(tmp_path / "file" / "p.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "could not be" in done.stderr
-    assert done.stderr.count("\n") == 1
+    said = plan_job(sweep, "--output", tmp_path / "file" / "p.json", status=1)
+    assert "could not be" in said
+    assert said.count("\n") == 1

@@ -14,7 +14,7 @@ from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
 from shortv.sweep.clean import run_clean
 from shortv.tokens import Selection, explicit_mask, hide_keys
-from tests.models import LAYERS, Spec, batch_of, loaded, one_of, random_model
+from tests.models import IMAGE_TOKEN, KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 
 MODES = tuple(Mode)
 SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
@@ -41,10 +41,10 @@ def states(model: LoadedModel, batch: Batch, modes: tuple[Mode, ...]) -> list[Te
     return found
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava-mistral", "llava-qwen2", "llava-next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_full_is_the_untouched_model_and_every_plan_undoes_itself(kind: str) -> None:
     model = loaded(random_model(kind))
-    batch = batch_of(model.model, SPECS)
+    batch = batch_of(kind, SPECS)
     before = logits(model, batch)
     with reference(model.model, FULL):
         assert torch.equal(logits(model, batch), before)
@@ -58,7 +58,7 @@ def test_full_is_the_untouched_model_and_every_plan_undoes_itself(kind: str) -> 
 def test_one_frozen_layer_keeps_visual_rows_and_computes_dense_text_rows() -> None:
     """Dense = overwrite = compact for text rows; only visual rows differ, and they equal the input."""
     model = loaded(random_model())
-    batch = batch_of(model.model, [[3, "I", 2], ["I", 7]])
+    batch = batch_of("llava", [[3, "I", 2], ["I", 7]])
     clean = run_clean(model.decoder, batch, keep_middle=False)
     visual = batch.types.visual_BT
     for layer in range(LAYERS):
@@ -103,7 +103,7 @@ def compact_frozen_layer(
 
 def test_all_layers_frozen_leave_the_projector_output_in_every_layer() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, SPECS)
+    batch = batch_of("llava", SPECS)
     stream = states(model, batch, (Mode.FREEZE_VISUAL,) * LAYERS)
     for state in stream[1:]:
         assert torch.equal(state[batch.types.visual_BT], stream[0][batch.types.visual_BT])
@@ -112,11 +112,11 @@ def test_all_layers_frozen_leave_the_projector_output_in_every_layer() -> None:
 
 def test_freezing_the_last_layer_leaves_text_logits_and_v_0_leaves_everything() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, SPECS)
+    batch = batch_of("llava", SPECS)
     before = logits(model, batch)
     with reference(model.model, modes_of_ablation(Mode.FREEZE_VISUAL, LAYERS - 1, LAYERS)):
         assert torch.equal(logits(model, batch)[batch.types.text_BT], before[batch.types.text_BT])
-    text_only = batch_of(model.model, [[4], [9]])
+    text_only = batch_of("llava", [[4], [9]])
     before = logits(model, text_only)
     for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL):
         with reference(model.model, (mode,) * LAYERS):
@@ -137,7 +137,7 @@ def test_text_rows_of_the_models_mask_have_the_papers_count() -> None:
 
 def test_text_between_two_images_is_still_updated_and_causal() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, [[2, "I", 3, "I", 2]])
+    batch = batch_of("llava", [[2, "I", 3, "I", 2]])
     modes = (Mode.FREEZE_VISUAL,) * LAYERS
     stream = states(model, batch, modes)
     between = slice(6, 9)
@@ -156,7 +156,7 @@ def test_text_between_two_images_is_still_updated_and_causal() -> None:
 
 def test_dropping_visual_tokens_everywhere_is_the_language_model_without_them() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, [[3, "I", 2]])
+    batch = batch_of("llava", [[3, "I", 2]])
     text = batch.types.text_BT[0]
     language: Any = model.model.model.language_model
     alone = language(
@@ -168,49 +168,30 @@ def test_dropping_visual_tokens_everywhere_is_the_language_model_without_them() 
         torch.testing.assert_close(logits(model, batch)[0, -1], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava-next", "gemma3", "qwen3-vl"])
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_decoding_equals_prefilling_again(mode: Mode) -> None:
-    model = loaded(random_model())
-    specs: list[Spec] = [[3, "I", 2], [1, "I", 5]]
-    batch = batch_of(model.model, specs)
-    modes = modes_of_ablation(mode, 1, LAYERS)
-    with torch.inference_mode(), reference(model.model, modes):
-        prefill = model.model(**batch.inputs, use_cache=True)
-        token = prefill.logits[:, -1:].argmax(-1)
-        lengths = {prefill.past_key_values.get_seq_length(layer) for layer in range(LAYERS)}
-        assert lengths == {batch.types.text_BT.shape[1]}
-        mask = torch.cat([batch.inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-        position = batch.inputs["position_ids"][:, -1:] + 1
-        step = model.model(
-            input_ids=token,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=prefill.past_key_values,
-        )
-        again = model.model(
-            input_ids=torch.cat([batch.inputs["input_ids"], token], dim=1),
-            attention_mask=mask,
-            position_ids=torch.cat([batch.inputs["position_ids"], position], dim=1),
-            pixel_values=batch.inputs["pixel_values"],
-            use_cache=False,
-        )
-    torch.testing.assert_close(step.logits[:, -1], again.logits[:, -1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_generation_of_a_padded_batch_equals_single_prompts(mode: Mode) -> None:
-    model = loaded(random_model())
+def test_generation_equals_prefilling_again_for_every_token(mode: Mode, kind: str) -> None:
+    """A padded batch with a cache, against single prompts that are prefilled from the start for each token."""
+    model = random_model(kind)
     specs: list[Spec] = [[3, "I", 2], [6], ["I", 5, "I", 4]]
-    batch = batch_of(model.model, specs)
-    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with torch.inference_mode(), reference(model.model, modes_of_ablation(mode, 1, LAYERS)):
-        together = model.model.generate(**batch.inputs, **options)[:, batch.types.text_BT.shape[1] :]
-        beams = model.model.generate(**batch.inputs, **options, num_beams=2)
-        assert beams.shape[0] == len(specs)
-        for number in range(len(specs)):
-            single = one_of(batch, model.model, specs, number)
-            alone = model.model.generate(**single.inputs, **options)
-            assert alone[0, single.types.text_BT.shape[1] :].tolist() == together[number].tolist()
+    batch = batch_of(kind, specs)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    options["suppress_tokens"] = [IMAGE_TOKEN, IMAGE_TOKEN + 1]
+    with torch.inference_mode(), reference(model, modes_of_ablation(mode, 1, LAYERS)):
+        cached = model.generate(**batch.inputs, **options)[:, batch.types.text_BT.shape[1] :]
+        for number, prompt in enumerate(prompts_of(kind, specs)):
+            single = make_batch(kind, [prompt])
+            again = model.generate(**single.inputs, **options, use_cache=False)
+            assert again[0, single.types.text_BT.shape[1] :].tolist() == cached[number].tolist()
+
+
+def test_a_prefilled_cache_holds_every_position_in_every_layer() -> None:
+    model = random_model()
+    batch = batch_of("llava", SPECS)
+    for mode in MODES:
+        with torch.inference_mode(), reference(model, modes_of_ablation(mode, 1, LAYERS)):
+            cache = model(**batch.inputs, use_cache=True).past_key_values
+        assert {cache.get_seq_length(layer) for layer in range(LAYERS)} == {batch.types.text_BT.shape[1]}
 
 
 def test_hidden_keys_leave_no_row_empty() -> None:
@@ -231,7 +212,7 @@ def test_refusals() -> None:
         pass
     with pytest.raises(Refused, match="drop"), reference(model.model, (Mode.DROP_VISUAL, *FULL[:3])):
         pass
-    batch = batch_of(model.model, SPECS)
+    batch = batch_of("llava", SPECS)
     with reference(model.model, FULL):
         embeds = model.model.get_input_embeddings()(batch.inputs["input_ids"])
         with pytest.raises(ShortVError, match="input_ids"):

@@ -20,11 +20,10 @@ from shortv.sweep.clean import run_clean
 from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
 from shortv.sweep.passes import PassCounter
 from shortv.sweep.released import measure_released
-from tests.models import LAYERS, Spec, batch_of, loaded, one_of, random_model
+from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import bundled, calibration
 
 MODES = tuple(mode for mode in Mode if mode is not Mode.FULL)
-KINDS = ("llava", "llava-mistral", "llava-qwen2", "llava-next")
 MIXED: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
 
 
@@ -61,7 +60,7 @@ def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
     model = loaded(random_model(kind, attn=attn))
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of(kind, MIXED)
     full_BV = log_probabilities(model.model(**batch.inputs).logits[:, -1])
     measured = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
@@ -85,7 +84,7 @@ def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
 
 def test_engine_equals_the_released_algorithm() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of("llava", MIXED)
     measured = engine.measure(model, batch, layers=range(LAYERS), modes=[Mode.FREEZE_VISUAL])
     for layer, expected in enumerate(measure_released(model, batch)):
         found = measured.values[engine.Ablation(layer, Mode.FREEZE_VISUAL)]
@@ -101,21 +100,21 @@ def test_noise_floor_is_rounding_not_signal() -> None:
         assert 0 <= engine.noise_floor(model, encoded.samples, encoded.batch, full_BV) < 1e-9
 
 
-prompts = st.lists(
+some_specs = st.lists(
     st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
 ).map(lambda specs: [[*spec, 2] for spec in specs])
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    specs=prompts,
+    specs=some_specs,
     padding=st.sampled_from(["left", "right"]),
     mode=st.sampled_from(MODES),
     seed=st.integers(0, 99),
 )
 def test_any_image_place_and_padding_equals_naive(specs: list[Spec], padding: str, mode: Mode, seed: int) -> None:
     model = loaded(random_model("llava", seed=seed))
-    batch = batch_of(model.model, specs, padding=padding, seed=seed)
+    batch = batch_of("llava", specs, padding=padding, seed=seed)
     for ablation, ablated_BV in ablated(model, batch, [mode]).items():
         naive_BV = naive(model, batch, mode, ablation.layer)
         torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
@@ -125,10 +124,10 @@ def test_any_image_place_and_padding_equals_naive(specs: list[Spec], padding: st
 def test_padded_batch_of_eight_equals_eight_single_samples(padding: str) -> None:
     model = loaded(random_model())
     specs: list[Spec] = [*MIXED, [2, "I", "I", 3], [1, "I", 1], [12, "I", 4], ["I", 2]]
-    together = engine.measure(model, batch_of(model.model, specs, padding=padding), layers=range(LAYERS), modes=MODES)
-    batch = batch_of(model.model, specs, padding=padding)
+    together = engine.measure(model, batch_of("llava", specs, padding=padding), layers=range(LAYERS), modes=MODES)
+    prompts = prompts_of("llava", specs)
     for number in range(len(specs)):
-        alone = engine.measure(model, one_of(batch, model.model, specs, number), layers=range(LAYERS), modes=MODES)
+        alone = engine.measure(model, make_batch("llava", [prompts[number]]), layers=range(LAYERS), modes=MODES)
         for ablation, value in alone.values.items():
             row = together.values[ablation]
             torch.testing.assert_close(value[0], row[0][number : number + 1], atol=1e-7, rtol=1e-3)
@@ -137,8 +136,8 @@ def test_padded_batch_of_eight_equals_eight_single_samples(padding: str) -> None
 
 def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> None:
     model = loaded(random_model())
-    mixed = engine.measure(model, batch_of(model.model, MIXED), layers=range(LAYERS), modes=MODES)
-    text_only = engine.measure(model, batch_of(model.model, [[4], [7]]), layers=range(LAYERS), modes=MODES)
+    mixed = engine.measure(model, batch_of("llava", MIXED), layers=range(LAYERS), modes=MODES)
+    text_only = engine.measure(model, batch_of("llava", [[4], [7]]), layers=range(LAYERS), modes=MODES)
     for layer in range(LAYERS):
         for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL):
             assert mixed.values[engine.Ablation(layer, mode)][0][2] == 0
@@ -162,7 +161,7 @@ def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> N
 def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> None:
     model = loaded(random_model())
     calls = torch.zeros(3, dtype=torch.long)  # sequences that really passed: whole layers, FFNs, layers of text alone
-    batch = batch_of(model.model, [[3, "I", 2], [1, "I", 9]])
+    batch = batch_of("llava", [[3, "I", 2], [1, "I", 9]])
     width = batch.types.text_BT.shape[1]
 
     def count(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -182,7 +181,7 @@ def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> No
 
 def test_all_modes_share_one_clean_pass() -> None:
     model = loaded(random_model())
-    passes = engine.measure(model, batch_of(model.model, [[3, "I", 2]]), layers=range(LAYERS), modes=MODES).passes
+    passes = engine.measure(model, batch_of("llava", [[3, "I", 2]]), layers=range(LAYERS), modes=MODES).passes
     assert passes.clean == LAYERS
     assert passes.layers == 5 * LAYERS * (LAYERS - 1) // 2
 
@@ -190,14 +189,14 @@ def test_all_modes_share_one_clean_pass() -> None:
 @pytest.mark.parametrize("stack", [1, 2, 7])
 def test_stacking_changes_nothing(stack: int) -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of("llava", MIXED)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     assert_same(whole, engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=stack))
 
 
 def test_layer_ranges_add_up_to_the_whole() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of("llava", MIXED)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     parts = [engine.measure(model, batch, layers=range(a, b), modes=MODES) for a, b in [(0, 1), (1, LAYERS)]]
     merged = replace_values(whole, {**parts[0].values, **parts[1].values})
@@ -211,7 +210,7 @@ def replace_values(result: engine.BatchLC, values: dict[Any, Any]) -> engine.Bat
 
 def test_running_out_of_memory_halves_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of("llava", MIXED)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     limit = 6 * len(MIXED)
     layer = model.decoder.layers[2]
@@ -239,12 +238,12 @@ def test_failed_cpu_allocation_counts_as_out_of_memory(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model.decoder.layers[0], "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
-        engine.measure(model, batch_of(model.model, MIXED), layers=range(LAYERS), modes=MODES)
+        engine.measure(model, batch_of("llava", MIXED), layers=range(LAYERS), modes=MODES)
 
 
 def test_non_finite_logits_name_their_sample_alone() -> None:
     model = loaded(random_model())
-    batch = batch_of(model.model, MIXED)
+    batch = batch_of("llava", MIXED)
     batch.inputs["pixel_values"][1] = float("nan")  # the first image of the second prompt
     result = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     assert result.non_finite == (1,)

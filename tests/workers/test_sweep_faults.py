@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ import ray
 
 from reports.manifest import Manifest, State
 from reports.store import Folder
-from shortv.errors import ShortVError
+from shortv.errors import Refused, ShortVError
 from shortv.workers.ledger import RemoteLedger, start_ledger
+from shortv.workers.shipping import CHUNK, folder_digest, ship
 from shortv.workers.sweep import run_sweep
 from tests.workers.fakes import FakeEngine, make_request, tables
 
@@ -79,6 +82,21 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
     # A finished command does nothing and repeats its status; a tolerated share counts as success.
     assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
     assert run_sweep(make_request(tmp_path, batch_size=4, fail_on_error=0.3), engine=engine) == 0
+    with pytest.raises(Refused, match=r"another sweep \(batch-size 4 there, 3 here\)"):
+        run_sweep(make_request(tmp_path, batch_size=3), engine=engine)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path) -> None:
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "sub" / "weights").write_bytes(os.urandom(CHUNK + 5))
+    (tmp_path / "model" / "empty").touch()
+    digest = folder_digest(tmp_path / "model")
+    shipped = ship(tmp_path / "model", digest)
+    assert shipped.local() == tmp_path / "model"
+    copy = replace(shipped, path="/not/on/this/node").local()
+    assert copy != tmp_path / "model" and folder_digest(copy) == digest
+    shutil.rmtree(copy)
 
 
 @pytest.mark.usefixtures("local_ray")
