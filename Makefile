@@ -45,7 +45,8 @@ clean: ## Remove environments and caches, keep runs
 	rm -rf .venv $(COMPAT) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # pip fetches uv and setuptools under their hashes; uv installs the rest in parallel. A few packages come as source:
-# they are built with that setuptools, not with whatever is newest (--no-build-isolation).
+# they are built with that setuptools, not with whatever is newest (--no-build-isolation). Bytecode is compiled at once:
+# Ray starts many processes and gives each a few seconds.
 define make_environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "Python 3.11 or later is needed, found: $(PYTHON) ($$($(PYTHON) --version 2>&1))." \
@@ -53,7 +54,7 @@ define make_environment
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 @awk '/^[^ ]/ { keep = /^(uv|setuptools)==/ } keep' requirements.lock > $(1)/bootstrap.lock
 $(1)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r $(1)/bootstrap.lock
-$(1)/bin/uv pip install -q --python $(1)/bin/python --require-hashes --no-build-isolation -r requirements.lock
+$(1)/bin/uv pip install -q --python $(1)/bin/python --require-hashes --no-build-isolation --compile-bytecode -r requirements.lock
 endef
 
 define install_project

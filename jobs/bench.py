@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jobs.common import option, run
+from jobs.common import bundled, option, run
 
 if TYPE_CHECKING:
     from shortv.sweep.bench import BenchRow
-
-BUNDLED = Path(__file__).resolve().parent.parent / "shortv" / "tiny"
 
 
 @click.group()
@@ -24,8 +22,8 @@ def bench() -> None:
 
 
 @bench.command()
-@option("--model", default=str(BUNDLED / "model"), help="Hub id or folder.  [default: the bundled model]")
-@option("--calibration", default=str(BUNDLED / "calibration.parquet"), help="Parquet file of samples.")
+@option("--model", default=lambda: bundled("model"), help="Hub id or folder.  [default: the bundled model]")
+@option("--calibration", default=lambda: bundled("calibration.parquet"), help="Parquet file.  [default: the bundled]")
 @option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Samples to sweep.")
 @option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Batch size of this engine.")
 @option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds; medians count.")

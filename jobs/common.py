@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from shortv.errors import ShortVError
+
+
+def bundled(name: str) -> str:
+    """A part of the bundled model's folder, as a path from here where that is possible."""
+    path = Path(__file__).resolve().parent.parent / "shortv" / "tiny" / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def option(name: str, *rest: Any, **attributes: Any) -> Callable[[Any], Any]:

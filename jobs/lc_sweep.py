@@ -1,7 +1,6 @@
 """Measure the Layer Contribution of every decoder layer of a multimodal LLM, and rank the layers.
 
-    python jobs/lc_sweep.py --model shortv/tiny/model --calibration shortv/tiny/calibration.parquet \\
-        --output-path runs/demo
+    python jobs/lc_sweep.py --output-path runs/demo
     python jobs/lc_sweep.py --model llava-hf/llava-1.5-7b-hf --calibration gqa:20 --calibration flickr30k_test:20 \\
         --workers 4 --dtype bfloat16 --output-path /data/llava-lc
     ray job submit --working-dir . -- python jobs/lc_sweep.py ... --output-path /shared/llava-lc
@@ -20,17 +19,19 @@ if not __package__:  # run as a script, perhaps in a Ray working directory where
 
 import click
 
-from jobs.common import option, run
+from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.records import KlDirection
 from shortv.workers.request import DEFAULT_MODES, ModelSpec, SweepRequest, parse_modes, parse_workers
 
 
 @click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
-@option("--model", required=True, help="Hub id, or a folder with config.json and safetensors.")
+@option("--model", help="Hub id, or a folder with config.json and safetensors. [default: the bundled model]")
 @option("--revision", help="Branch, tag or commit on the hub.")
 @option(
-    "--calibration", multiple=True, required=True, help="FILE.parquet or an lmms-eval TASK:NUMBER; may be repeated."
+    "--calibration",
+    multiple=True,
+    help="FILE.parquet or an lmms-eval TASK:NUMBER; may be repeated. [default, for the bundled model: its samples]",
 )
 @option("--output-path", required=True, help="Folder or URI (s3://...) for the results.")
 @option("--limit", type=float, help="Samples per calibration source; below 1 a share of each file.")
@@ -56,7 +57,7 @@ from shortv.workers.request import DEFAULT_MODES, ModelSpec, SweepRequest, parse
 @option("--stack", type=int, help="Ablations run together. [default: what fits]")
 @option("--fail-on-error", type=float, default=0.0, show_default=True, help="Share of failed samples that counts as 0.")
 def main(
-    model: str,
+    model: str | None,
     revision: str | None,
     calibration: tuple[str, ...],
     output_path: str,
@@ -77,8 +78,12 @@ def main(
     stack: int | None,
     fail_on_error: float,
 ) -> int:
+    if not calibration:
+        if model:
+            raise Refused(f"no calibration samples for {model}; give --calibration FILE.parquet or TASK:NUMBER")
+        calibration = (bundled("calibration.parquet"),)
     spec = ModelSpec(
-        name=model,
+        name=model or bundled("model"),
         revision=revision,
         dtype=dtype,
         attn_implementation=attn_implementation,

@@ -19,15 +19,14 @@ import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.common import option, run
-from reports.manifest import Manifest, State, digest_of
+from reports.manifest import Manifest, State
 from reports.store import Folder
 from shortv.architecture import Architecture
-from shortv.costs import flops_ratio as ratio_of
 from shortv.errors import Refused, ShortVError
-from shortv.plan import VISUAL_MODES, Mode, Plan, modes_of_layers, parse_mode
+from shortv.plan import VISUAL_MODES, Mode, Plan, parse_mode
 from shortv.planfile import PLAN_FILE, parse_plan
 from shortv.records import KlDirection
-from shortv.sweep.planning import Choice, Control, Evidence, Request, choose_layers
+from shortv.sweep.planning import Choice, Control, Evidence, Request, choose_layers, plan_of
 from shortv.sweep.ranking import Matrix, kl_matrix, rank_layers, set_stability
 
 SWEPT_MODES = [mode.value for mode in Mode if mode is not Mode.FULL]
@@ -160,20 +159,13 @@ def _architecture(manifest: Manifest, folder: Folder) -> Architecture:
 
 def make_plan(result: SweepResult, request: Request, choice: Choice, name: str | None) -> Plan:
     """Return the plan of the chosen layers, with a telling name unless one is given."""
-    evidence, manifest = result.evidence, result.manifest
-    modes = modes_of_layers(evidence.mode, choice.layers, evidence.architecture.num_layers)
-    return Plan(
+    return plan_of(
+        result.evidence,
+        choice,
         name=name or _telling_name(result, request, len(choice.layers)),
-        model=manifest.model,
-        revision=manifest.revision,
-        config_digest=manifest.config_digest,
-        num_layers=evidence.architecture.num_layers,
-        modes=modes,
-        ranking=choice.order,
+        model=result.manifest.model,
+        revision=result.manifest.revision,
         source=_source(result, request),
-        flops_ratio=ratio_of(evidence.architecture, modes, evidence.t, evidence.v),
-        flops_t=evidence.t,
-        flops_v=evidence.v,
     )
 
 
@@ -189,15 +181,8 @@ def _telling_name(result: SweepResult, request: Request, count: int) -> str:
 
 
 def _source(result: SweepResult, request: Request) -> dict[str, Any]:
-    manifest = result.manifest
-    sweep = [manifest.arguments_digest, manifest.calibration_digest, manifest.config_digest]
-    source: dict[str, Any] = {
-        "sweep": digest_of(sweep),
-        "samples": len(result.kl_SL),
-        "seed": manifest.seed,
-        "kl_direction": result.direction.value,
-        "order": request.control.value if request.control else "lc",
-    }
+    source = result.manifest.source(len(result.kl_SL), result.direction)
+    source["order"] = request.control.value if request.control else "lc"
     return source | ({"order_seed": request.control_seed} if request.control is Control.RANDOM else {})
 
 

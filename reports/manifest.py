@@ -61,7 +61,6 @@ class Manifest:
     started: str
     finished: str | None = None
     wall_seconds: float | None = None
-    exit_status: int | None = None
     details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
@@ -96,6 +95,11 @@ class Manifest:
             raise Refused(f"{shown} has the unknown state {value['state']!r}; expected {', '.join(State)}")
         known: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         return cls(**known)
+
+    def source(self, samples: int, direction: str) -> dict[str, Any]:
+        """Return what a plan made from this sweep says of its origin."""
+        sweep = [self.arguments_digest, self.calibration_digest, self.config_digest]
+        return {"sweep": digest_of(sweep), "samples": samples, "seed": self.seed, "kl_direction": str(direction)}
 
     def save(self, folder: Folder) -> None:
         """Write the manifest into its folder, atomically."""
@@ -132,7 +136,6 @@ _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
         "started": str,
         "finished": str | None,
         "wall_seconds": int | float | None,
-        "exit_status": int | None,
         "details": dict,
     }
 )

@@ -122,7 +122,8 @@ class Folder:
         shown = self._shown(_parquet(name))
         data = self.read_bytes(_parquet(name))
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            # Arrow's reader threads may still be there when the process exits, which then aborts (arrow#34314).
+            table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ShortVError(f"{shown} is not a whole Parquet file: {one_line(error)}") from error
         version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()

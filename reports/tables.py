@@ -34,11 +34,13 @@ def print_layers(
     rows: Iterable[Any],
     *,
     noise_floor: float | None = None,
+    stability: Mapping[str, Mapping[str, float]] | None = None,
     plan: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print one table per mode, the noise floor, and the plan made of them.
+    """Print one table per mode, the noise floor, how stable the chosen sets are, and the plan made of them.
 
+    `stability` is the share of bootstrap resamples that choose the same layers, by mode and share of samples.
     `plan` may hold `name`, `modes` (one per layer) and `flops_ratio` with the `flops_t` and `flops_v` it assumes.
     """
     out = console or Console()
@@ -47,8 +49,16 @@ def print_layers(
         out.print(layer_table(group, noise_floor=noise_floor, title=f"Layer Contribution, {mode} (KL {direction})"))
     if noise_floor is not None:
         out.print(f"noise floor {noise_floor:.3e} nats; layers closer together than it are ties")
+    for mode, shares in (stability or {}).items():
+        out.print(stability_line(mode, shares), soft_wrap=True)
     if plan is not None:
         out.print(plan_line(plan), soft_wrap=True)
+
+
+def stability_line(mode: str, shares: Mapping[str, float]) -> str:
+    """Return one line about how often resampled calibration samples choose the same layers."""
+    parts = [f"{same:.0%} with {float(share):.0%} of the samples" for share, same in shares.items()]
+    return f"stability of {mode}: bootstrap resamples choose the same layers in {', '.join(parts)}"
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -57,7 +67,7 @@ def plan_line(plan: Mapping[str, Any]) -> str:
     changed = sum(str(mode) != "full" for mode in modes)
     line = f"plan {plan['name']}: {changed} of {len(modes)} layers changed"
     if plan.get("flops_ratio") is not None:
-        tokens = f"{plan['flops_t']:g} text and {plan['flops_v']:g} visual tokens"
+        tokens = f"{plan['flops_t']:.1f} text and {plan['flops_v']:.1f} visual tokens"
         line += f", FLOPs ratio {plan['flops_ratio']:.1%} at {tokens}"
     return line
 

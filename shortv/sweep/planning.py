@@ -4,11 +4,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
 from shortv.errors import Refused
-from shortv.plan import Mode, modes_of_layers
+from shortv.plan import Mode, Plan, modes_of_layers
 
 
 class Control(StrEnum):
@@ -75,6 +76,27 @@ def choose_layers(evidence: Evidence, request: Request) -> Choice:
     else:
         count = default_count(len(order)) if request.layers is None else request.layers
     return Choice(order=order, layers=order[: check_count(count, len(order))])
+
+
+def plan_of(
+    evidence: Evidence, choice: Choice, *, name: str, model: str, revision: str | None, source: Mapping[str, Any]
+) -> Plan:
+    """Return the plan of the chosen layers, its FLOPs ratio at the evidence's mean token counts."""
+    architecture = evidence.architecture
+    modes = modes_of_layers(evidence.mode, choice.layers, architecture.num_layers)
+    return Plan(
+        name=name,
+        model=model,
+        revision=revision,
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        modes=modes,
+        ranking=choice.order,
+        source=source,
+        flops_ratio=flops_ratio(architecture, modes, evidence.t, evidence.v),
+        flops_t=evidence.t,
+        flops_v=evidence.v,
+    )
 
 
 def default_count(num_layers: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,15 +48,30 @@ def connected() -> Iterator[None]:
 
 
 def _connect() -> None:
-    # Ray's C++ layer reports every retried task on stderr, in several lines.
+    # Ray's C++ layer reports every retried task on stderr, in several lines, and that it was told not to.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
-        _start(options)
+    with _muted_stderr():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**options)
+        else:
+            _start(options)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Keep what C++ code writes to the process's stderr out of sight; exceptions pass."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _start(options: dict[str, Any]) -> None:

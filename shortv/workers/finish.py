@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from reports.manifest import Manifest, State, digest_of, utc_now
+from reports.manifest import Manifest, State, utc_now
 from reports.store import Folder
 from shortv.architecture import Architecture
-from shortv.costs import flops_ratio
 from shortv.errors import ShortVError
-from shortv.plan import VISUAL_MODES, Mode, Plan, modes_of_layers
+from shortv.plan import VISUAL_MODES, Mode, Plan
 from shortv.records import KlDirection, LayerRecord
 from shortv.sample import Sample
-from shortv.sweep.planning import default_count, replacement_order
+from shortv.sweep.planning import Evidence, Request, choose_layers, default_count, plan_of
 from shortv.sweep.ranking import kl_matrix, set_stability
 from shortv.workers.assemble import Tables, assemble, layer_records
 from shortv.workers.journal import Journal
@@ -77,32 +75,24 @@ def default_plan(
     if not measured:
         return None
     mode = Mode.FREEZE_VISUAL if Mode.FREEZE_VISUAL in measured else measured[0]
-    ranking = [row.layer for row in sorted(rows, key=lambda row: row.rank) if row.mode is mode]
-    order = replacement_order(ranking, mode)
-    count = default_count(len(order))
     counted = [row for row in tables.used if row.n_visual or mode not in VISUAL_MODES]
-    t = sum(row.n_text for row in counted) / len(counted)
-    v = sum(row.n_visual for row in counted) / len(counted)
-    modes = modes_of_layers(mode, order[:count], architecture.num_layers)
-    source: dict[str, Any] = {
-        "sweep": digest_of([manifest.arguments_digest, manifest.calibration_digest, manifest.config_digest]),
-        "samples": len(counted),
-        "seed": manifest.seed,
-        "kl_direction": manifest.kl_direction,
-        "order": "lc",
-    }
-    return Plan(
-        name=f"{mode.value}-{count}",
+    ranked = sorted((row for row in rows if row.mode is mode), key=lambda row: row.rank)
+    evidence = Evidence(
+        architecture=architecture,
+        mode=mode,
+        ranking=tuple(row.layer for row in ranked),
+        mean_lc={row.layer: row.mean for row in ranked},
+        t=sum(row.n_text for row in counted) / len(counted),
+        v=sum(row.n_visual for row in counted) / len(counted),
+    )
+    choice = choose_layers(evidence, Request())
+    return plan_of(
+        evidence,
+        choice,
+        name=f"{mode.value}-{len(choice.layers)}",
         model=manifest.model,
         revision=manifest.revision,
-        config_digest=manifest.config_digest,
-        num_layers=architecture.num_layers,
-        modes=modes,
-        ranking=order,
-        source=source,
-        flops_ratio=flops_ratio(architecture, modes, t, v),
-        flops_t=t,
-        flops_v=v,
+        source=manifest.source(len(counted), KlDirection(manifest.kl_direction)) | {"order": "lc"},
     )
 
 

@@ -52,5 +52,5 @@ class SweepProgress:
     def _text(self) -> str:
         seconds = time.monotonic() - self._started
         rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
-        text = f"{self._done:.1f}/{self._total} samples, {rate:.2f} samples/s"
+        text = f"{round(self._done, 1):g}/{self._total} samples, {rate:.2f} samples/s"
         return f"{text}, {self._errors} errors" if self._errors else text

@@ -169,7 +169,11 @@ def _report(prepared: Prepared, console: Console) -> int:
     if name and folder.exists(f"plans/{name}.json"):
         plan = asdict(Plan.from_json(folder.read_bytes(f"plans/{name}.json").decode()))
     print_layers(
-        folder.read_table("lc_layers").to_pylist(), noise_floor=manifest.noise_floor, plan=plan, console=console
+        folder.read_table("lc_layers").to_pylist(),
+        noise_floor=manifest.noise_floor,
+        stability=manifest.stability,
+        plan=plan,
+        console=console,
     )
     counts = manifest.counts
     console.print(f"{counts['used']} of {counts['samples']} samples used, results in {folder.shown}", highlight=False)

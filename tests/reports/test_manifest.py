@@ -42,7 +42,6 @@ def test_it_comes_back_as_saved(tmp_path: Path) -> None:
         counts={"used": 1, "errors": 1},
         noise_floor=1e-7,
         wall_seconds=3,
-        exit_status=3,
         stability={"freeze-visual": {"0.5": 1.0}},
         details={"device": "cpu"},
     )
