@@ -1,4 +1,4 @@
-"""Speed of this project against the baseline, in one run: `python jobs/bench.py sweep`."""
+"""Speed of this project against the baseline, in one run: `python jobs/bench.py sweep` or `prefill`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.common import bundled, option, run
 
 if TYPE_CHECKING:
+    from shortv.layers.bench import Prefill, Workload
     from shortv.sweep.bench import BenchRow
 
 
@@ -42,6 +43,69 @@ def sweep(model: str, calibration: str, limit: int, batch_size: int, repeats: in
     click.echo(f"{len(samples)} samples, {loaded.architecture.num_layers} layers, {dtype} on {device}, freeze-visual")
     _print(rows)
     return 0
+
+
+@bench.command()
+@option("--shape", default="llava-1.5-7b", show_default=True, help="A real model's sizes, with random weights.")
+@option("--layers", type=click.IntRange(2), help="Cut the depth, to fit a small machine.  [default: all]")
+@option("--frozen", type=click.IntRange(1), help="Frozen layers, the last ones.  [default: the paper's share]")
+@option("--batch-size", default=1, show_default=True, type=click.IntRange(1))
+@option("--text-tokens", default=64, show_default=True, type=click.IntRange(2))
+@option("--visual-tokens", type=click.IntRange(1), help="[default: the shape's]")
+@option("--pairs", default=7, show_default=True, type=click.IntRange(1), help="Interleaved pairs; medians count.")
+@option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def prefill(
+    shape: str,
+    layers: int | None,
+    frozen: int | None,
+    batch_size: int,
+    text_tokens: int,
+    visual_tokens: int | None,
+    pairs: int,
+    dtype: str,
+    device: str,
+) -> int:
+    """Prefill of a real shape: full, fast and reference, against FLOPs and the roofline."""
+    import torch
+
+    from shortv.errors import Refused
+    from shortv.layers.bench import Workload, bench_prefill
+    from shortv.layers.shapes import SHAPES, random_shape
+    from shortv.plan import Mode
+
+    if shape not in SHAPES:
+        raise Refused(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
+    known = SHAPES[shape]
+    depth = layers or known.num_layers
+    count = frozen or round(depth * known.frozen / known.num_layers)
+    if depth > known.num_layers or count > depth:
+        raise Refused(f"{count} frozen of {depth} layers cannot be: {shape} has {known.num_layers}")
+    model = random_shape(shape, layers=depth, dtype=getattr(torch, dtype), device=torch.device(device))
+    modes = (Mode.FULL,) * (depth - count) + (Mode.FREEZE_VISUAL,) * count
+    work = Workload(batch=batch_size, text_tokens=text_tokens, visual_tokens=visual_tokens or known.visual_tokens)
+    _print_prefill(bench_prefill(model, modes, work, pairs=pairs), shape, depth, count, work, f"{dtype} on {device}")
+    return 0
+
+
+def _print_prefill(result: Prefill, shape: str, depth: int, count: int, work: Workload, where: str) -> None:
+    click.echo(
+        f"{shape}, {depth} layers, {count} frozen, batch {work.batch}, t = {work.text_tokens}, "
+        f"v = {work.visual_tokens}, {where}"
+    )
+    click.echo(
+        f"measured limits: {result.device.flops / 1e9:.0f} GFLOP/s, {result.device.bandwidth / 1e9:.1f} GB/s\n"
+        f"{'':12}{'ms':>10}{'of full':>10}\n"
+        f"{'full':12}{1e3 * result.full:>10.1f}{1:>10.3f}\n"
+        f"{'fast':12}{1e3 * result.fast:>10.1f}{result.fast_ratio:>10.3f}\n"
+        f"{'reference':12}{1e3 * result.reference:>10.1f}{result.reference / result.full:>10.3f}\n"
+        f"{'roofline':12}{'':>10}{result.roofline_ratio:>10.3f}\n"
+        f"{'FLOPs':12}{'':>10}{result.flops_ratio:>10.3f}\n"
+        f"speed-up {1 / result.fast_ratio:.2f}, {result.roofline_ratio / result.fast_ratio:.0%} of the roofline's "
+        f"{1 / result.roofline_ratio:.2f}; a frozen layer takes {result.layer_ratio:.3f} of a full one"
+    )
+    if result.peak_full:
+        click.echo(f"peak memory {result.peak_full / 2**30:.2f} GiB full, {result.peak_fast / 2**30:.2f} GiB fast")
 
 
 def _print(rows: Sequence[BenchRow]) -> None:

@@ -53,7 +53,7 @@ def test_the_table_ranks_layers_per_mode() -> None:
     assert [line.split("│")[2].strip() for line in lines] == ["2", "1", "0", "0"]
     assert "5.000e-01" in lines[2] and "2.500e-01 … 1.000e+00" in lines[2] and "3-4" in lines[2]
     assert "noise floor 1.000e-05 nats" in text
-    assert "plan two: 2 of 3 layers changed, FLOPs ratio 55.1% at 64 text and 576 visual tokens" in text
+    assert "plan two: 2 of 3 layers changed, FLOPs ratio 55.1% at 64.0 text and 576.0 visual tokens" in text
 
 
 def test_the_chart_is_readable_and_reproducible(tmp_path: Path) -> None:

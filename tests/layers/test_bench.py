@@ -1,0 +1,53 @@
+"""The prefill bench measures what it says and leaves the model as it was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from shortv.architecture import Architecture
+from shortv.costs import flops_ratio
+from shortv.layers import roofline
+from shortv.layers.bench import Workload, bench_prefill
+from shortv.plan import Mode
+from tests.models import LAYERS, batch_of, random_model
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_with_endless_bandwidth_the_roofline_is_the_flops_ratio(mode: Mode) -> None:
+    architecture = Architecture.from_config_dict(random_model().config.to_dict())
+    device = roofline.Device(flops=1e9, bandwidth=math.inf)
+    full, modes = (Mode.FULL,) * LAYERS, (mode,) * LAYERS
+
+    def least(modes: tuple[Mode, ...]) -> float:
+        return roofline.roofline_seconds(architecture, modes, batch=3, t=7, v=50, itemsize=4, device=device)
+
+    assert least(modes) / least(full) == pytest.approx(flops_ratio(architecture, modes, 7, 50))
+
+
+def test_with_endless_flops_the_weights_bound_a_frozen_layer() -> None:
+    architecture = Architecture.from_config_dict(random_model().config.to_dict())
+    device = roofline.Device(flops=math.inf, bandwidth=1e9)
+    weights = 32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48
+    seconds = roofline.roofline_seconds(
+        architecture, [Mode.FREEZE_VISUAL], batch=1, t=1, v=1, itemsize=4, device=device
+    )
+    assert weights * 4 / 1e9 < seconds < 1.2 * weights * 4 / 1e9
+
+
+def test_bench_prefill_times_every_executor_and_restores_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_SIDE", {"cpu": 64})
+    monkeypatch.setattr(roofline, "_COPY_BYTES", {"cpu": 2**16})
+    model: Any = random_model()
+    batch = batch_of("llava", [[3, "I", 2]])
+    before = model(**batch.inputs).logits
+    modes = (Mode.FULL, Mode.FULL, Mode.FREEZE_VISUAL, Mode.FREEZE_VISUAL)
+    result = bench_prefill(model, modes, Workload(batch=2, text_tokens=8, visual_tokens=100), pairs=2)
+    assert min(result.full, result.fast, result.reference, result.fast_ratio, result.roofline_ratio) > 0
+    architecture = Architecture.from_config_dict(model.config.to_dict())
+    assert result.flops_ratio == pytest.approx(flops_ratio(architecture, modes, 8, 100))
+    assert model.config.text_config.num_hidden_layers == LAYERS
+    assert torch.equal(model(**batch.inputs).logits, before)
