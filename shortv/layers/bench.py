@@ -113,7 +113,7 @@ def _inputs(model: Any, visual_id: int, work: Workload) -> dict[str, torch.Tenso
     """Placeholders without pixels: the vision tower runs outside of the decoder and costs the same under any plan."""
     draw = torch.Generator().manual_seed(0)
     length = work.text_tokens + work.visual_tokens
-    ids = torch.randint(3, 1000, (work.batch, length), generator=draw)
+    ids = torch.randint(3, min(1000, visual_id), (work.batch, length), generator=draw)
     # The place of the image in LLaVA-1.5's prompt, as long as there is text enough before it.
     start = min(35, work.text_tokens - 1)
     ids[:, start : start + work.visual_tokens] = visual_id
