@@ -109,7 +109,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     # A socket's path may have 107 characters, and pytest's folders are long.
     scratch = Path(f"/tmp/sv{os.getpid()}")
     command = ["ray", "start", "--head", "--block", "--num-cpus=1", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += ["--include-dashboard=true", "--disable-usage-stats", f"--temp-dir={scratch}"]
+    # The cluster of the other tests holds the agent's usual port, and a head without an agent takes no job.
+    command += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--include-dashboard=true",
+        "--disable-usage-stats",
+        f"--temp-dir={scratch}",
+    ]
     log = (home / "head.log").open("w")
     process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{dashboard}"
