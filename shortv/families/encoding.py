@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from shortv.errors import SampleError
@@ -87,11 +88,22 @@ def _decode(content: bytes | None, number: int) -> Image.Image:
     if not content:
         raise SampleError(stage="decode", error="empty-image", message=f"image {number} has no bytes")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with _whole_images_only(), Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL's plugins raise anything from SyntaxError to struct.error on corrupt bytes
         message = f"image {number} of {len(content)} bytes cannot be decoded: {_one_line(error)}"
         raise SampleError(stage="decode", error=type(error).__name__, message=message) from error
+
+
+@contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Let a truncated file be an error; some libraries tell PIL, for the whole process, to fill it with grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _content(prompt: str, n_images: int) -> list[dict[str, str]]:
