@@ -1,9 +1,16 @@
 """What holds for every test: no network, no hub, no display."""
 
+import os
 import socket
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# CI judges a change by the same examples every time; runs at a desk go on looking for new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:

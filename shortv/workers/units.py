@@ -71,12 +71,9 @@ def plan_units(
     if not ranges or len(ranges) >= workers:
         return ranges
     costs = layer_costs(num_layers, modes)
-    pieces = min(
-        range(-(-workers // len(ranges)), num_layers + 1),
-        key=lambda count: _makespan(ranges, costs, count, workers),
-        default=num_layers,
-    )
-    return [part for unit in ranges for part in _split(unit, costs, pieces)]
+    enough = min(workers, sum(len(unit.layers) for unit in ranges))
+    splits = ([part for unit in ranges for part in _split(unit, costs, pieces)] for pieces in range(1, num_layers + 1))
+    return min((units for units in splits if len(units) >= enough), key=lambda units: _makespan(units, costs, workers))
 
 
 def layer_costs(num_layers: int, modes: Sequence[Mode]) -> list[float]:
@@ -95,13 +92,12 @@ def _gaps(finished: Collection[int], num_layers: int) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
-def _makespan(ranges: Sequence[Unit], costs: Sequence[float], pieces: int, workers: int) -> float:
+def _makespan(units: Sequence[Unit], costs: Sequence[float], workers: int) -> float:
     """Time of a sweep whose units go, in order, to whichever worker is free first."""
     busy = [0.0] * workers
-    for unit in ranges:
-        for part in _split(unit, costs, pieces):
-            index = busy.index(min(busy))
-            busy[index] += len(costs) + sum(costs[part.first : part.stop])
+    for unit in units:
+        index = busy.index(min(busy))
+        busy[index] += len(costs) + sum(costs[unit.first : unit.stop])
     return max(busy)
 
 
