@@ -28,6 +28,7 @@ from shortv.planfile import PLAN_FILE, parse_plan
 from shortv.records import KlDirection
 from shortv.sweep.planning import Choice, Control, Evidence, Request, choose_layers, plan_of
 from shortv.sweep.ranking import Matrix, kl_matrix, rank_layers, set_stability
+from shortv.workers.folder import check_output
 
 SWEPT_MODES = [mode.value for mode in Mode if mode is not Mode.FULL]
 
@@ -80,6 +81,7 @@ def make(
     controls = {Control.RANDOM: random_seed is not None, Control.FIRST: first, Control.LAST: last}
     control = next((control for control, given in controls.items() if given), None)
     request = Request(control=control, control_seed=random_seed or 0, **count)
+    check_output(output or sweep_folder, "--output" if output else "SWEEP_FOLDER")
     folder = Folder(sweep_folder)
     try:
         result = read_sweep(folder, parse_mode(mode), KlDirection(kl_direction) if kl_direction else None)

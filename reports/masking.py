@@ -7,8 +7,10 @@ from typing import Any
 from reports.locations import masked_uri
 
 MASK = "***"
-_SECRET_NAME = re.compile(r"key|token|secret|password", re.IGNORECASE)
-_PAIR = re.compile(r"([\w.-]*(?:key|token|secret|password)[\w.-]*\s*=\s*)[^,&\s]+", re.IGNORECASE)
+# Tokens in the plural, and a tokenizer, are what a language model reads: max_new_tokens is no secret.
+_WORD = r"(?:key|token(?!s|i)|secret|password)"
+_SECRET_NAME = re.compile(_WORD, re.IGNORECASE)
+_PAIR = re.compile(rf"([\w.-]*{_WORD}[\w.-]*\s*=\s*)[^,&\s]+", re.IGNORECASE)
 
 
 def masked(value: Any, name: str = "") -> Any:

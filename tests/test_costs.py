@@ -10,17 +10,10 @@ from shortv.architecture import Architecture
 from shortv.costs import Passes, ablation_passes, flops_ratio, layer_flops, plan_flops, sweep_passes
 from shortv.errors import Refused
 from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
+from tests.architectures import architecture
 
-SMALL = Architecture(
-    model_type="llava",
-    text_model_type="llama",
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32064,
+SMALL = architecture(
+    num_layers=32, hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_dim=128
 )
 LARGE = dataclasses.replace(
     SMALL, num_layers=40, hidden_size=5120, intermediate_size=13824, num_heads=40, num_kv_heads=40

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode, Plan, modes_of_ablation, validate_modes
 from shortv.planfile import published_plans
+from tests.architectures import architecture
 
 DIGEST = "ab" * 32
 PLAN = Plan.of_layers(
@@ -211,16 +211,15 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_plans(name: str) -> None:
     model, model_type, num_layers, hidden, intermediate, dense, ratio = PUBLISHED[name]
-    arch = Architecture(
+    heads = hidden // 128
+    arch = architecture(
         model_type=model_type,
-        text_model_type="llama",
         num_layers=num_layers,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_heads=hidden // 128,
-        num_kv_heads=hidden // 128,
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=128,
-        vocab_size=32064,
     )
     plan = Plan.load(name)
     warnings = plan.check_fits(config_digest=arch.config_digest, num_layers=num_layers, model=model, revision="main")

@@ -2,7 +2,7 @@
 
 Each function is a decoder layer's forward under one mode. Where a forward brings no visual tokens (decoding, prompts
 without an image) the visual modes are the model's own layer. Shapes: B batch, T positions of this forward, S updated
-rows, R resting rows, K keys, D width.
+rows, K keys, D width.
 """
 
 from __future__ import annotations
@@ -36,18 +36,23 @@ class PlannedLayer:
     last: bool
     """Whether the run ends here: they join."""
 
-    def part(self, split: Split, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Updated and resting rows; inside a run the layer before has already parted them."""
-        if self.first or self.progress.joined:
-            self.progress.resting = split.resting.rows(hidden)
-            return split.updated.rows(hidden), self.progress.resting
-        return hidden, self.progress.resting
+    @property
+    def starts(self) -> bool:
+        """Whether this layer is given all rows."""
+        return self.first or self.progress.joined
 
-    def join(self, split: Split, updated_BSD: Tensor, resting_BRD: Tensor) -> Tensor:
-        """All rows in order at the end of a run; inside it the updated rows alone go on."""
-        if self.last or self.progress.joined:
-            return split.positions(updated_BSD, resting_BRD)
-        return updated_BSD
+    @property
+    def ends(self) -> bool:
+        """Whether this layer gives all rows."""
+        return self.last or self.progress.joined
+
+    def updated_rows(self, split: Split, hidden: Tensor) -> Tensor:
+        """The updated rows (B, S, D) of what this layer is given; inside a run it is given nothing else."""
+        if self.starts:
+            self.progress.rows_BTD = hidden
+            return split.updated.rows(hidden)
+        self.progress.rows_BTD = self.progress.rows_BTD.to(hidden.device)
+        return hidden
 
 
 def freeze_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -80,21 +85,34 @@ def _frozen(
     past_key_values: Any = None,
     **_: Any,
 ) -> Tensor:
-    decoder, layer = planned.decoder, planned.layer
-    attention, norm = decoder.attention(layer), decoder.attention_norm(layer)
-    updated_BSD, resting_BRD = planned.part(split, hidden)
-    query_from, rest = norm(updated_BSD), norm(resting_BRD)
-    cos, sin = position_embeddings
-    key = split.positions(project(attention, "k", query_from), project(attention, "k", rest))
-    value = split.positions(project(attention, "v", query_from), project(attention, "v", rest))
-    key = rotate(key, cos, sin)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, planned.index)
-    query = rotate(project(attention, "q", query_from), split.updated_rows(cos), split.updated_rows(sin))
-    mask = split.mask_rows(attention_mask, hidden.device)
-    output_BSD = attend(attention, query, key, value, mask)
+    decoder, layer, progress = planned.decoder, planned.layer, planned.progress
+    updated_BSD = planned.updated_rows(split, hidden)
+    normed_BTD = decoder.attention_norm(layer)(progress.rows_BTD)
+    output_BSD = _attended(planned, split, normed_BTD, position_embeddings, attention_mask, past_key_values)
     updated_BSD = decoder.ffn_half(layer, decoder.add_attention(layer, updated_BSD, output_BSD))
-    return planned.join(split, updated_BSD, resting_BRD)
+    # Kept up to date in every layer, so that keys and values of all rows are one product each, in order. A run's
+    # first layer makes the copy that the others write into: what it was given is the model's own.
+    progress.rows_BTD = split.put(progress.rows_BTD, updated_BSD, in_place=not planned.starts)
+    return progress.rows_BTD if planned.ends else updated_BSD
+
+
+def _attended(
+    planned: PlannedLayer,
+    split: Split,
+    normed_BTD: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+) -> Tensor:
+    """Attention output (B, S, D) of the updated rows over all rows."""
+    attention = planned.decoder.attention(planned.layer)
+    cos, sin = position_embeddings
+    key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
+    if cache is not None:
+        key, value = cache.update(key, value, planned.index)
+    query = project(attention, "q", split.updated.rows(normed_BTD))
+    query = rotate(query, split.updated_rows(cos), split.updated_rows(sin))
+    return attend(attention, query, key, value, split.mask_rows(mask, normed_BTD.device))
 
 
 def no_visual_queries(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -102,18 +120,16 @@ def no_visual_queries(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -
     if not planned.progress.has_visual:
         return planned.own(hidden, **arguments)
     decoder, layer, split = planned.decoder, planned.layer, planned.progress.text
-    attention = decoder.attention(layer)
-    normed_BTD = decoder.attention_norm(layer)(hidden)
-    cos, sin = arguments["position_embeddings"]
-    key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
-    if arguments.get("past_key_values") is not None:
-        key, value = arguments["past_key_values"].update(key, value, planned.index)
-    query_from = split.updated.rows(normed_BTD)
-    query = rotate(project(attention, "q", query_from), split.updated_rows(cos), split.updated_rows(sin))
-    mask = split.mask_rows(arguments.get("attention_mask"), hidden.device)
-    output_BSD = attend(attention, query, key, value, mask)
+    output_BSD = _attended(
+        planned,
+        split,
+        decoder.attention_norm(layer)(hidden),
+        arguments["position_embeddings"],
+        arguments.get("attention_mask"),
+        arguments.get("past_key_values"),
+    )
     updated_BSD = decoder.add_attention(layer, split.updated.rows(hidden), output_BSD)
-    return decoder.ffn_half(layer, split.positions(updated_BSD, split.resting.rows(hidden)))
+    return decoder.ffn_half(layer, split.put(hidden, updated_BSD))
 
 
 def no_visual_ffn(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -124,7 +140,7 @@ def no_visual_ffn(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Te
     output_BTD, _ = decoder.attention(layer)(hidden_states=decoder.attention_norm(layer)(hidden), **arguments)
     middle_BTD = decoder.add_attention(layer, hidden, output_BTD)
     updated_BSD = decoder.ffn_half(layer, split.updated.rows(middle_BTD))
-    return split.positions(updated_BSD, split.resting.rows(middle_BTD))
+    return split.put(middle_BTD, updated_BSD, in_place=True)
 
 
 def skip_attention(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -150,10 +166,11 @@ def drop_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tens
         )
         return planned.own(hidden, **arguments)
     split = progress.text
-    updated_BSD, resting_BRD = planned.part(split, hidden)
+    updated_BSD = planned.updated_rows(split, hidden)
     arguments["attention_mask"] = split.mask_square(mask, hidden.device)
     arguments["position_embeddings"] = tuple(split.updated_rows(value) for value in arguments["position_embeddings"])
-    return planned.join(split, planned.own(updated_BSD, **arguments), resting_BRD)
+    updated_BSD = planned.own(updated_BSD, **arguments)
+    return split.put(progress.rows_BTD, updated_BSD) if planned.ends else updated_BSD
 
 
 EXECUTORS: dict[Mode, Callable[..., Tensor]] = {

@@ -27,8 +27,8 @@ class Progress(SequenceState):
         """Whether any sequence of the batch has had visual tokens so far."""
         self.joined = False
         """Whether every layer has to return all rows, because the caller asked for hidden states."""
-        self.resting = torch.empty(0)
-        """Rows that the current run leaves alone."""
+        self.rows_BTD = torch.empty(0)
+        """All rows, as the current run of layers found them or left them."""
         self._prompt: Selection
         self._prompt_length = 0
         self._text: Split | None = None
@@ -52,14 +52,14 @@ class Progress(SequenceState):
     def text(self) -> Split:
         """Text updated, everything else resting."""
         if self._text is None:
-            self._text = Split(self.types.text_BT, ~self.types.text_BT)
+            self._text = Split(self.types.text_BT)
         return self._text
 
     @property
     def visual(self) -> Split:
         """Visual tokens updated, everything else resting."""
         if self._visual is None:
-            self._visual = Split(self.types.visual_BT, ~self.types.visual_BT)
+            self._visual = Split(self.types.visual_BT)
         return self._visual
 
     def kept_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """The rows of one forward, split into those that a mode updates and those that it leaves alone.
 
-Shapes: B batch, T positions, S updated rows (packed), R resting rows (packed), K keys, D width.
+Shapes: B batch, T positions, S updated rows (packed), N updated rows of all samples, K keys, D width.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ from shortv.tokens import Selection, explicit_mask
 
 
 class Split:
-    """Updated and resting rows of one forward; what is gathered for one layer serves the others.
+    """The rows of one forward that a mode updates, packed; what is gathered for one layer serves the others.
 
     Layers of one kind are called with the same mask and position tensors, so gathered ones are kept by identity for
     the length of the forward.
     """
 
-    def __init__(self, updated_BT: Tensor, resting_BT: Tensor) -> None:
+    def __init__(self, updated_BT: Tensor) -> None:
         self.updated = Selection.of(updated_BT)
-        self.resting = Selection.of(resting_BT)
-        # Where each position's row is found in [updated rows, resting rows].
-        width = self.updated.index_BS.shape[1]
-        batch, length = updated_BT.shape
-        self.origin_BT = torch.zeros(batch, length, dtype=torch.long, device=updated_BT.device)
-        _place(self.origin_BT, self.updated, 0)
-        _place(self.origin_BT, self.resting, width)
+        self._shape = updated_BT.shape
+        self._place_N = updated_BT.flatten().nonzero().squeeze(1)
+        """Where each updated row stands among all rows of the batch."""
+        self._slot_N = self.updated.valid_BS.flatten().nonzero().squeeze(1)
+        """Where it stands among the packed ones, which are padded to the longest sample."""
         self._kept: dict[tuple[str, int], tuple[object, Tensor]] = {}
 
-    def positions(self, updated: Tensor, resting: Tensor) -> Tensor:
-        """Put packed rows of both kinds back in order along axis -2: (..., S, X) and (..., R, X) to (..., T, X)."""
-        packed = torch.cat([updated, resting], dim=-2)
-        index = self.origin_BT.to(packed.device)
-        index = index.view(len(index), *[1] * (packed.dim() - 3), -1, 1)
-        return packed.gather(-2, index.expand(*packed.shape[:-2], -1, packed.shape[-1]))
+    def put(self, rows_BTD: Tensor, updated_BSD: Tensor, *, in_place: bool = False) -> Tensor:
+        """All rows, the updated ones replaced by their new values.
+
+        `in_place` writes into `rows_BTD`, where no gradient needs what stood there.
+        """
+        updated_ND = updated_BSD.flatten(0, 1)
+        if len(self._slot_N) != len(updated_ND):
+            updated_ND = updated_ND[self._slot_N.to(updated_ND.device)]
+        place_N = self._place_N.to(rows_BTD.device)
+        flat = rows_BTD.flatten(0, 1)
+        if in_place and not torch.is_grad_enabled():
+            flat = flat.index_copy_(0, place_N, updated_ND)
+        else:
+            flat = flat.index_copy(0, place_N, updated_ND)
+        return flat.view_as(rows_BTD)
 
     def mask_rows(self, mask: Tensor | None, device: torch.device) -> Tensor:
         """The updated rows of the model's own mask, all columns: (B, 1, S, T)."""
@@ -51,7 +58,7 @@ class Split:
         return self._keep("values", values_BTD, lambda: self.updated.rows(values_BTD))
 
     def _explicit(self, mask: Tensor | None, device: torch.device) -> Tensor:
-        batch, length = self.origin_BT.shape
+        batch, length = self._shape
         return explicit_mask(mask, batch=batch, queries=length, keys=length, device=device)
 
     def _keep(self, kind: str, source: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
@@ -67,8 +74,3 @@ def _rows(selection: Selection, mask_BHTT: Tensor) -> Tensor:
     batch, width = index_BS.shape
     mask = mask_BHTT.expand(batch, -1, -1, -1)
     return mask.gather(2, index_BS[:, None, :, None].expand(-1, mask.shape[1], width, mask.shape[3]))
-
-
-def _place(origin_BT: Tensor, selection: Selection, offset: int) -> None:
-    row_BS, column_BS = selection.valid_BS.nonzero(as_tuple=True)
-    origin_BT[row_BS, selection.index_BS[row_BS, column_BS]] = column_BS + offset

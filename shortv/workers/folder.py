@@ -17,11 +17,11 @@ NOT_DECIDING = ("calibration",)
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, option: str = "--output-path") -> None:
     """Raise Refused for a relative path inside a submitted Ray job, whose working directory vanishes with it."""
     if _SUBMITTED in os.environ and "://" not in path and not os.path.isabs(path):
         raise Refused(
-            f"--output-path {path!r} is relative, and the working directory of a submitted job vanishes with it; "
+            f"{option} {path!r} is relative, and the working directory of a submitted job vanishes with it; "
             "give an absolute path that outlives the job, or a URI such as s3://bucket/sweep"
         )
 

@@ -16,23 +16,13 @@ from jobs.common import run
 from jobs.plan import make
 from reports.manifest import Manifest
 from reports.store import Folder
-from shortv.architecture import Architecture
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
+from tests.architectures import architecture
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCH = Architecture(
-    model_type="llava",
-    text_model_type="llama",
-    num_layers=5,
-    hidden_size=64,
-    intermediate_size=128,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=16,
-    vocab_size=100,
-)
+ARCH = architecture()
 # Mean LC of each layer; the other KL direction ranks the layers the other way round.
 MEANS = {
     Mode.FREEZE_VISUAL: [0.3, 0.9, 0.02, 0.1, 0.0],

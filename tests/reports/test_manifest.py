@@ -100,6 +100,11 @@ def test_no_secret_is_written(prefix: str, word: str, secret: str) -> None:
     assert secret not in shown and "x=2" in shown and "bucket/x" in shown
 
 
+def test_what_a_language_model_reads_is_no_secret() -> None:
+    value = {"max_new_tokens": 16, "tokenizer": "slow", "model_args": "max_new_tokens=16,x=2"}
+    assert masked(value) == value
+
+
 def test_the_digest_covers_what_changes_results() -> None:
     first = arguments_digest({"model": "m", "workers": 1, "seed": 0}, ignore={"workers"})
     assert first == arguments_digest({"seed": 0, "workers": 8, "model": "m"}, ignore={"workers"})

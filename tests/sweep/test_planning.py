@@ -7,23 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
 from shortv.errors import Refused
 from shortv.plan import Mode, modes_of_layers
 from shortv.sweep.planning import Control, Evidence, Request, choose_layers, default_count, replacement_order
+from tests.architectures import architecture
 
-ARCH = Architecture(
-    model_type="llava",
-    text_model_type="llama",
-    num_layers=5,
-    hidden_size=64,
-    intermediate_size=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=100,
-)
+ARCH = architecture(num_kv_heads=2)
 EVIDENCE = Evidence(
     architecture=ARCH,
     mode=Mode.FREEZE_VISUAL,

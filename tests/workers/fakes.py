@@ -21,6 +21,7 @@ from shortv.records import ErrorRecord, LcRecord, UsedSample
 from shortv.sample import Sample
 from shortv.workers.outcome import Measured
 from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+from tests.architectures import architecture
 
 LAYERS = 6
 
@@ -38,17 +39,7 @@ class FakeEngine:
     dies_loading: bool = False
 
     def describe(self, spec: ModelSpec) -> Architecture:
-        return Architecture(
-            model_type="fake",
-            text_model_type="fake",
-            num_layers=LAYERS,
-            hidden_size=8,
-            intermediate_size=16,
-            num_heads=2,
-            num_kv_heads=2,
-            head_dim=4,
-            vocab_size=10,
-        )
+        return architecture(num_layers=LAYERS)
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
         if self.dies_loading:

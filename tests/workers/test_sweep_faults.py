@@ -118,15 +118,23 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from tests.workers.fakes import FakeEngine, make_request
+from shortv.errors import ShortVError
 from shortv.workers.sweep import run_sweep
 import ray
 folder, workers, seconds = sys.argv[1:]
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-sys.exit(run_sweep(make_request(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds))))
+try:
+    run_sweep(make_request(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds)))
+except ShortVError as error:
+    sys.exit(error.exit_status)
 """
 
 
-def test_a_killed_driver_is_continued_with_other_workers(tmp_path: Path, reference: Path) -> None:
+# SIGTERM is what `ray job stop` sends; its exit status is the shell's for it.
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_killed_driver_is_continued_with_other_workers(
+    tmp_path: Path, reference: Path, number: int, status: int
+) -> None:
     command = [sys.executable, "-c", DRIVER, str(tmp_path), "2", "1.0"]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     progress = tmp_path / "out" / "progress"
@@ -134,8 +142,8 @@ def test_a_killed_driver_is_continued_with_other_workers(tmp_path: Path, referen
     while not (progress.is_dir() and list(progress.glob("*.json"))):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    driver.kill()
-    driver.wait()
+    driver.send_signal(number)
+    assert driver.wait(timeout=60) == status
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["state"] == "running"
     assert len(list(progress.glob("*.json"))) < 6
     request = make_request(tmp_path, workers=3)
