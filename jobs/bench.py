@@ -52,6 +52,7 @@ def sweep(model: str, calibration: str, limit: int, batch_size: int, repeats: in
 @option("--batch-size", default=1, show_default=True, type=click.IntRange(1))
 @option("--text-tokens", default=64, show_default=True, type=click.IntRange(2))
 @option("--visual-tokens", type=click.IntRange(1), help="[default: the shape's]")
+@option("--vision-tower", is_flag=True, help="Time it too, and give the ratio with it.")
 @option("--pairs", default=7, show_default=True, type=click.IntRange(1), help="Interleaved pairs; medians count.")
 @option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
 @option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -62,6 +63,7 @@ def prefill(
     batch_size: int,
     text_tokens: int,
     visual_tokens: int | None,
+    vision_tower: bool,
     pairs: int,
     dtype: str,
     device: str,
@@ -84,7 +86,9 @@ def prefill(
     model = random_shape(shape, layers=depth, dtype=getattr(torch, dtype), device=torch.device(device))
     modes = (Mode.FULL,) * (depth - count) + (Mode.FREEZE_VISUAL,) * count
     work = Workload(batch=batch_size, text_tokens=text_tokens, visual_tokens=visual_tokens or known.visual_tokens)
-    _print_prefill(bench_prefill(model, modes, work, pairs=pairs), shape, depth, count, work, f"{dtype} on {device}")
+    pixels = known.pixels(work.batch, work.visual_tokens) if vision_tower else None
+    result = bench_prefill(model, modes, work, pairs=pairs, pixels=pixels)
+    _print_prefill(result, shape, depth, count, work, f"{dtype} on {device}")
     return 0
 
 
@@ -104,6 +108,8 @@ def _print_prefill(result: Prefill, shape: str, depth: int, count: int, work: Wo
         f"speed-up {1 / result.fast_ratio:.2f}, {result.roofline_ratio / result.fast_ratio:.0%} of the roofline's "
         f"{1 / result.roofline_ratio:.2f}; a frozen layer takes {result.layer_ratio:.3f} of a full one"
     )
+    if result.tower:
+        click.echo(f"vision tower {1e3 * result.tower:.1f} ms; with it fast takes {result.tower_ratio:.3f} of full")
     if result.peak_full:
         click.echo(f"peak memory {result.peak_full / 2**30:.2f} GiB full, {result.peak_fast / 2**30:.2f} GiB fast")
 

@@ -116,7 +116,8 @@ class Selection:
     def rows(self, values_BTD: Tensor) -> Tensor:
         """Gather the selected rows of (B or 1, T, D) values into (B, S, D)."""
         values_BTD = values_BTD.expand(self.index_BS.shape[0], -1, -1)
-        return values_BTD.gather(1, self.index_BS[:, :, None].expand(-1, -1, values_BTD.shape[2]))
+        index_BS = self.index_BS.to(values_BTD.device)
+        return values_BTD.gather(1, index_BS[:, :, None].expand(-1, -1, values_BTD.shape[2]))
 
     def columns(self, values_BT: Tensor) -> Tensor:
         """Gather (B or 1, T) values into (B, S)."""
@@ -125,14 +126,15 @@ class Selection:
     def square(self, mask_BHTT: Tensor) -> Tensor:
         """Rows and columns of a 4D mask that belong to the selection; padding is seen by nobody but itself."""
         batch, width = self.index_BS.shape
-        index = self.index_BS[:, None, :, None]
+        index = self.index_BS[:, None, :, None].to(mask_BHTT.device)
         heads = mask_BHTT.shape[1]
         mask = mask_BHTT.expand(batch, -1, -1, -1)
         mask = mask.gather(2, index.expand(batch, heads, width, mask.shape[3]))
         mask = mask.gather(3, index.transpose(2, 3).expand(batch, heads, width, width))
         own_SS = torch.eye(width, dtype=torch.bool, device=mask.device)
-        allowed = may_attend(mask) & self.valid_BS[:, None, None, :] & self.valid_BS[:, None, :, None]
-        allowed = allowed | (own_SS & ~self.valid_BS[:, None, :, None])
+        valid_BS = self.valid_BS.to(mask.device)
+        allowed = may_attend(mask) & valid_BS[:, None, None, :] & valid_BS[:, None, :, None]
+        allowed = allowed | (own_SS & ~valid_BS[:, None, :, None])
         if mask.dtype == torch.bool:
             return allowed
         return torch.zeros_like(mask).masked_fill(~allowed, torch.finfo(mask.dtype).min)

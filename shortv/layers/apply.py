@@ -86,24 +86,25 @@ def _claim(model: Any, undo: ExitStack) -> None:
 
 def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progress, undo: ExitStack) -> None:
     layer, mode = decoder.layers[index], modes[index]
+    # accelerate puts a forward that moves tensors between devices around the layer's own.
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
     # Between these layers the model itself reaches into the visual rows.
     alone = mode not in RUNS or index < decoder.num_deepstack
     planned = PlannedLayer(
         decoder=decoder,
         layer=layer,
         index=index,
-        own=layer.forward,
+        own=getattr(layer, name),
         progress=progress,
         first=alone or index == decoder.num_deepstack or modes[index - 1] is not mode,
         last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
     )
-    before = layer.__dict__.get("forward")
-    layer.forward = partial(EXECUTORS[mode], planned)
-    undo.callback(_restore, layer, before)
+    undo.callback(_restore, layer, name, layer.__dict__.get(name))
+    setattr(layer, name, partial(EXECUTORS[mode], planned))
 
 
-def _restore(layer: Any, before: Any) -> None:
+def _restore(layer: Any, name: str, before: Any) -> None:
     if before is None:
-        del layer.forward
+        delattr(layer, name)
     else:
-        layer.forward = before
+        setattr(layer, name, before)

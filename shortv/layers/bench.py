@@ -34,6 +34,10 @@ class Prefill:
     """Marginal time of a frozen layer over that of a full one, from the whole depth and half of it."""
     flops_ratio: float
     roofline_ratio: float
+    tower: float
+    """Median seconds of the vision tower and projector; 0 where it was not run."""
+    tower_ratio: float
+    """Fast over full with the tower's time on both sides."""
     device: Device
     peak_full: int
     peak_fast: int
@@ -49,8 +53,10 @@ class Workload:
     visual_tokens: int
 
 
-def bench_prefill(model: Any, modes: Sequence[Mode], work: Workload, *, pairs: int) -> Prefill:
-    """Time full, fast and reference prefills of the decoder, interleaved."""
+def bench_prefill(
+    model: Any, modes: Sequence[Mode], work: Workload, *, pairs: int, pixels: dict[str, torch.Tensor] | None = None
+) -> Prefill:
+    """Time full, fast and reference prefills of the decoder, and the vision tower on `pixels`, interleaved."""
     decoder, device = decoder_of(model), model.device
     inputs = _inputs(model, min(decoder.visual_ids), work)
     config = model.config.get_text_config()
@@ -66,6 +72,14 @@ def bench_prefill(model: Any, modes: Sequence[Mode], work: Workload, *, pairs: i
         finally:
             config.num_hidden_layers = depth
 
+    def see() -> float:
+        if pixels is None:
+            return 0.0
+        moved = {
+            name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in pixels.items()
+        }
+        return seconds(lambda: model.get_image_features(**moved), device)
+
     frozen = (Mode.FREEZE_VISUAL,) * depth
     ways: list[tuple[Executor | None, Sequence[Mode], int]] = [
         (None, modes, depth),
@@ -78,9 +92,12 @@ def bench_prefill(model: Any, modes: Sequence[Mode], work: Workload, *, pairs: i
         peaks = [_peak(device, lambda way=way: run(*way)) for way in ways[:2]]  # type: ignore[misc]
         for way in ways[2:]:
             run(*way)
-        rounds = [[run(*way) for way in ways] for _ in range(pairs)]
+        see()
+        rounds = [[*(run(*way) for way in ways), see()] for _ in range(pairs)]
         slow = statistics.median(run(reference, modes) for _ in range(min(pairs, 3)))
-    full, fast, all_frozen, half_full, half_frozen = (statistics.median(column) for column in zip(*rounds, strict=True))
+    full, fast, all_frozen, half_full, half_frozen, tower = (
+        statistics.median(column) for column in zip(*rounds, strict=True)
+    )
     architecture = Architecture.from_config_dict(model.config.to_dict())
     limits = measure_device(device, model.dtype)
 
@@ -103,6 +120,8 @@ def bench_prefill(model: Any, modes: Sequence[Mode], work: Workload, *, pairs: i
         layer_ratio=(all_frozen - half_frozen) / (full - half_full),
         flops_ratio=flops_ratio(architecture, modes, work.text_tokens, work.visual_tokens),
         roofline_ratio=least(modes) / least((Mode.FULL,) * depth),
+        tower=tower,
+        tower_ratio=statistics.median((row[1] + row[-1]) / (row[0] + row[-1]) for row in rounds),
         device=limits,
         peak_full=peaks[0],
         peak_fast=peaks[1],

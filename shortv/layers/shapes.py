@@ -15,6 +15,8 @@ class Shape(NamedTuple):
     num_layers: int
     frozen: int
     visual_tokens: int
+    pixels: Callable[[int, int], dict[str, torch.Tensor]]
+    """What the vision tower is given for a batch of prompts with at least so many visual tokens each."""
 
 
 def random_shape(name: str, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
@@ -94,11 +96,30 @@ def _qwen2_5_vl_7b(layers: int | None) -> tuple[Any, Any]:
     )
 
 
+def _llava_pixels(batch: int, visual_tokens: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.zeros(batch * -(-visual_tokens // 576), 3, 336, 336)}
+
+
+def _llava_next_pixels(batch: int, visual_tokens: int) -> dict[str, torch.Tensor]:
+    """Images of two by two tiles and the whole: five times 576 patches, as the paper counts."""
+    images = batch * -(-visual_tokens // 2880)
+    return {"pixel_values": torch.zeros(images, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]] * images)}
+
+
+def _qwen_pixels(batch: int, visual_tokens: int) -> dict[str, torch.Tensor]:
+    """One image of two rows of tokens; four patches of 14 x 14 pixels in two frames make a token."""
+    columns = -(-visual_tokens // 2)
+    return {
+        "pixel_values": torch.zeros(batch * 8 * columns, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 2 * columns]] * batch),
+    }
+
+
 SHAPES: dict[str, Shape] = {
-    "llava-1.5-7b": Shape(_llava(False, 4096, 11008, 32, 32), 32, 19, 576),
-    "llava-1.5-13b": Shape(_llava(False, 5120, 13824, 40, 40), 40, 24, 576),
-    "llava-next-7b": Shape(_llava(True, 4096, 11008, 32, 32), 32, 19, 2880),
-    "llava-next-13b": Shape(_llava(True, 5120, 13824, 40, 40), 40, 24, 2880),
-    "qwen2.5-vl-7b": Shape(_qwen2_5_vl_7b, 28, 7, 1024),
+    "llava-1.5-7b": Shape(_llava(False, 4096, 11008, 32, 32), 32, 19, 576, _llava_pixels),
+    "llava-1.5-13b": Shape(_llava(False, 5120, 13824, 40, 40), 40, 24, 576, _llava_pixels),
+    "llava-next-7b": Shape(_llava(True, 4096, 11008, 32, 32), 32, 19, 2880, _llava_next_pixels),
+    "llava-next-13b": Shape(_llava(True, 5120, 13824, 40, 40), 40, 24, 2880, _llava_next_pixels),
+    "qwen2.5-vl-7b": Shape(_qwen2_5_vl_7b, 28, 7, 1024, _qwen_pixels),
 }
 """Shapes of the paper (ShortV table 1: frozen layers, visual tokens) and of a later model (V-Skip: N = 7)."""

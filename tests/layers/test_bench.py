@@ -12,6 +12,7 @@ from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
 from shortv.layers import roofline
 from shortv.layers.bench import Workload, bench_prefill
+from shortv.layers.shapes import SHAPES
 from shortv.plan import Mode
 from tests.models import LAYERS, batch_of, random_model
 
@@ -45,9 +46,28 @@ def test_bench_prefill_times_every_executor_and_restores_the_depth(monkeypatch: 
     batch = batch_of("llava", [[3, "I", 2]])
     before = model(**batch.inputs).logits
     modes = (Mode.FULL, Mode.FULL, Mode.FREEZE_VISUAL, Mode.FREEZE_VISUAL)
-    result = bench_prefill(model, modes, Workload(batch=2, text_tokens=8, visual_tokens=100), pairs=2)
+    work = Workload(batch=2, text_tokens=8, visual_tokens=100)
+    result = bench_prefill(model, modes, work, pairs=1, pixels={"pixel_values": torch.zeros(2, 3, 28, 28)})
+    assert result.tower > 0 and min(result.fast_ratio, 1) < result.tower_ratio < max(result.fast_ratio, 1)
     assert min(result.full, result.fast, result.reference, result.fast_ratio, result.roofline_ratio) > 0
     architecture = Architecture.from_config_dict(model.config.to_dict())
     assert result.flops_ratio == pytest.approx(flops_ratio(architecture, modes, 8, 100))
     assert model.config.text_config.num_hidden_layers == LAYERS
     assert torch.equal(model(**batch.inputs).logits, before)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_can_be_built_and_sees_as_many_tokens_as_it_says(name: str) -> None:
+    """Sizes only: the weights have no storage."""
+    shape = SHAPES[name]
+    model_class, config = shape.build(2)
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=torch.bfloat16)
+        given = {
+            key: value.to("meta") if value.is_floating_point() else value
+            for key, value in shape.pixels(1, shape.visual_tokens).items()
+        }
+    assert len(model.model.language_model.layers) == 2
+    patches = sum(value.numel() for value in given.values() if value.is_floating_point()) / (3 * 14 * 14)
+    per_token = {"qwen2_5_vl": 8}.get(config.model_type, 1)
+    assert patches == pytest.approx(per_token * shape.visual_tokens * (336 / 14) ** 2 / 576)

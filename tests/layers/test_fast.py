@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -97,12 +99,13 @@ def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_the_truth_as_the_reference(dtype: torch.dtype) -> None:
-    truth, half = random_model(), random_model().to(dtype)
-    batch = batch_of("llava", SPECS)
-    pixels = batch.inputs["pixel_values"].to(dtype)
-    halved = Batch(inputs={**batch.inputs, "pixel_values": pixels}, types=batch.types)
-    for modes in PLANS[1:7] + PLANS[-4:]:
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_as_near_to_the_truth_as_the_reference(kind: str, dtype: torch.dtype) -> None:
+    truth, half = random_model(kind), random_model(kind).to(dtype)
+    batch = batch_of(kind, SPECS)
+    inputs = {name: value.to(dtype if value.is_floating_point() else None) for name, value in batch.inputs.items()}
+    halved = Batch(inputs=inputs, types=batch.types)
+    for modes in PLANS[1:7] + PLANS[-2:]:
         with reference(truth, modes):
             exact = text_logits(truth, batch)
         with reference(half, modes):
@@ -112,16 +115,29 @@ def test_half_precision_is_as_near_to_the_truth_as_the_reference(dtype: torch.dt
         assert fast <= 2 * slow
 
 
+def apart(spec: Spec) -> Spec:
+    """Text between images, as every template of these families has it, and at the end."""
+    pieces: Spec = []
+    for piece in spec:
+        pieces += [1, piece] if pieces and pieces[-1] == piece == "I" else [piece]
+    return [*pieces, 2]
+
+
 some_specs = st.lists(
-    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
-).map(lambda specs: [[*spec, 2] for spec in specs])
+    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4).map(apart), min_size=1, max_size=3
+)
 
 
-@settings(max_examples=30, deadline=None)
-@given(specs=some_specs, padding=st.sampled_from(["left", "right"]), seed=st.integers(0, 10_000))
-def test_any_plan_on_any_prompt(specs: list[Spec], padding: str, seed: int) -> None:
-    model, modes = random_model(), drawn(seed)
-    batch = batch_of("llava", specs, padding=padding, seed=seed)
+@settings(max_examples=80, deadline=None)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    specs=some_specs,
+    padding=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_plan_on_any_prompt(kind: str, specs: list[Spec], padding: str, seed: int) -> None:
+    model, modes = random_model(kind), drawn(seed)
+    batch = batch_of(kind, specs, padding=padding, seed=seed)
     with reference(model, modes):
         expected = text_logits(model, batch)
     with executing(model, modes):
@@ -193,6 +209,47 @@ def test_apply_takes_a_plan_or_its_file_and_undoes_itself_after_an_error(tmp_pat
         raise KeyError("a user's own error")
     assert torch.equal(text_logits(model, batch), before)
     assert not any("forward" in layer.__dict__ for layer in model.model.language_model.layers)
+
+
+def test_switching_plans_copies_no_weights_and_takes_under_a_millisecond() -> None:
+    shallow = random_model()
+    shallow.config.text_config.num_hidden_layers = 40
+    model = type(shallow)(shallow.config).eval()
+    plans = [plan_for(model, (mode,) * 40, num_layers=40) for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_FFN)]
+    weights = [weight.data_ptr() for weight in model.parameters()]
+
+    def switch(plan: Plan) -> float:
+        start = time.perf_counter()
+        with shortv.apply(model, plan):
+            entered = time.perf_counter() - start
+            assert [weight.data_ptr() for weight in model.parameters()] == weights
+        return entered
+
+    assert min(switch(plans[turn % 2]) for turn in range(50)) < 1e-3
+
+
+def test_hooks_that_move_a_layers_inputs_still_run() -> None:
+    """accelerate spreads a model over devices by hooks around each layer."""
+    model = random_model()
+    batch = batch_of("llava", SPECS)
+    seen: list[int] = []
+
+    class Counting(AlignDevicesHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(args[0].shape[1])
+            return super().pre_forward(module, *args, **kwargs)
+
+    with executing(model, (Mode.FREEZE_VISUAL,) * LAYERS):
+        expected = text_logits(model, batch)
+    for layer in model.model.language_model.layers:
+        add_hook_to_module(layer, Counting(execution_device="cpu"))
+    forwards = [layer.forward for layer in model.model.language_model.layers]
+    with executing(model, (Mode.FREEZE_VISUAL,) * LAYERS):
+        assert torch.equal(text_logits(model, batch), expected)
+    longest = max(batch.types.n_text)
+    assert seen == [batch.types.text_BT.shape[1], *[longest] * (LAYERS - 1)]
+    assert [layer.forward for layer in model.model.language_model.layers] == forwards
+    remove_hook_from_module(model, recurse=True)
 
 
 def test_refusals() -> None:
