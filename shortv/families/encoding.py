@@ -150,15 +150,13 @@ def _check_fits(loaded: LoadedModel, prompt: _Prompt, n_text: int, n_visual: int
 
 
 def _process(loaded: LoadedModel, prompts: Sequence[_Prompt]) -> dict[str, Tensor]:
-    images: list[Any] = [list(prompt.images) for prompt in prompts]
-    if not loaded.decoder.family.nested_images:
-        images = [image for own in images for image in own]
-    if not any(prompt.images for prompt in prompts):
-        images = []
+    # One list per prompt, as the processors' own apply_chat_template passes them: LLaVA-OneVision tiles an image only
+    # where it is a prompt's only one, and Gemma 3 takes a flat list for the images of one prompt.
+    images = [list(prompt.images) for prompt in prompts]
     bos = loaded.processor.tokenizer.bos_token
     try:
         inputs: Any = loaded.processor(
-            images=images or None,
+            images=images if any(images) else None,
             text=[prompt.text for prompt in prompts],
             padding=True,
             return_tensors="pt",

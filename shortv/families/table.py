@@ -61,8 +61,6 @@ class Family:
     """Config fields that hold the ids of the placeholders which vision features replace."""
     positions_from_mask: bool
     """Whether positions are one per token, counted over the attention mask (else the model makes its own)."""
-    nested_images: bool = False
-    """Whether the processor wants the images of each prompt in a list of their own."""
 
 
 _LLAVA = Family(
@@ -76,7 +74,7 @@ _LLAVA = Family(
 _QWEN = replace(
     _LLAVA, label="Qwen2-VL", visual_id_fields=("image_token_id", "video_token_id"), positions_from_mask=False
 )
-_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model", nested_images=True)
+_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model")
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
