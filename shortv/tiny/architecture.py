@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from shortv.tiny.conversations import draw_conversation
-from shortv.tiny.scenes import IMAGE_SIZE
+from shortv.tiny.scenes import IMAGE_SIZE, PLACES
 
 PATCH_SIZE = 10
 VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -58,9 +58,19 @@ class Architecture:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the generator's text: whole words for it, single bytes for anything else."""
+    """Train a byte-level BPE on the generator's text: whole words for it, single bytes for anything else.
+
+    A place such as "top left" is one token: what can be asked of the picture is then a matter of seeing it, not of
+    putting words together.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = rf" (?:{'|'.join(PLACES)})| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
@@ -146,6 +156,8 @@ def _text_config(architecture: Architecture, tokenizer: PreTrainedTokenizerFast)
         num_hidden_layers=architecture.layers,
         num_attention_heads=architecture.heads,
         num_key_value_heads=architecture.kv_heads,
+        # A matrix then keeps the size of what it multiplies; the customary 0.02 is for models thirty times as wide.
+        initializer_range=architecture.width**-0.5,
         max_position_embeddings=MAX_POSITIONS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

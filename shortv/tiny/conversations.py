@@ -1,53 +1,48 @@
-"""Training conversations: several question turns about one image, sometimes with a describe turn."""
+"""Training conversations: question turns about one image, sometimes with a describe turn."""
 
 import random
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
-from types import MappingProxyType
 
-from shortv.tiny.questions import KINDS, Turn, ask
+from shortv.tiny.questions import Turn, ask
 from shortv.tiny.scenes import Scene, draw_scene
 
-DESCRIBE_SHARE = 0.5
-DESCRIBE_FIRST_SHARE = 0.3
-TURNS = 6
-
-# What every conversation asks; the benchmark's other kinds fill it up. Kinds that the benchmark lacks are practice.
-MIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# Kinds that need colour and shape of one object together are learned last and asked most.
+TURNS = Counter(
     {
-        "even": (),
-        "search": ("existence", "place-of-object", "count-by-shape", "place-of-shape"),
-        "where": ("existence", "place-of-object", "place-of-object", "place-of-shape", "place-of-colour"),
+        "count": 1,
+        "count-by-colour": 2,
+        "existence": 3,
+        "colour-at-place": 2,
+        "shape-at-place": 2,
+        "place-of-object": 3,
     }
 )
+DESCRIBE_SHARE = 0.5
+JOINED_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """One image and the turns about it; the first turn is what a single question looks like."""
+    """One image and the turns about it.
+
+    `joined` turns follow each other as in a chat. The others each see the image and themselves alone, as the single
+    questions of a benchmark do.
+    """
 
     scene: Scene
     turns: tuple[Turn, ...]
+    joined: bool
 
 
-def draw_conversation(rng: random.Random, split: str = "training", mix: str = "even") -> Conversation:
-    """Draw a scene and six question turns about it, in half of the conversations with a describe turn.
+def draw_conversation(rng: random.Random, split: str = "training") -> Conversation:
+    """Draw a scene and question turns of every kind about it in any order, in half of the cases with a describe turn.
 
-    The mix of kinds is named in `MIXES`; `even` is one of each of the benchmark's.
+    The describe turn is last: before the questions it would let a chat read the answers from text.
     """
     scene = draw_scene(rng, split)
-    turns = [turn for kind in _draw_kinds(rng, mix) if (turn := ask(kind, scene, rng)) is not None]
+    kinds = rng.sample(list(TURNS), TURNS.total(), counts=list(TURNS.values()))
     if rng.random() < DESCRIBE_SHARE:
-        # Mostly last: a description before the questions would let the model read the answers from text.
-        first = rng.random() < DESCRIBE_FIRST_SHARE
-        describe = ask("describe", scene, rng)
-        assert describe is not None
-        turns = [describe, *turns] if first else [*turns, describe]
-    return Conversation(scene=scene, turns=tuple(turns))
-
-
-def _draw_kinds(rng: random.Random, mix: str) -> list[str]:
-    always = MIXES[mix]
-    others = [kind for kind in KINDS if kind not in always]
-    kinds = [*always, *rng.sample(others, TURNS - len(always))]
-    return rng.sample(kinds, TURNS) if always else kinds
+        kinds.append("describe")
+    turns = tuple(turn for kind in kinds if (turn := ask(kind, scene, rng)) is not None)
+    return Conversation(scene=scene, turns=turns, joined=rng.random() < JOINED_SHARE)

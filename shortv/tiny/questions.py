@@ -78,31 +78,6 @@ def _place_of(scene: Scene, rng: random.Random) -> Asked:
     return {"colour": thing.colour, "shape": thing.shape}, thing.place
 
 
-def _count_shape(scene: Scene, rng: random.Random) -> Asked:
-    counts = Counter(thing.shape for thing in scene.objects)
-    answer = rng.choice(sorted({counts[shape] for shape in SHAPES}))
-    shape = rng.choice([shape for shape in SHAPES if counts[shape] == answer])
-    return {"shape": shape}, str(answer)
-
-
-def _place_of_shape(scene: Scene, rng: random.Random) -> Asked:
-    counts = Counter(thing.shape for thing in scene.objects)
-    alone = [thing for thing in scene.objects if counts[thing.shape] == 1]
-    if not alone:
-        return None
-    thing = rng.choice(alone)
-    return {"shape": thing.shape}, thing.place
-
-
-def _place_of_colour(scene: Scene, rng: random.Random) -> Asked:
-    counts = Counter(thing.colour for thing in scene.objects)
-    alone = [thing for thing in scene.objects if counts[thing.colour] == 1]
-    if not alone:
-        return None
-    thing = rng.choice(alone)
-    return {"colour": thing.colour}, thing.place
-
-
 def _describe(scene: Scene, rng: random.Random) -> Asked:
     phrases = [f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene.objects]
     return {}, ", ".join(phrases) + "."
@@ -116,9 +91,6 @@ QUESTIONS: Mapping[str, Callable[[Scene, random.Random], Asked]] = MappingProxyT
         "colour-at-place": _colour_at,
         "shape-at-place": _shape_at,
         "place-of-object": _place_of,
-        "count-by-shape": _count_shape,
-        "place-of-shape": _place_of_shape,
-        "place-of-colour": _place_of_colour,
         "describe": _describe,
     }
 )
@@ -155,20 +127,6 @@ WORDINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "Where is the {colour} {shape}?",
             "Where do you see the {colour} {shape}?",
             "At which place is the {colour} {shape}?",
-        ),
-        "count-by-shape": (
-            "How many {shape} objects are there?",
-            "Count the {shape} objects.",
-        ),
-        "place-of-shape": (
-            "Where is the {shape}?",
-            "Where do you see the {shape}?",
-            "At which place is the {shape}?",
-        ),
-        "place-of-colour": (
-            "Where is the {colour} object?",
-            "Where do you see the {colour} object?",
-            "At which place is the {colour} object?",
         ),
         "describe": (
             "Describe the picture.",

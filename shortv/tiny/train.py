@@ -23,53 +23,27 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cycle:
-    """One stretch of the learning rate: from `start` a linear warm-up to `peak`, then a cosine towards `end`."""
-
-    start: int
-    end: int
-    peak: float
-    warmup: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything the trained weights depend on; the later additions are those of the shipped run."""
+    """Everything the trained weights depend on."""
 
     seed: int = 0
-    steps: int = 6000
-    batch_size: int = 32
-    # By step 3000 the model read shapes but not yet colour and shape together: the later cycles are for that.
-    cycles: tuple[Cycle, ...] = (
-        Cycle(start=0, end=4000, peak=6e-4, warmup=300),
-        Cycle(start=3000, end=4500, peak=4e-4),
-        Cycle(start=3750, end=5250, peak=5e-4),
-        Cycle(start=4250, end=5500, peak=5e-4),
-        Cycle(start=5000, end=6000, peak=5e-4),
-    )
+    steps: int = 3500
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 150
     weight_decay: float = 0.05
     gradient_norm: float = 1.0
-    # Blank images come late: before the model sees, they only add noise to its loss.
-    blank_share: float = 0.05
-    blank_from: int = 1750
-    # Without the patch loss the shipped run told colours apart by then, but no shapes.
     patch_weight: float = 0.5
-    patch_from: int = 1750
-    # A linear probe found no place in the visual tokens by then: "where is" could not be answered.
-    place_from: int = 4250
-    # Mix of questions by the step from which it holds.
-    mixes: tuple[tuple[int, str], ...] = ((0, "even"), (3750, "search"), (5000, "where"))
+    blank_share: float = 0.04
     architecture: Architecture = field(default_factory=Architecture)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Give the rate of a step: that of the latest cycle begun, which falls to a hundredth of its peak."""
-    cycle = max((cycle for cycle in recipe.cycles if cycle.start <= step), key=lambda cycle: cycle.start)
-    since = step - cycle.start
-    if since < cycle.warmup:
-        return cycle.peak * (since + 1) / cycle.warmup
-    progress = min(1.0, (since - cycle.warmup) / max(1, cycle.end - cycle.start - cycle.warmup))
-    return cycle.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Give the rate of a step: a linear warm-up, then a cosine down to a hundredth."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(
@@ -100,8 +74,7 @@ def train(
             seed=recipe.seed,
             step=step,
             size=recipe.batch_size,
-            blank_share=recipe.blank_share if step >= recipe.blank_from else 0.0,
-            mix=max((start, mix) for start, mix in recipe.mixes if start <= step)[1],
+            blank_share=recipe.blank_share,
         )
         loss, patch_loss = train_step(trainee, optimizer, Batch(*(tensor.to(device) for tensor in batch)), recipe, step)
         if step % 25 == 0:
@@ -119,17 +92,13 @@ def train_step(
     """Take one optimizer step and give its losses in nats per answer token and per visual token."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
-    loss, content_loss, place_loss = trainee.losses(batch)
-    total: Any = loss
-    if step >= recipe.patch_from:
-        total = total + recipe.patch_weight * content_loss
-    if step >= recipe.place_from:
-        total = total + recipe.patch_weight * place_loss
+    loss, patch_loss = trainee.losses(batch)
+    total: Any = loss + recipe.patch_weight * patch_loss
     optimizer.zero_grad()
     total.backward()
     torch.nn.utils.clip_grad_norm_(trainee.parameters(), recipe.gradient_norm)
     optimizer.step()
-    return float(loss.detach()), float((content_loss + place_loss).detach())
+    return float(loss.detach()), float(patch_loss.detach())
 
 
 def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -140,7 +109,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
 
     matrices = group((p for p in model.parameters() if p.ndim >= 2), recipe.weight_decay)
     vectors = group((p for p in model.parameters() if p.ndim < 2), 0.0)
-    return torch.optim.AdamW([matrices, vectors], lr=recipe.cycles[0].peak, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW([matrices, vectors], lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def export(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 from transformers import LlavaForConditionalGeneration
 
 from shortv.tiny.batches import Batch, patch_places
@@ -27,12 +27,20 @@ class Trainee(torch.nn.Module):
             self.shape_head = torch.nn.Linear(config.hidden_size, 1 + len(SHAPES))
             self.place_head = torch.nn.Linear(config.hidden_size, len(PLACES))
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give three losses in nats: per answer token, and per visual token for its content and for its place."""
-        output = self.model(input_ids=batch.input_ids_BT, labels=batch.labels_BT, pixel_values=batch.pixels_BCHW)
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the loss per answer token and the heads' loss per visual token, in nats."""
+        output = self.model(
+            input_ids=batch.input_ids_BT,
+            labels=batch.labels_BT,
+            position_ids=batch.positions_BT,
+            attention_mask=batch.sees_B1TT,
+            pixel_values=batch.pixels_BCHW,
+        )
         visual_ND = output.image_hidden_states.flatten(0, -2)
+        # Normed as the decoder norms them: longer vectors would satisfy the heads without saying more.
+        visual_ND = rms_norm(visual_ND, visual_ND.shape[-1:])
+        places_BP = torch.tensor(patch_places(), device=visual_ND.device).expand_as(batch.colours_BP)
         colour = cross_entropy(self.colour_head(visual_ND), batch.colours_BP.flatten())
         shape = cross_entropy(self.shape_head(visual_ND), batch.shapes_BP.flatten())
-        places_BP = torch.tensor(patch_places(), device=visual_ND.device).expand_as(batch.colours_BP)
         place = cross_entropy(self.place_head(visual_ND), places_BP.flatten())
-        return output.loss, colour + shape, place
+        return output.loss, colour + shape + place

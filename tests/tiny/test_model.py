@@ -98,17 +98,18 @@ def test_tokenizer_keeps_any_text(processor, text):
 
 
 def test_tokenizer_knows_whole_words(processor):
-    assert len(processor.tokenizer.tokenize("What color is the object at the top left?")) == 10
+    assert len(processor.tokenizer.tokenize("What color is the object at the top left?")) == 9
 
 
 def test_training_layout_is_that_of_processor_and_chat_template(processor):
     sample = calibration_samples(size=1)[0]
-    [(ids, _)] = encode(processor.tokenizer, [Conversation(scene=sample.scene, turns=(sample.turn, sample.turn))])
+    conversation = Conversation(scene=sample.scene, turns=(sample.turn, sample.turn), joined=True)
+    [row] = encode(processor.tokenizer, [conversation])
     image, text = {"type": "image"}, {"type": "text", "text": sample.turn.prompt}
     answer = {"role": "assistant", "content": sample.turn.answer}
     messages = [{"role": "user", "content": [image, text]}, answer, {"role": "user", "content": [text]}, answer]
     inputs = processor(text=processor.apply_chat_template(messages), images=Image.fromarray(render(sample.scene)))
-    assert list(inputs["input_ids"][0]) == ids
+    assert list(inputs["input_ids"][0]) == row.ids
 
 
 def test_generation_stops_at_the_end_token_and_ignores_left_padding(model, processor):
@@ -126,18 +127,12 @@ def test_generation_stops_at_the_end_token_and_ignores_left_padding(model, proce
 
 
 def test_model_sees_and_is_at_chance_without_the_image(model, processor):
-    questions = read_questions(limit=200)
+    questions = read_questions(limit=240)
     seen = measure_accuracy(model, processor, questions)
     blank = measure_accuracy(model, processor, questions, blank=True)
-    assert seen.overall >= 0.75, seen
-    assert abs(blank.overall - majority_accuracy(questions).overall) <= 0.08, blank
-
-
-@pytest.mark.xfail(reason="the shipped weights reach 82 % overall and 28 % for the place of an object", strict=True)
-def test_model_meets_the_bar(model, processor):
-    seen = measure_accuracy(model, processor, read_questions(limit=240))
     assert seen.overall >= 0.92, seen
     assert min(seen.by_kind.values()) >= 0.80, seen
+    assert abs(blank.overall - majority_accuracy(questions).overall) <= 0.05, blank
 
 
 def test_intervention_wraps_all_generation(model, processor):

@@ -8,20 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from shortv.tiny.architecture import Architecture, build_tokenizer
-from shortv.tiny.batches import IGNORED, draw_batch, encode, patch_contents
+from shortv.tiny.architecture import Architecture, build_model, build_tokenizer
+from shortv.tiny.batches import IGNORED, collate, draw_batch, encode, patch_contents
 from shortv.tiny.conversations import draw_conversation
 from shortv.tiny.scenes import COLOURS, PLACES, SHAPES, Scene
-from shortv.tiny.train import CHECKPOINT, Cycle, Recipe, learning_rate, train
+from shortv.tiny.train import CHECKPOINT, Recipe, learning_rate, train
+from shortv.tiny.trainee import Trainee
 
 SMALL = Recipe(
     steps=6,
     batch_size=2,
-    cycles=(Cycle(start=0, end=6, peak=1e-3, warmup=2), Cycle(start=3, end=6, peak=1e-3)),
-    blank_from=2,
-    patch_from=2,
-    place_from=3,
-    mixes=((0, "even"), (4, "where")),
+    warmup_steps=2,
     architecture=Architecture(layers=2, vision_layers=1, width=32, feed_forward=32, heads=2, kv_heads=1),
 )
 
@@ -63,10 +60,25 @@ def test_another_recipe_does_not_continue_the_run(tmp_path):
 
 def test_only_answers_and_their_end_are_learned(tokenizer):
     conversation = draw_conversation(random.Random(5))
-    [(ids, labels)] = encode(tokenizer, [conversation])
-    learned = tokenizer.decode([token for token in labels if token != IGNORED])
+    [row] = encode(tokenizer, [conversation])
+    learned = tokenizer.decode([token for token in row.labels if token != IGNORED])
     assert learned == "".join(f" {turn.answer}</s>" for turn in conversation.turns)
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    assert all(label in (IGNORED, token) for token, label in zip(row.ids, row.labels, strict=True))
+
+
+def test_turns_that_are_not_joined_are_answered_as_if_each_were_alone(tokenizer):
+    conversation = replace(draw_conversation(random.Random(5)), joined=False)
+    alone = [replace(conversation, turns=(turn,)) for turn in conversation.turns]
+    model = build_model(SMALL.architecture, tokenizer, seed=0).eval()
+
+    def loss(*conversations):
+        with torch.inference_mode():
+            return Trainee(model, seed=0).losses(
+                collate(tokenizer, conversations, [conversation.scene] * len(conversations))
+            )[0]
+
+    torch.testing.assert_close(loss(conversation), loss(*alone))
+    assert not torch.isclose(loss(conversation), loss(replace(conversation, joined=True)))
 
 
 def test_batches_depend_on_seed_and_step_alone(tokenizer):
@@ -95,11 +107,9 @@ def test_patches_know_their_cell():
     assert not any(colour for colour, _ in patch_contents(Scene(objects=())))
 
 
-def test_learning_rate_warms_up_and_falls_to_a_hundredth_in_each_cycle():
-    cycles = (Cycle(start=0, end=20, peak=1.0, warmup=4), Cycle(start=10, end=30, peak=0.5))
-    rates = [learning_rate(Recipe(steps=31, cycles=cycles), step) for step in range(31)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0 and rates[9] < 0.9
-    assert rates[10] == 0.5
-    assert rates[30] == pytest.approx(0.005)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+def test_learning_rate_warms_up_and_falls_to_a_hundredth():
+    recipe = Recipe(steps=31, warmup_steps=4, learning_rate=1.0)
+    rates = [learning_rate(recipe, step) for step in range(31)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[30] == pytest.approx(0.01, abs=0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
