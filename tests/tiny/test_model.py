@@ -127,7 +127,7 @@ def test_generation_stops_at_the_end_token_and_ignores_left_padding(model, proce
 
 
 def test_model_sees_and_is_at_chance_without_the_image(model, processor):
-    questions = read_questions(limit=240)
+    questions = read_questions()
     seen = measure_accuracy(model, processor, questions)
     blank = measure_accuracy(model, processor, questions, blank=True)
     assert seen.overall >= 0.92, seen
