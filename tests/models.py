@@ -18,6 +18,7 @@ LAYERS = 4
 VOCABULARY = 96
 IMAGE_TOKEN = 90
 PAD_TOKEN = 0
+VISION_START = 92
 
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -42,7 +43,7 @@ _PATCHES = {"image_size": 28, "patch_size": 14}
 _QWEN_IDS = {
     "image_token_id": IMAGE_TOKEN,
     "video_token_id": 91,
-    "vision_start_token_id": 92,
+    "vision_start_token_id": VISION_START,
     "vision_end_token_id": 93,
 }
 
@@ -58,6 +59,8 @@ class Kind:
     """Shape of one image's `pixel_values`."""
     extra: Callable[[Sequence[Sequence[Tensor]], Tensor], dict[str, Tensor]]
     """Further inputs, from the images of each prompt and the token ids."""
+    start: tuple[int, ...] = ()
+    """Text tokens that announce an image; older releases of transformers count Qwen's images by them."""
 
 
 def _make(model: Any, config: Any, attn: str) -> Any:
@@ -228,9 +231,9 @@ KINDS: dict[str, Kind] = {
     "llava-qwen2": Kind(build=_llava(_qwen2), visual_tokens=4, pixels=(3, 28, 28), extra=_flat),
     "llava-next": Kind(build=_llava_next, visual_tokens=14, pixels=(3, 3, 28, 28), extra=_anyres),
     "llava-onevision": Kind(build=_llava_onevision, visual_tokens=14, pixels=(3, 3, 28, 28), extra=_anyres),
-    "qwen2-vl": Kind(build=_qwen2_vl, visual_tokens=4, pixels=(16, 96), extra=_grid),
-    "qwen2.5-vl": Kind(build=_qwen2_5_vl, visual_tokens=4, pixels=(16, 96), extra=_grid),
-    "qwen3-vl": Kind(build=_qwen3_vl, visual_tokens=4, pixels=(16, 96), extra=_grid),
+    "qwen2-vl": Kind(build=_qwen2_vl, visual_tokens=4, pixels=(16, 96), extra=_grid, start=(VISION_START,)),
+    "qwen2.5-vl": Kind(build=_qwen2_5_vl, visual_tokens=4, pixels=(16, 96), extra=_grid, start=(VISION_START,)),
+    "qwen3-vl": Kind(build=_qwen3_vl, visual_tokens=4, pixels=(16, 96), extra=_grid, start=(VISION_START,)),
     "internvl": Kind(build=_internvl, visual_tokens=4, pixels=(3, 16, 16), extra=_flat),
     "idefics3": Kind(
         build=_idefics(hf.Idefics3Config, hf.Idefics3VisionConfig, hf.Idefics3ForConditionalGeneration),
@@ -314,7 +317,7 @@ def _prompt(kind: Kind, spec: Spec, seed: int) -> Prompt:
     parts, images = [], []
     for item in spec:
         if item == "I":
-            parts.append(torch.full((kind.visual_tokens,), IMAGE_TOKEN))
+            parts.append(torch.tensor([*kind.start, *[IMAGE_TOKEN] * kind.visual_tokens]))
             images.append(torch.randn(*kind.pixels, generator=draw))
         else:
             parts.append(torch.randint(3, IMAGE_TOKEN, (int(item),), generator=draw))

@@ -23,7 +23,7 @@ from shortv.families import Batch
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
 from shortv.plan import Mode, Plan, modes_of_ablation, modes_of_layers
-from tests.models import IMAGE_TOKEN, KINDS, LAYERS, Spec, batch_of, random_model
+from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, random_model
 
 Modes = tuple[Mode, ...]
 FULL: Modes = (Mode.FULL,) * LAYERS
@@ -84,7 +84,7 @@ def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None
     model = random_model(kind)
     batch = batch_of(kind, SPECS)
     fixed = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    fixed["suppress_tokens"] = [IMAGE_TOKEN, IMAGE_TOKEN + 1]
+    fixed["suppress_tokens"] = [IMAGE_TOKEN, IMAGE_TOKEN + 1, VISION_START]
 
     def generate() -> list[list[int]]:
         torch.manual_seed(0)
