@@ -43,8 +43,9 @@ class TokenTypes:
 
 def token_types(input_ids_BT: Tensor, attention_mask_BT: Tensor | None, visual_ids: Collection[int]) -> TokenTypes:
     """Tell visual tokens, text and padding apart by the placeholder ids that the vision tower's features replace."""
-    placeholders = torch.tensor(sorted(visual_ids), device=input_ids_BT.device)
-    visual_BT = torch.isin(input_ids_BT, placeholders)
+    visual_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    for placeholder in visual_ids:
+        visual_BT |= input_ids_BT == placeholder
     if attention_mask_BT is None:
         return TokenTypes(visual_BT=visual_BT, text_BT=~visual_BT)
     real_BT = attention_mask_BT.to(input_ids_BT.device).bool()

@@ -14,7 +14,7 @@ from shortv.families import Decoder, decoder_of
 from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
 from shortv.layers.fast import EXECUTORS, RUNS, PlannedLayer
 from shortv.layers.progress import Progress
-from shortv.plan import Mode, Plan, validate_modes
+from shortv.plan import Mode, Plan, parse_mode, validate_modes
 
 _MARK = "_shortv_applied"
 
@@ -51,15 +51,22 @@ def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]
 def executing(model: Any, modes: Sequence[Mode]) -> Iterator[None]:
     """The same for bare modes, one per layer."""
     decoder = decoder_of(model)
+    modes = tuple(parse_mode(mode) for mode in modes)
     _check(model, decoder, modes)
-    progress = Progress(decoder, model.config)
     with ExitStack() as undo:
-        _claim(model, undo)
-        undo.callback(model.register_forward_pre_hook(progress.observe, with_kwargs=True).remove)
-        for index, mode in enumerate(modes):
-            if mode is not Mode.FULL:
-                _patch(decoder, index, modes, progress, undo)
+        _claim(decoder, undo)
+        if set(modes) != {Mode.FULL}:
+            _follow(model, decoder, modes, undo)
         yield
+
+
+def _follow(model: Any, decoder: Decoder, modes: Sequence[Mode], undo: ExitStack) -> None:
+    progress = Progress(decoder, model.config, modes)
+    for handle in progress.attach(model):
+        undo.callback(handle.remove)
+    for index, mode in enumerate(modes):
+        if mode is not Mode.FULL:
+            _patch(decoder, index, modes, progress, undo)
 
 
 def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
@@ -76,12 +83,12 @@ def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
         )
 
 
-def _claim(model: Any, undo: ExitStack) -> None:
+def _claim(decoder: Decoder, undo: ExitStack) -> None:
     token = object()
-    # setdefault is atomic: of two threads, one finds the other's token.
-    if model.__dict__.setdefault(_MARK, token) is not token:
+    # setdefault is atomic: of two threads, one finds the other's token. The decoder carries it, whatever wraps that.
+    if decoder.text.__dict__.setdefault(_MARK, token) is not token:
         raise Refused("this model is already under a plan; leave that context first (plans do not nest or overlap)")
-    undo.callback(model.__dict__.pop, _MARK)
+    undo.callback(decoder.text.__dict__.pop, _MARK)
 
 
 def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progress, undo: ExitStack) -> None:
@@ -99,12 +106,18 @@ def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progre
         first=alone or index == decoder.num_deepstack or modes[index - 1] is not mode,
         last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
     )
-    undo.callback(_restore, layer, name, layer.__dict__.get(name))
-    setattr(layer, name, partial(EXECUTORS[mode], planned))
+    ours = partial(EXECUTORS[mode], planned)
+    setattr(layer, name, ours)
+    undo.callback(_restore, layer, ours)
 
 
-def _restore(layer: Any, name: str, before: Any) -> None:
-    if before is None:
-        delattr(layer, name)
-    else:
-        setattr(layer, name, before)
+def _restore(layer: Any, ours: partial[Any]) -> None:
+    """Take our forward out wherever it is by now: accelerate's hooks may have come or gone in between."""
+    own = ours.args[0].own
+    for name in ("forward", "_old_forward"):
+        if layer.__dict__.get(name) is not ours:
+            continue
+        if name == "forward" and getattr(own, "__func__", None) is type(layer).forward:
+            del layer.forward
+        else:
+            setattr(layer, name, own)

@@ -31,7 +31,7 @@ def rotate(heads_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
 
 
 def attend(attention: Any, query_BHSC: Tensor, key_BHKC: Tensor, value_BHKC: Tensor, mask_BHSK: Tensor) -> Tensor:
-    """Output of the attention block (B, S, D) before it is added to the residual stream."""
+    """Values mixed by the attention of each query (B, S, H C), before the output projection."""
     module = sys.modules[type(attention).__module__]
     function = cast(
         Callable[..., tuple[Tensor, Any]],
@@ -40,4 +40,4 @@ def attend(attention: Any, query_BHSC: Tensor, key_BHKC: Tensor, value_BHKC: Ten
     mixed_BSHC, _ = function(
         attention, query_BHSC, key_BHKC, value_BHKC, mask_BHSK, dropout=0.0, scaling=attention.scaling
     )
-    return cast(Tensor, attention.o_proj(mixed_BSHC.flatten(2)))
+    return mixed_BSHC.flatten(2)

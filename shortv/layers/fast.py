@@ -2,7 +2,7 @@
 
 Each function is a decoder layer's forward under one mode. Where a forward brings no visual tokens (decoding, prompts
 without an image) the visual modes are the model's own layer. Shapes: B batch, T positions of this forward, S updated
-rows, K keys, D width.
+rows of a sample and N of all, K keys, D width, E width of all heads.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class PlannedLayer:
         """Whether this layer gives all rows."""
         return self.last or self.progress.joined
 
-    def updated_rows(self, split: Split, hidden: Tensor) -> Tensor:
-        """The updated rows (B, S, D) of what this layer is given; inside a run it is given nothing else."""
+    def given(self, take: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """The updated rows of what this layer is given: taken out of all rows, or inside a run what comes in."""
         if self.starts:
             self.progress.rows_BTD = hidden
-            return split.updated.rows(hidden)
+            return take(hidden)
         self.progress.rows_BTD = self.progress.rows_BTD.to(hidden.device)
         return hidden
 
@@ -75,44 +75,16 @@ def freeze_text(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tens
     return hidden
 
 
-def _frozen(
-    planned: PlannedLayer,
-    split: Split,
-    hidden: Tensor,
-    *,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **_: Any,
-) -> Tensor:
+def _frozen(planned: PlannedLayer, split: Split, hidden: Tensor, **arguments: Any) -> Tensor:
     decoder, layer, progress = planned.decoder, planned.layer, planned.progress
-    updated_BSD = planned.updated_rows(split, hidden)
+    updated_1ND = planned.given(split.flat, hidden)
     normed_BTD = decoder.attention_norm(layer)(progress.rows_BTD)
-    output_BSD = _attended(planned, split, normed_BTD, position_embeddings, attention_mask, past_key_values)
-    updated_BSD = decoder.ffn_half(layer, decoder.add_attention(layer, updated_BSD, output_BSD))
+    output_1ND = _attended(planned, split, normed_BTD, **arguments)
+    updated_1ND = decoder.ffn_half(layer, decoder.add_attention(layer, updated_1ND, output_1ND))
     # Kept up to date in every layer, so that keys and values of all rows are one product each, in order. A run's
     # first layer makes the copy that the others write into: what it was given is the model's own.
-    progress.rows_BTD = split.put(progress.rows_BTD, updated_BSD, in_place=not planned.starts)
-    return progress.rows_BTD if planned.ends else updated_BSD
-
-
-def _attended(
-    planned: PlannedLayer,
-    split: Split,
-    normed_BTD: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    cache: Any,
-) -> Tensor:
-    """Attention output (B, S, D) of the updated rows over all rows."""
-    attention = planned.decoder.attention(planned.layer)
-    cos, sin = position_embeddings
-    key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
-    if cache is not None:
-        key, value = cache.update(key, value, planned.index)
-    query = project(attention, "q", split.updated.rows(normed_BTD))
-    query = rotate(query, split.updated_rows(cos), split.updated_rows(sin))
-    return attend(attention, query, key, value, split.mask_rows(mask, normed_BTD.device))
+    progress.rows_BTD = split.put(progress.rows_BTD, updated_1ND, in_place=not planned.starts)
+    return progress.rows_BTD if planned.ends else updated_1ND
 
 
 def no_visual_queries(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -120,16 +92,27 @@ def no_visual_queries(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -
     if not planned.progress.has_visual:
         return planned.own(hidden, **arguments)
     decoder, layer, split = planned.decoder, planned.layer, planned.progress.text
-    output_BSD = _attended(
-        planned,
-        split,
-        decoder.attention_norm(layer)(hidden),
-        arguments["position_embeddings"],
-        arguments.get("attention_mask"),
-        arguments.get("past_key_values"),
-    )
-    updated_BSD = decoder.add_attention(layer, split.updated.rows(hidden), output_BSD)
-    return decoder.ffn_half(layer, split.put(hidden, updated_BSD))
+    output_1ND = _attended(planned, split, decoder.attention_norm(layer)(hidden), **arguments)
+    updated_1ND = decoder.add_attention(layer, split.flat(hidden), output_1ND)
+    return decoder.ffn_half(layer, split.put(hidden, updated_1ND))
+
+
+def _attended(planned: PlannedLayer, split: Split, normed_BTD: Tensor, **arguments: Any) -> Tensor:
+    """Attention output (1, N, D) of the updated rows over all rows."""
+    attention: Any = planned.decoder.attention(planned.layer)
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    if not split.is_less_work(mask, normed_BTD.shape[-1]):
+        output_BTD, _ = attention(hidden_states=normed_BTD, **arguments)
+        return split.flat(output_BTD)
+    cos, sin = arguments["position_embeddings"]
+    key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
+    if cache is not None:
+        key, value = cache.update(key, value, planned.index)
+    query = split.by_sample(project(attention, "q", split.flat(normed_BTD)))
+    query = rotate(query, split.updated_rows(cos), split.updated_rows(sin))
+    mixed_BSE = attend(attention, query, key, value, split.mask_rows(mask, normed_BTD.device))
+    output_1ND: Tensor = attention.o_proj(split.flattened(mixed_BSE))
+    return output_1ND
 
 
 def no_visual_ffn(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -139,8 +122,7 @@ def no_visual_ffn(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Te
     decoder, layer, split = planned.decoder, planned.layer, planned.progress.text
     output_BTD, _ = decoder.attention(layer)(hidden_states=decoder.attention_norm(layer)(hidden), **arguments)
     middle_BTD = decoder.add_attention(layer, hidden, output_BTD)
-    updated_BSD = decoder.ffn_half(layer, split.updated.rows(middle_BTD))
-    return split.put(middle_BTD, updated_BSD, in_place=True)
+    return split.put(middle_BTD, decoder.ffn_half(layer, split.flat(middle_BTD)), in_place=True)
 
 
 def skip_attention(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
@@ -154,7 +136,7 @@ def skip_attention(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> T
 def drop_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
     """Visual tokens are gone; text keeps its original positions (VTW, DyVTE)."""
     progress = planned.progress
-    if not progress.sequence_has_visual:
+    if not progress.history.has_visual:
         return planned.own(hidden, **arguments)
     cache = arguments.get("past_key_values")
     if cache is not None:
@@ -166,11 +148,11 @@ def drop_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tens
         )
         return planned.own(hidden, **arguments)
     split = progress.text
-    updated_BSD = planned.updated_rows(split, hidden)
+    updated_BSD = planned.given(split.updated.rows, hidden)
     arguments["attention_mask"] = split.mask_square(mask, hidden.device)
     arguments["position_embeddings"] = tuple(split.updated_rows(value) for value in arguments["position_embeddings"])
     updated_BSD = planned.own(updated_BSD, **arguments)
-    return split.put(progress.rows_BTD, updated_BSD) if planned.ends else updated_BSD
+    return split.put(progress.rows_BTD, split.flattened(updated_BSD)) if planned.ends else updated_BSD
 
 
 EXECUTORS: dict[Mode, Callable[..., Tensor]] = {

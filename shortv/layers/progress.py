@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,41 +13,48 @@ from shortv.errors import ShortVError
 from shortv.families import Decoder
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
-from shortv.tokens import Selection, may_attend
+from shortv.plan import Mode
+from shortv.tokens import may_attend
 
 
 class Progress(SequenceState):
     """The current forward, as the fast executors need it."""
 
-    def __init__(self, decoder: Decoder, config: Any) -> None:
-        super().__init__(decoder)
-        self._config = config
+    def __init__(self, decoder: Decoder, config: Any, modes: Sequence[Mode]) -> None:
+        super().__init__(decoder, modes)
+        self._configs = (config, config.get_text_config())
         self.length = 0
         """Positions of this forward."""
-        self.sequence_has_visual = False
-        """Whether any sequence of the batch has had visual tokens so far."""
         self.joined = False
         """Whether every layer has to return all rows, because the caller asked for hidden states."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.rows_BTD = torch.empty(0)
         """All rows, as the current run of layers found them or left them."""
-        self._prompt: Selection
-        self._prompt_length = 0
         self._text: Split | None = None
         self._visual: Split | None = None
+        self._columns: dict[tuple[int, int | None], tuple[Tensor | None, Tensor]] = {}
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model; begins a new forward."""
-        if isinstance(kwargs.get("past_key_values"), StaticCache):
+    def observe(self, call: dict[str, Any]) -> None:
+        """Begin a forward with these arguments."""
+        if isinstance(call.get("past_key_values"), StaticCache):
             raise ShortVError("a static cache has no room for layers of different lengths; use the dynamic cache")
-        super().observe(module, args, kwargs)
+        if self._asked_for("output_attentions", call):
+            raise ShortVError("a plan does not compute the attention of every row; leave output_attentions off")
+        super().observe(call)
         if self.past and self.has_visual:
             raise ShortVError("a prompt with images cannot be prefilled in chunks under a plan; prefill it at once")
         self.length = self.types.text_BT.shape[1]
-        self.sequence_has_visual = self.has_visual if self.past == 0 else self.sequence_has_visual
-        self.joined = bool(kwargs.get("output_hidden_states") or getattr(self._config, "output_hidden_states", False))
-        self._text = self._visual = None
-        if self.past == 0 and self.has_visual:
-            self._prompt, self._prompt_length = self.text.updated, self.length
+        self.joined = self._asked_for("output_hidden_states", call)
+        self._forget()
+
+    def _asked_for(self, output: str, call: dict[str, Any]) -> bool:
+        return bool(call.get(output) or any(getattr(config, output, False) for config in self._configs))
+
+    def _release(self) -> None:
+        self._forget()
+        super()._release()
 
     @property
     def text(self) -> Split:
@@ -63,7 +71,16 @@ class Progress(SequenceState):
         return self._visual
 
     def kept_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
-        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept)."""
+        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept).
+
+        Layers of one kind are given the same mask, and what was made of it serves them all.
+        """
+        key = (id(mask), getattr(attention, "sliding_window", None))
+        if key not in self._columns:
+            self._columns[key] = (mask, self._left_columns(attention, mask, device))
+        return self._columns[key][1]
+
+    def _left_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
         kept_BS, valid_BS = self._kept(device)
         full = self.mask_of(attention, mask, device)
         column_BS = kept_BS - (self.visual_BK.shape[1] - full.shape[3])
@@ -77,8 +94,9 @@ class Progress(SequenceState):
 
     def _kept(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Original positions of the K and V that such a layer keeps, in the order it keeps them, and which are real."""
-        index_BS, valid_BS = self._prompt.index_BS.to(device), self._prompt.valid_BS.to(device)
+        prompt = self.history.prompt
+        index_BS, valid_BS = prompt.index_BS.to(device), prompt.valid_BS.to(device)
         batch, keys = self.visual_BK.shape
-        generated = torch.arange(self._prompt_length, keys, device=device).expand(batch, -1)
+        generated = torch.arange(self.history.prompt_length, keys, device=device).expand(batch, -1)
         kept_BS = torch.cat([index_BS, generated], dim=1)
         return kept_BS, torch.cat([valid_BS, torch.ones_like(generated, dtype=torch.bool)], dim=1)

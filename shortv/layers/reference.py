@@ -35,9 +35,10 @@ def reference(model: nn.Module, modes: Sequence[Mode]) -> Iterator[None]:
     validate_modes(modes)
     if len(modes) != len(decoder.layers):
         raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
-    sequence = SequenceState(decoder)
+    sequence = SequenceState(decoder, modes)
     with ExitStack() as hooks:
-        _attach(hooks, model.register_forward_pre_hook(sequence.observe, with_kwargs=True))
+        for handle in sequence.attach(model):
+            _attach(hooks, handle)
         for layer, mode in zip(decoder.layers, modes, strict=True):
             _HOOKS[mode](hooks, decoder, layer, sequence)
         yield

@@ -6,53 +6,166 @@ Shapes: B batch, T positions of this forward, K positions so far.
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.tokens import TokenTypes, explicit_mask, may_attend, token_types
+from shortv.plan import Mode
+from shortv.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
+
+SHORTENING = frozenset({Mode.SKIP_ATTENTION, Mode.DROP_VISUAL})
+"""Modes that leave positions out of a layer's KV cache."""
+_HISTORY = "_shortv_history"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What a plan has seen of the sequences in a KV cache; it is kept on the cache and travels with it."""
+
+    modes: tuple[Mode, ...]
+    visual_BK: Tensor
+    has_visual: bool
+    prompt: Selection
+    """Text of the prompt."""
+    prompt_length: int
 
 
 class SequenceState:
-    """Token types of the current forward and of everything before it, seen by a pre-hook on the whole model."""
+    """Token types of the current forward and of everything before it, seen by hooks on the whole model."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, modes: Sequence[Mode]) -> None:
         self._decoder = decoder
+        self._modes = tuple(modes)
+        self._running = threading.Lock()
+        self._thread: int | None = None
+        self._entered = True
         self.types = TokenTypes(visual_BT=torch.empty(0), text_BT=torch.empty(0))
-        self.visual_BK = torch.empty(0, 0, dtype=torch.bool)
+        self.history: History
         self.past = 0
         """Positions before this forward."""
         self.has_visual = False
         """Whether this forward brings visual tokens."""
 
-    def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model.
+    @property
+    def visual_BK(self) -> Tensor:
+        """Which positions so far hold visual tokens."""
+        return self.history.visual_BK
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hook the model; gives the handles that undo it."""
+        return [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._decoder.text.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._finish, with_kwargs=True, always_call=True),
+        ]
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._running.acquire(blocking=False):
+            raise ShortVError("this model is in the middle of a forward in another thread; take turns under a plan")
+        self._thread = threading.get_ident()
+        try:
+            self.observe(_named(model, args) | kwargs)
+        except BaseException:
+            self._release()
+            raise
+        self._entered = False
+
+    def _enter(self, *_: Any) -> None:
+        if self._entered or self._thread != threading.get_ident():
+            raise ShortVError(
+                "the decoder was called without the model around it, so the plan cannot tell what its rows are; "
+                "call model(...) or model.generate(...), not a part of it and not model.forward"
+            )
+        self._entered = True
+
+    def _finish(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._thread != threading.get_ident():
+            return
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(output, tuple):
+            cache = next((item for item in output if isinstance(item, Cache)), cache)
+        if isinstance(cache, Cache):
+            setattr(cache, _HISTORY, self.history)
+        self._release()
+
+    def _release(self) -> None:
+        self._thread = None
+        self._running.release()
+
+    def observe(self, call: dict[str, Any]) -> None:
+        """Begin a forward with these arguments.
 
         Raises:
-            ShortVError: no `input_ids`, or a cache filled outside of the plan.
+            ShortVError: no `input_ids`, a cache that this plan has not filled, or what no plan can honour.
         """
-        input_ids_BT = args[0] if args else kwargs.get("input_ids")
+        if any(layer.training for layer in self._decoder.layers):
+            raise ShortVError("a layer is in training mode, where a plan would be silently wrong; call model.eval()")
+        input_ids_BT = call.get("input_ids")
         if input_ids_BT is None:
             raise ShortVError("this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids")
-        mask_BK = _key_mask(kwargs.get("attention_mask"))
-        mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
-        self.types = token_types(input_ids_BT, mask_BT, self._decoder.visual_ids)
-        cache = kwargs.get("past_key_values")
+        cache = call.get("past_key_values")
         self.past = int(cache.get_seq_length()) if cache is not None else 0
-        # One look at the tokens per prompt; a single token after a prompt is a generated one, and that is text.
-        self.has_visual = (self.past == 0 or input_ids_BT.shape[1] > 1) and bool(self.types.visual_BT.any())
-        if self.past == 0:
-            self.visual_BK = self.types.visual_BT
-        elif self.visual_BK.shape == (len(input_ids_BT), self.past):
-            self.visual_BK = torch.cat([self.visual_BK, self.types.visual_BT], dim=1)
-        else:
+        mask_BK = _key_mask(call.get("attention_mask"))
+        mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
+        # After the prompt a placeholder is a token like any other, unless it comes with pixels.
+        images = self.past == 0 or any(call[name] is not None for name in call if name.startswith("pixel_values"))
+        self.types = token_types(input_ids_BT, mask_BT, self._decoder.visual_ids if images else ())
+        self.has_visual = images and bool(self.types.visual_BT.any())
+        if self.has_visual:
+            self._check_text()
+        self.history = self._started() if cache is None or not self.past else self._continued(cache)
+
+    def _started(self) -> History:
+        return History(
+            modes=self._modes,
+            visual_BK=self.types.visual_BT,
+            has_visual=self.has_visual,
+            prompt=Selection.of(self.types.text_BT),
+            prompt_length=self.types.text_BT.shape[1],
+        )
+
+    def _continued(self, cache: Cache) -> History:
+        before: History | None = getattr(cache, _HISTORY, None)
+        batch = len(self.types.visual_BT)
+        if before is None or before.modes != self._modes:
             raise ShortVError(
-                f"the cache holds {self.past} positions of {len(input_ids_BT)} sequences, but the plan has seen "
-                f"{tuple(self.visual_BK.shape)}; prefill inside the plan's context"
+                f"the cache holds {self.past} positions that were not filled under this plan; "
+                "prefill inside the plan's context"
             )
+        seen = before.visual_BK.shape[1]
+        if len(before.visual_BK) != batch or seen < self.past:
+            raise ShortVError(
+                f"the cache holds {self.past} positions of {batch} sequences, but the plan has seen {seen} of "
+                f"{len(before.visual_BK)}; prefill inside the plan's context"
+            )
+        if seen > self.past and SHORTENING & set(self._modes):
+            raise ShortVError(
+                "tokens were taken back from the cache (assisted generation, prompt lookup), which a plan that drops "
+                "or skips cannot follow; generate without"
+            )
+        visual_BK = torch.cat([before.visual_BK[:, : self.past], self.types.visual_BT], dim=1)
+        return History(
+            modes=self._modes,
+            visual_BK=visual_BK,
+            has_visual=before.has_visual or self.has_visual,
+            prompt=before.prompt,
+            prompt_length=before.prompt_length,
+        )
+
+    def _check_text(self) -> None:
+        if not bool(self.types.text_BT.any()):
+            raise ShortVError("the prompts hold nothing but images; add text")
+        last_B1 = self.types.last_B[:, None]
+        if Mode.DROP_VISUAL in self._modes and bool(self.types.visual_BT.gather(1, last_B1).any()):
+            raise ShortVError("a prompt ends with an image, and the plan drops it before the answer; end with text")
 
     def mask_of(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
         """The 4D mask that one layer's attention obeys in this forward; its columns are the last positions so far.
@@ -67,12 +180,20 @@ class SequenceState:
         return explicit_mask(mask, batch=batch, queries=queries, keys=keys, device=device)
 
 
+def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of a forward under their names."""
+    if not args:
+        return {}
+    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
+    return dict(list(named.items())[1:])
+
+
 def _key_mask(mask: Any) -> Tensor | None:
-    """Which keys are real, (B, K): the mask itself, or what the last query sees where generate has prepared masks."""
+    """Which keys are real, (B, K): the mask itself, or what any query sees in a prepared 4D mask."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 2:
         return mask
-    return may_attend(mask)[:, 0, -1]
+    return may_attend(mask)[:, 0].any(1)

@@ -14,43 +14,77 @@ from shortv.tokens import Selection, explicit_mask
 
 
 class Split:
-    """The rows of one forward that a mode updates, packed; what is gathered for one layer serves the others.
+    """The rows of one forward that a mode updates; what is gathered for one layer serves the others.
 
-    Layers of one kind are called with the same mask and position tensors, so gathered ones are kept by identity for
-    the length of the forward.
+    Norms, projections and FFN take them flat, without padding, whatever sample they belong to; attention takes them
+    by sample, padded. Layers of one kind are called with the same mask and position tensors, so gathered ones are kept
+    by identity for the length of the forward.
     """
 
     def __init__(self, updated_BT: Tensor) -> None:
         self.updated = Selection.of(updated_BT)
-        self._shape = updated_BT.shape
+        self._batch, self._length = updated_BT.shape
         self._place_N = updated_BT.flatten().nonzero().squeeze(1)
         """Where each updated row stands among all rows of the batch."""
         self._slot_N = self.updated.valid_BS.flatten().nonzero().squeeze(1)
-        """Where it stands among the packed ones, which are padded to the longest sample."""
+        """Where it stands among the padded ones."""
         self._kept: dict[tuple[str, int], tuple[object, Tensor]] = {}
 
-    def put(self, rows_BTD: Tensor, updated_BSD: Tensor, *, in_place: bool = False) -> Tensor:
+    @property
+    def padded(self) -> bool:
+        """Whether samples differ in how many rows are updated."""
+        return len(self._slot_N) != self.updated.index_BS.numel()
+
+    def flat(self, rows_BTD: Tensor) -> Tensor:
+        """The updated rows of all samples, one after the other: (1, N, D)."""
+        return rows_BTD.flatten(0, 1).index_select(0, self._place_N.to(rows_BTD.device))[None]
+
+    def put(self, rows_BTD: Tensor, updated_1ND: Tensor, *, in_place: bool = False) -> Tensor:
         """All rows, the updated ones replaced by their new values.
 
         `in_place` writes into `rows_BTD`, where no gradient needs what stood there.
         """
-        updated_ND = updated_BSD.flatten(0, 1)
-        if len(self._slot_N) != len(updated_ND):
-            updated_ND = updated_ND[self._slot_N.to(updated_ND.device)]
-        place_N = self._place_N.to(rows_BTD.device)
-        flat = rows_BTD.flatten(0, 1)
+        rows = rows_BTD.flatten(0, 1)
+        place_N = self._place_N.to(rows.device)
         if in_place and not torch.is_grad_enabled():
-            flat = flat.index_copy_(0, place_N, updated_ND)
+            rows = rows.index_copy_(0, place_N, updated_1ND[0])
         else:
-            flat = flat.index_copy(0, place_N, updated_ND)
-        return flat.view_as(rows_BTD)
+            rows = rows.index_copy(0, place_N, updated_1ND[0])
+        return rows.view_as(rows_BTD)
+
+    def by_sample(self, flat_1HNC: Tensor) -> Tensor:
+        """Heads of flat rows (1, H, N, C) as those of padded samples (B, H, S, C)."""
+        rows_NHC = flat_1HNC[0].transpose(0, 1)
+        if self.padded:
+            slots = rows_NHC.new_zeros(self.updated.index_BS.numel(), *rows_NHC.shape[1:])
+            rows_NHC = slots.index_copy(0, self._slot_N.to(slots.device), rows_NHC)
+        return rows_NHC.view(self._batch, -1, *rows_NHC.shape[1:]).transpose(1, 2)
+
+    def flattened(self, rows_BSD: Tensor) -> Tensor:
+        """Padded rows of each sample (B, S, D) as flat ones (1, N, D)."""
+        rows = rows_BSD.flatten(0, 1)
+        return (rows.index_select(0, self._slot_N.to(rows.device)) if self.padded else rows)[None]
+
+    def is_less_work(self, mask: Tensor | None, width: int) -> bool:
+        """Whether attending from the updated rows alone costs less than from all rows with the model's own kernel.
+
+        Without a mask that kernel is causal and leaves out half of the scores; `width` is that of a row. Per unit of
+        head width, the query and output projections take 4 FLOPs per row and width, the scores 4 per query and key.
+        """
+        if mask is not None:
+            return True
+        queries, keys = self.updated.index_BS.shape[1], self._length
+        ours = 4 * width * len(self._slot_N) + 4 * self._batch * queries * keys
+        return ours < 4 * width * self._batch * keys + 2 * self._batch * keys**2
 
     def mask_rows(self, mask: Tensor | None, device: torch.device) -> Tensor:
         """The updated rows of the model's own mask, all columns: (B, 1, S, T)."""
         return self._keep("rows", mask, lambda: _rows(self.updated, self._explicit(mask, device)))
 
-    def mask_square(self, mask: Tensor | None, device: torch.device) -> Tensor:
-        """Updated rows and columns of the model's own mask: (B, 1, S, S)."""
+    def mask_square(self, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Updated rows and columns of the model's own mask: (B, 1, S, S); None where that is plainly causal again."""
+        if mask is None and not self.padded:
+            return None
         return self._keep("square", mask, lambda: self.updated.square(self._explicit(mask, device)))
 
     def updated_rows(self, values_BTD: Tensor) -> Tensor:
@@ -58,8 +92,7 @@ class Split:
         return self._keep("values", values_BTD, lambda: self.updated.rows(values_BTD))
 
     def _explicit(self, mask: Tensor | None, device: torch.device) -> Tensor:
-        batch, length = self._shape
-        return explicit_mask(mask, batch=batch, queries=length, keys=length, device=device)
+        return explicit_mask(mask, batch=self._batch, queries=self._length, keys=self._length, device=device)
 
     def _keep(self, kind: str, source: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
         # The source is kept beside what was made of it, so that its id cannot be given to another tensor.

@@ -246,8 +246,7 @@ def test_hooks_that_move_a_layers_inputs_still_run() -> None:
     forwards = [layer.forward for layer in model.model.language_model.layers]
     with executing(model, (Mode.FREEZE_VISUAL,) * LAYERS):
         assert torch.equal(text_logits(model, batch), expected)
-    longest = max(batch.types.n_text)
-    assert seen == [batch.types.text_BT.shape[1], *[longest] * (LAYERS - 1)]
+    assert seen == [batch.types.text_BT.shape[1], *[sum(batch.types.n_text)] * (LAYERS - 1)]
     assert [layer.forward for layer in model.model.language_model.layers] == forwards
     remove_hook_from_module(model, recurse=True)
 
