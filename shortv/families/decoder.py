@@ -85,16 +85,22 @@ def decoder_of(model: nn.Module) -> Decoder:
             f"the text backbone {text_type!r} of this {family.label} model is not supported; "
             f"supported backbones: {', '.join(TEXT_BACKBONES)}"
         )
-    text = attrgetter(family.decoder)(model)
+    try:
+        text, backbone, head = (attrgetter(path)(model) for path in (family.decoder, family.backbone, family.head))
+    except AttributeError as error:
+        raise Refused(
+            f"this {type(model).__name__} has no {family.head} or no {family.decoder}; pass the {family.label} "
+            "...ForConditionalGeneration itself, as AutoModelForImageTextToText loads it, without wrappers"
+        ) from error
     return Decoder(
         family=family,
         config=config,
         parts=TEXT_BACKBONES[text_type],
-        backbone=attrgetter(family.backbone)(model),
+        backbone=backbone,
         layers=tuple(text.layers),
         norm=text.norm,
         text=text,
-        head=attrgetter(family.head)(model),
+        head=head,
         visual_ids=frozenset(int(getattr(config, name)) for name in family.visual_id_fields),
     )
 

@@ -24,10 +24,20 @@ def project(attention: Any, part: str, normed_BTD: Tensor) -> Tensor:
 
 
 def rotate(heads_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout that all supported backbones use."""
-    first, second = heads_BHTC.chunk(2, dim=-1)
-    turned_BHTC = torch.cat([-second, first], dim=-1)
-    return heads_BHTC * cos_BTC.unsqueeze(1) + turned_BHTC * sin_BTC.unsqueeze(1)
+    """Rotary position embedding in the half-split layout that all supported backbones use, written over its input.
+
+    Keys of all positions are the largest tensor that a frozen layer makes: every further one of its size costs more
+    than the arithmetic.
+    """
+    half = heads_BHTC.shape[-1] // 2
+    first, second = heads_BHTC[..., :half], heads_BHTC[..., half:]
+    (cos_first, cos_second), (sin_first, sin_second) = (
+        values.unsqueeze(1).split(half, dim=-1) for values in (cos_BTC, sin_BTC)
+    )
+    turned = first * sin_second
+    first.mul_(cos_first).addcmul_(second, sin_first, value=-1)
+    second.mul_(cos_second).add_(turned)
+    return heads_BHTC
 
 
 def attend(attention: Any, query_BHSC: Tensor, key_BHKC: Tensor, value_BHKC: Tensor, mask_BHSK: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def bench_prefill(
         (executing, frozen, depth),
         (None, modes, depth // 2),
         (executing, frozen, depth // 2),
+        (reference, modes, depth),
     ]
     with torch.inference_mode():
         peaks = [_peak(device, lambda way=way: run(*way)) for way in ways[:2]]  # type: ignore[misc]
@@ -94,8 +95,7 @@ def bench_prefill(
             run(*way)
         see()
         rounds = [[*(run(*way) for way in ways), see()] for _ in range(pairs)]
-        slow = statistics.median(run(reference, modes) for _ in range(min(pairs, 3)))
-    full, fast, all_frozen, half_full, half_frozen, tower = (
+    full, fast, all_frozen, half_full, half_frozen, slow, tower = (
         statistics.median(column) for column in zip(*rounds, strict=True)
     )
     architecture = Architecture.from_config_dict(model.config.to_dict())

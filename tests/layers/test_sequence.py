@@ -1,0 +1,240 @@
+"""What a plan remembers of a sequence, and what it refuses rather than run silently as another model."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from shortv.errors import Refused, ShortVError
+from shortv.layers.apply import executing
+from shortv.layers.reference import reference
+from shortv.plan import Mode
+from tests.models import KINDS, LAYERS, Spec, batch_of, random_model
+
+Modes = tuple[Mode, ...]
+FROZEN: Modes = (Mode.FREEZE_VISUAL,) * LAYERS
+DROPPED: Modes = (Mode.DROP_VISUAL,) * LAYERS
+LATE: Modes = (Mode.FULL, Mode.FREEZE_VISUAL, Mode.DROP_VISUAL, Mode.DROP_VISUAL)
+PAIR: list[Spec] = [[1, "I", 6], ["I", 2, "I", 1]]
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+@torch.inference_mode()
+def answer(model: Any, *turns: Any, **options: Any) -> Tensor:
+    """Logits of the last turn; each goes on from the cache of the one before."""
+    cache = DynamicCache(config=model.config.text_config)
+    for inputs in turns:
+        output = model(**inputs, past_key_values=cache, **options)
+    logits: Tensor = output.logits
+    return logits
+
+
+def turn_after(batch: Any, ids: list[int]) -> dict[str, Tensor]:
+    mask = batch.inputs["attention_mask"]
+    ids_B1 = torch.tensor(ids)[:, None]
+    longer = torch.cat([mask, torch.ones_like(ids_B1)], dim=1)
+    return {"input_ids": ids_B1, "attention_mask": longer, "position_ids": mask.sum(1, keepdim=True)}
+
+
+@pytest.mark.parametrize("modes", [FROZEN, DROPPED, LATE])
+@pytest.mark.parametrize("executor", [executing, reference])
+def test_interleaved_conversations_do_not_mix(executor: Any, modes: Modes) -> None:
+    model = random_model()
+    mine, other = batch_of("llava", PAIR), batch_of("llava", [["I", 2, "I", 1], [1, "I", 6]], seed=2)
+    turn = turn_after(mine, [7, 8])
+    with executor(model, modes), torch.inference_mode():
+        alone = answer(model, mine.inputs, turn)
+        first = model(**mine.inputs, use_cache=True).past_key_values
+        copied = copy.deepcopy(first)
+        model(**other.inputs, use_cache=True)
+        assert torch.equal(model(**turn, past_key_values=first).logits, alone)
+        assert torch.equal(model(**turn, past_key_values=copied).logits, alone)
+
+
+def test_a_cache_of_another_plan_or_of_none_is_refused() -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    with torch.inference_mode():
+        outside = model(**batch.inputs, use_cache=True).past_key_values
+        with executing(model, DROPPED):
+            dropped = model(**batch.inputs, use_cache=True).past_key_values
+        for cache in (outside, dropped):
+            with executing(model, FROZEN), pytest.raises(ShortVError, match="prefill inside the plan's context"):
+                model(**turn_after(batch, [7, 8]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("executor", [executing, reference])
+def test_a_part_of_the_model_is_refused(executor: Any) -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    with executor(model, FROZEN), torch.inference_mode():
+        for part in (model.model, model.forward):
+            with pytest.raises(ShortVError, match="without the model around it"):
+                part(**batch.inputs)
+        expected = model(**batch.inputs).logits
+        with pytest.raises(ShortVError, match="without the model around it"):
+            model.model(**batch.inputs)
+        assert torch.equal(model(**batch.inputs).logits, expected)
+
+
+def test_a_forward_in_another_thread_is_refused_while_one_runs() -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    refused: list[str] = []
+
+    def other() -> None:
+        with torch.inference_mode():
+            try:
+                model(**batch.inputs)
+            except ShortVError as error:
+                refused.append(str(error))
+
+    def in_between(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with executing(model, FROZEN), torch.inference_mode():
+        expected = model(**batch.inputs).logits
+        handle = model.model.language_model.norm.register_forward_hook(in_between)
+        found = model(**batch.inputs).logits
+        handle.remove()
+        assert len(refused) == 1 and "another thread" in refused[0]
+        assert torch.equal(found, expected)
+        other()
+        assert len(refused) == 1
+
+
+def test_positional_arguments_count_as_much_as_named_ones() -> None:
+    model, batch = random_model(), batch_of("llava", [[3, "I", 2], [1, "I", 1]])
+    turn = turn_after(batch, [7, 8])
+    names = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+    cache = DynamicCache(config=model.config.text_config)
+    with executing(model, LATE), torch.inference_mode():
+        model(*(batch.inputs[name] for name in names), cache)
+        found = model(*(turn.get(name) for name in names), cache).logits
+        assert torch.equal(found, answer(model, batch.inputs, turn))
+        with pytest.raises(ShortVError, match="static cache"):
+            static = StaticCache(config=model.config.text_config, max_cache_len=32)
+            model(*(batch.inputs[name] for name in names), static)
+
+
+@pytest.mark.parametrize("modes", [FROZEN, DROPPED, (Mode.NO_VISUAL_QUERIES,) * LAYERS])
+def test_a_mask_of_four_dimensions_tells_padding_as_well(modes: Modes) -> None:
+    model, batch = random_model(), batch_of("llava", PAIR, padding="right")
+    mask = batch.inputs["attention_mask"].bool()
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    sees = (causal & mask[:, None, :] & mask[:, :, None])[:, None]
+    with executing(model, modes), torch.inference_mode():
+        expected = model(**batch.inputs).logits[batch.types.text_BT]
+        found = model(**{**batch.inputs, "attention_mask": sees}).logits[batch.types.text_BT]
+    assert same(found, expected)
+
+
+def test_what_cannot_be_honoured_is_refused_by_name() -> None:
+    model = random_model(attn="eager")
+    batch, ends, pictures = (batch_of("llava", specs) for specs in (PAIR, [[3, "I"], [3]], [["I"]]))
+    with torch.inference_mode(), executing(model, LATE):
+        with pytest.raises(ShortVError, match="output_attentions"):
+            model(**batch.inputs, output_attentions=True)
+        with pytest.raises(ShortVError, match="ends with an image"):
+            model(**ends.inputs)
+        with pytest.raises(ShortVError, match="nothing but images"):
+            model(**pictures.inputs)
+        with pytest.raises(ShortVError, match="pass input_ids"):
+            model(inputs_embeds=torch.zeros(1, 3, 32))
+        model.model.language_model.layers[1].train()
+        with pytest.raises(ShortVError, match="training mode"):
+            model(**batch.inputs)
+    with pytest.raises(Refused, match="ForConditionalGeneration"), executing(model.eval().model, FROZEN):
+        pass
+    with pytest.raises(Refused, match="frz"), executing(model, ("frz",) * LAYERS):  # type: ignore[arg-type]
+        pass
+    with executing(model, FROZEN), torch.inference_mode():
+        found = model(**ends.inputs).logits
+    with reference(model, FROZEN), torch.inference_mode():
+        expected = model(**ends.inputs).logits
+    assert same(found[ends.types.text_BT], expected[ends.types.text_BT])
+
+
+def test_the_full_plan_refuses_nothing() -> None:
+    model, batch = random_model(), batch_of("llava", [[3, "I", 2]])
+    with torch.inference_mode(), executing(model, (Mode.FULL,) * LAYERS):
+        static = StaticCache(config=model.config.text_config, max_cache_len=32)
+        assert same(model(**batch.inputs, past_key_values=static).logits, model(**batch.inputs).logits)
+        assert torch.equal(model.forward(**batch.inputs).logits, model(**batch.inputs).logits)
+
+
+def test_hidden_states_asked_for_in_the_config_have_every_row() -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    model.config.text_config.output_hidden_states = True
+    with torch.inference_mode(), executing(model, FROZEN):
+        states = model(**batch.inputs, output_hidden_states=True).hidden_states
+    assert {state.shape[1] for state in states} == {batch.types.text_BT.shape[1]}
+
+
+def test_prompt_lookup_follows_a_plan_that_keeps_every_key_and_is_refused_by_one_that_does_not() -> None:
+    model, batch = random_model(), batch_of("llava", [[3, "I", 9]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with executing(model, FROZEN):
+        expected = model.generate(**batch.inputs, **options)
+        assert torch.equal(model.generate(**batch.inputs, **options, prompt_lookup_num_tokens=2), expected)
+    with executing(model, DROPPED), pytest.raises(ShortVError, match="assisted generation"):
+        model.generate(**batch.inputs, **options, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("modes", [FROZEN, DROPPED])
+def test_a_generated_placeholder_is_text(modes: Modes) -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    turns = (turn_after(batch, [model.config.image_token_id, 8]),)
+    with reference(model, modes):
+        expected = answer(model, batch.inputs, *turns)
+    with executing(model, modes):
+        assert same(answer(model, batch.inputs, *turns), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_attend_with_the_models_own_kernel(kind: str) -> None:
+    """Few visual tokens and no padding: the explicit mask would cost more than the rows it saves."""
+    model, batch = random_model(kind), batch_of(kind, [[60, "I", 40]])
+    for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.DROP_VISUAL):
+        with reference(model, (mode,) * LAYERS), torch.inference_mode():
+            expected = model(**batch.inputs).logits[batch.types.text_BT]
+        with executing(model, (mode,) * LAYERS), torch.inference_mode():
+            assert same(model(**batch.inputs).logits[batch.types.text_BT], expected)
+
+
+def test_gradients_equal_those_of_the_reference() -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    weights = [model.get_input_embeddings().weight, model.model.language_model.layers[2].self_attn.k_proj.weight]
+    for modes in (FROZEN, DROPPED, (Mode.NO_VISUAL_FFN,) * LAYERS):
+        grads = []
+        for executor in (reference, executing):
+            for weight in weights:
+                weight.requires_grad_(True).grad = None
+            with executor(model, modes):
+                model(**batch.inputs).logits[batch.types.text_BT].logsumexp(-1).sum().backward()
+            grads.append([weight.grad.clone() for weight in weights])
+        for expected, found in zip(*grads, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [add_hook_to_module, remove_hook_from_module])
+def test_hooks_that_come_or_go_inside_leave_the_models_own_forward(inside: Any) -> None:
+    model, batch = random_model(), batch_of("llava", PAIR)
+    layer = model.model.language_model.layers[1]
+    expected = answer(model, batch.inputs)
+    if inside is remove_hook_from_module:
+        add_hook_to_module(layer, AlignDevicesHook())
+    with executing(model, FROZEN):
+        inside(layer, *([AlignDevicesHook()] if inside is add_hook_to_module else []))
+    remove_hook_from_module(layer)
+    assert torch.equal(answer(model, batch.inputs), expected)
+    assert layer.forward.__func__ is type(layer).forward
