@@ -168,7 +168,7 @@ class Plan:
         return parse_plan(text)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan file whole or not at all, and return its path; a folder gets shortv_plan.json."""
+        """Write the plan file (`*.json`, or shortv_plan.json in a folder) whole or not at all, and return its path."""
         from shortv.planfile import write_plan
 
         return write_plan(self, Path(path))

@@ -47,9 +47,13 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def write_plan(plan: Plan, path: Path) -> Path:
-    """Write the plan file whole or not at all, and return its path; raises ShortVError when it cannot."""
-    target = path / PLAN_FILE if path.is_dir() else path
+    """Write the plan file whole or not at all, and return its path; raises ShortVError when it cannot.
+
+    A path that does not end in `.json` is a folder, made where it is missing.
+    """
+    target = path if path.suffix == ".json" and not path.is_dir() else path / PLAN_FILE
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         _write_atomic(target, plan.to_json().encode())
     except OSError as error:
         raise ShortVError(f"cannot write plan file {target}: {error.strerror}; choose a writable path") from error

@@ -67,9 +67,16 @@ def test_folders_hold_one_plan(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["shortv_plan.json"]
 
 
+def test_a_folder_is_made_for_a_plan(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "model-1.5"
+    assert PLAN.save(folder) == folder / "shortv_plan.json"
+    assert Plan.load(folder) == PLAN
+
+
 def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(ShortVError, match="cannot write plan file"):
-        PLAN.save(tmp_path / "missing" / "p.json")
+        PLAN.save(tmp_path / "file" / "p.json")
     (tmp_path / "folder" / "shortv_plan.json").mkdir(parents=True)
     with pytest.raises(ShortVError, match="cannot write plan file"):
         PLAN.save(tmp_path / "folder")

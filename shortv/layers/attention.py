@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,7 +31,7 @@ def rotate(heads_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
     half = heads_BHTC.shape[-1] // 2
     first, second = heads_BHTC[..., :half], heads_BHTC[..., half:]
     (cos_first, cos_second), (sin_first, sin_second) = (
-        values.unsqueeze(1).split(half, dim=-1) for values in (cos_BTC, sin_BTC)
+        values.unsqueeze(1).chunk(2, dim=-1) for values in (cos_BTC, sin_BTC)
     )
     turned = first * sin_second
     first.mul_(cos_first).addcmul_(second, sin_first, value=-1)

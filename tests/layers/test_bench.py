@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
 from shortv.layers import roofline
+from shortv.layers.apply import executing
 from shortv.layers.bench import Workload, bench_prefill
 from shortv.layers.shapes import SHAPES
-from shortv.plan import Mode
+from shortv.plan import Mode, modes_of_layers
 from tests.models import LAYERS, batch_of, random_model
 
 
@@ -71,3 +73,29 @@ def test_every_shape_can_be_built_and_sees_as_many_tokens_as_it_says(name: str) 
     patches = sum(value.numel() for value in given.values() if value.is_floating_point()) / (3 * 14 * 14)
     per_token = {"qwen2_5_vl": 8}.get(config.model_type, 1)
     assert patches == pytest.approx(per_token * shape.visual_tokens * (336 / 14) ** 2 / 576)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (2,)], ids=["all", "one"])
+@pytest.mark.parametrize(
+    ("batch", "images", "text", "visual"),
+    [(1, 1, 64, 576), (1, 1, 64, 256), (1, 1, 1000, 256), (1, 1, 2500, 256), (4, 1, 300, 256), (4, 4, 64, 256)],
+)
+def test_freezing_is_never_slower(batch: int, images: int, text: int, visual: int, layers: tuple[int, ...]) -> None:
+    """Also where the text is most of the prompt, or most of the batch."""
+    model = random_model()
+    sizes = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "head_dim": 128}
+    model.config.text_config.update({**sizes, "num_key_value_heads": 8, "max_position_embeddings": 4096})
+    model = type(model)(model.config).eval()
+    input_ids = torch.randint(3, 80, (batch, text + visual))
+    input_ids[:images, 5 : 5 + visual] = model.config.image_token_id
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "logits_to_keep": 1}
+    frozen = modes_of_layers(Mode.FREEZE_VISUAL, layers, LAYERS)
+
+    def seconds(modes: tuple[Mode, ...]) -> float:
+        with torch.inference_mode(), executing(model, modes):
+            return roofline.seconds(lambda: model(**inputs), torch.device("cpu"))
+
+    seconds(frozen)
+    ratios = [seconds(frozen) / seconds((Mode.FULL,) * LAYERS) for _ in range(9)]
+    assert statistics.median(ratios) <= 1.02
