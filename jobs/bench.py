@@ -80,7 +80,7 @@ def prefill(
         raise Refused(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
     known = SHAPES[shape]
     depth = layers or known.num_layers
-    count = frozen or round(depth * known.frozen / known.num_layers)
+    count = frozen or max(1, round(depth * known.frozen / known.num_layers))
     if depth > known.num_layers or count > depth:
         raise Refused(f"{count} frozen of {depth} layers cannot be: {shape} has {known.num_layers}")
     model = random_shape(shape, layers=depth, dtype=getattr(torch, dtype), device=torch.device(device))

@@ -59,18 +59,19 @@ def bench_prefill(
     """Time full, fast and reference prefills of the decoder, and the vision tower on `pixels`, interleaved."""
     decoder, device = decoder_of(model), model.device
     inputs = _inputs(model, min(decoder.visual_ids), work)
-    config = model.config.get_text_config()
+    text: Any = decoder.text
+    every = text.layers
     depth = len(decoder.layers)
 
-    def run(executor: Executor | None, modes: Sequence[Mode], count: int = depth) -> float:
-        config.num_hidden_layers = count
+    def run(executor: Executor | None, modes: Sequence[Mode]) -> float:
+        text.layers = every[: len(modes)]
         try:
             if executor is None:
                 return seconds(lambda: model(**inputs, logits_to_keep=1), device)
             with executor(model, modes):
                 return seconds(lambda: model(**inputs, logits_to_keep=1), device)
         finally:
-            config.num_hidden_layers = depth
+            text.layers = every
 
     def see() -> float:
         if pixels is None:
@@ -81,13 +82,14 @@ def bench_prefill(
         return seconds(lambda: model.get_image_features(**moved), device)
 
     frozen = (Mode.FREEZE_VISUAL,) * depth
-    ways: list[tuple[Executor | None, Sequence[Mode], int]] = [
-        (None, modes, depth),
-        (executing, modes, depth),
-        (executing, frozen, depth),
-        (None, modes, depth // 2),
-        (executing, frozen, depth // 2),
-        (reference, modes, depth),
+    half = depth // 2
+    ways: list[tuple[Executor | None, Sequence[Mode]]] = [
+        (None, modes),
+        (executing, modes),
+        (executing, frozen),
+        (None, modes[:half]),
+        (executing, frozen[:half]),
+        (reference, modes),
     ]
     with torch.inference_mode():
         peaks = [_peak(device, lambda way=way: run(*way)) for way in ways[:2]]  # type: ignore[misc]

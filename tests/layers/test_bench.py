@@ -11,12 +11,13 @@ import torch
 
 from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
+from shortv.families import decoder_of
 from shortv.layers import roofline
 from shortv.layers.apply import executing
 from shortv.layers.bench import Workload, bench_prefill
 from shortv.layers.shapes import SHAPES
 from shortv.plan import Mode, modes_of_layers
-from tests.models import LAYERS, batch_of, random_model
+from tests.models import KINDS, LAYERS, batch_of, random_model
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -41,20 +42,24 @@ def test_with_endless_flops_the_weights_bound_a_frozen_layer() -> None:
     assert weights * 4 / 1e9 < seconds < 1.2 * weights * 4 / 1e9
 
 
-def test_bench_prefill_times_every_executor_and_restores_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bench_prefill_times_every_executor_and_restores_the_depth(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "_SIDE", {"cpu": 64})
     monkeypatch.setattr(roofline, "_COPY_BYTES", {"cpu": 2**16})
-    model: Any = random_model()
-    batch = batch_of("llava", [[3, "I", 2]])
+    model: Any = random_model(kind)
+    batch = batch_of(kind, [[3, "I", 2]])
     before = model(**batch.inputs).logits
     modes = (Mode.FULL, Mode.FULL, Mode.FREEZE_VISUAL, Mode.FREEZE_VISUAL)
     work = Workload(batch=2, text_tokens=8, visual_tokens=100)
-    result = bench_prefill(model, modes, work, pairs=1, pixels={"pixel_values": torch.zeros(2, 3, 28, 28)})
+    seen = {
+        name: batch.inputs[name] for name in ("pixel_values", "image_grid_thw", "image_sizes") if name in batch.inputs
+    }
+    result = bench_prefill(model, modes, work, pairs=1, pixels=seen)
     assert result.tower > 0 and min(result.fast_ratio, 1) < result.tower_ratio < max(result.fast_ratio, 1)
     assert min(result.full, result.fast, result.reference, result.fast_ratio, result.roofline_ratio) > 0
     architecture = Architecture.from_config_dict(model.config.to_dict())
     assert result.flops_ratio == pytest.approx(flops_ratio(architecture, modes, 8, 100))
-    assert model.config.text_config.num_hidden_layers == LAYERS
+    assert len(decoder_of(model).layers) == LAYERS
     assert torch.equal(model(**batch.inputs).logits, before)
 
 
