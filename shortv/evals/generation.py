@@ -1,0 +1,131 @@
+"""Answers of a batch of prompts, under the generation settings of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from shortv.errors import Refused
+from shortv.evals.prompts import Prompt, inputs_of
+from shortv.families import LoadedModel
+
+MAX_NEW_TOKENS: Final = 1024
+"""For tasks that set no limit, as in lmms-eval's own chat models."""
+
+# What lmms-eval adds to tasks that name no stop: there it would end every answer after its first paragraph.
+_ADDED_STOP: Final = "\n\n"
+_PASSED_ON: Final[Sequence[str]] = ("num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
+_SAMPLING: Final[Sequence[str]] = ("temperature", "top_p", "top_k")
+_KNOWN: Final = frozenset({*_PASSED_ON, *_SAMPLING, "do_sample", "max_new_tokens", "max_gen_toks", "until"})
+# Says how LLaVA's original code cuts images; here the processor does.
+_IGNORED: Final = frozenset({"image_aspect_ratio"})
+
+
+class Answer(NamedTuple):
+    """A text and how many tokens went in and came out."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How answers are made: arguments of `generate`, and the texts that end an answer."""
+
+    arguments: Mapping[str, Any]
+    stops: tuple[str, ...]
+
+
+def decoding_of(gen_kwargs: Mapping[str, Any]) -> Decoding:
+    """Read a task's `gen_kwargs`.
+
+    A temperature decides between greedy (0) and sampled; without one `do_sample` does. `until` ends an answer, except
+    for the blank line that lmms-eval adds to tasks that name no stop.
+
+    Raises:
+        Refused: a setting that this model does not have.
+    """
+    given = {name: value for name, value in gen_kwargs.items() if value is not None and name not in _IGNORED}
+    unknown = sorted(given.keys() - _KNOWN)
+    if unknown:
+        raise Refused(
+            f"the task's generation setting {unknown[0]!r} is not supported; the model shortv knows "
+            f"{', '.join(sorted(_KNOWN))}"
+        )
+    until = given.get("until", ())
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    sampled = given["temperature"] > 0 if "temperature" in given else bool(given.get("do_sample"))
+    arguments: dict[str, Any] = {name: given[name] for name in _PASSED_ON if name in given}
+    # None overrides what the model's own generation settings say, and keeps transformers from warning about them.
+    arguments |= {name: given[name] for name in _SAMPLING if name in given} if sampled else dict.fromkeys(_SAMPLING)
+    limit = int(given.get("max_new_tokens", given.get("max_gen_toks", MAX_NEW_TOKENS)))
+    return Decoding(
+        arguments={**arguments, "do_sample": sampled, "max_new_tokens": limit},
+        stops=tuple(stop for stop in stops if stop and stop != _ADDED_STOP),
+    )
+
+
+def generate(loaded: LoadedModel, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+    """Answer the prompts of a batch, which must all have images or all have none.
+
+    Greedy answers don't depend on what else is in the batch, beyond rounding.
+    """
+    inputs = inputs_of(loaded, prompts)
+    width = inputs["input_ids"].shape[1]
+    tokenizer = loaded.processor.tokenizer
+    ends = _end_ids(loaded, decoding.stops)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    texts = tuple(stop for stop in decoding.stops if stop not in tokenizer.all_special_tokens)
+    criteria = StoppingCriteriaList([_Stops(tokenizer, texts, width)] if texts else [])
+    with torch.inference_mode():
+        ids_BT = loaded.model.generate(
+            **inputs, **decoding.arguments, eos_token_id=ends, pad_token_id=pad, stopping_criteria=criteria
+        )
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return [
+        _answer(tokenizer, ids, texts, ends, pad, length)
+        for ids, length in zip(ids_BT[:, width:].tolist(), lengths, strict=True)
+    ]
+
+
+def _end_ids(loaded: LoadedModel, stops: Sequence[str]) -> list[int]:
+    tokenizer = loaded.processor.tokenizer
+    own = loaded.model.generation_config.eos_token_id
+    ids = [own] if isinstance(own, int) else list(own or ())
+    ids += [tokenizer.eos_token_id] if not ids and tokenizer.eos_token_id is not None else []
+    ids += [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
+    return list(dict.fromkeys(ids))
+
+
+def _answer(
+    tokenizer: Any, ids: list[int], stops: Sequence[str], ends: Sequence[int], pad: int, input_tokens: int
+) -> Answer:
+    count = next((at for at, token in enumerate(ids) if token in ends or token == pad), len(ids))
+    # The token that ends an answer was made by the model too; padding after a stop was not.
+    made = count + (count < len(ids) and ids[count] in ends)
+    text = tokenizer.decode(ids[:count], skip_special_tokens=True)
+    cut = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))
+    return Answer(text[:cut], input_tokens, made)
+
+
+class _Stops(StoppingCriteria):
+    """Ends a row once its generated text, the prompt apart, holds one of the stops."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], width: int) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._width = width
+        # A character is at most four tokens (its bytes); the rest is for tokens that are no text.
+        self._tail = 4 * max(map(len, stops)) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        start = max(self._width, input_ids.shape[1] - self._tail)
+        texts = self._tokenizer.batch_decode(input_ids[:, start:], skip_special_tokens=True)
+        done = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)

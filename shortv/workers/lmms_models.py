@@ -1,0 +1,14 @@
+"""What lmms-eval finds in this package under its entry point group `lmms_eval.models`."""
+
+from typing import Any
+
+
+def manifest() -> Any:
+    """Name the classes of the model `shortv`: for chat tasks, and for `--force_simple`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        model_id="shortv",
+        chat_class_path="shortv.workers.lmms_local.ShortV",
+        simple_class_path="shortv.workers.lmms_local.SimpleShortV",
+    )

@@ -1,0 +1,423 @@
+"""The model `shortv` of lmms-eval."""
+
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmms_eval.api.instance import Instance
+from PIL import Image
+
+import shortv
+from shortv.errors import Refused, ShortVError
+from shortv.evals.batching import run_in_batches
+from shortv.evals.generation import decoding_of
+from shortv.families import load_architecture
+from shortv.plan import Mode, Plan
+from shortv.tiny.accuracy import MODEL, Question, generate_answers, measure_accuracy, read_questions
+from shortv.workers.lmms_local import ShortV, SimpleShortV
+from tests.processors import CHECKPOINTS, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TASK = ROOT / "shortv/tiny/task"
+QUESTIONS = read_questions(limit=40)
+GREEDY = {"max_new_tokens": 8, "temperature": 0.0, "do_sample": False, "until": ["</s>"]}
+
+
+def plan_of(layers: Sequence[int], model: str = str(MODEL)) -> Plan:
+    architecture = load_architecture(model)
+    return Plan.of_layers(
+        Mode.FREEZE_VISUAL,
+        layers,
+        num_layers=architecture.num_layers,
+        name="some",
+        model="tiny",
+        config_digest=architecture.config_digest,
+    )
+
+
+# Freezing nearly everything costs the bundled model answers, so that plans can be told apart.
+HARSH = plan_of(range(7))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def full() -> ShortV:
+    return ready(ShortV(batch_size=8, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def harsh(folder: Path) -> ShortV:
+    return ready(ShortV(plan=HARSH.save(folder / "harsh.json"), batch_size="8", device="cpu"))
+
+
+def ready(model: ShortV) -> ShortV:
+    model.task_dict = {"shapes": {"test": QUESTIONS}}
+    return model
+
+
+def picture(question: Question) -> Image.Image:
+    return Image.open(io.BytesIO(question.image))
+
+
+def messages(question: Question) -> list[dict[str, Any]]:
+    content = [{"type": "image", "url": picture(question)}, {"type": "text", "text": question.prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def instance(kind: str, at: int, *arguments: Any) -> Instance:
+    metadata = {"task": "shapes", "doc_id": at, "repeats": 1}
+    return Instance(request_type=kind, arguments=(*arguments, at, "shapes", "test"), idx=0, metadata=metadata)
+
+
+def ask(
+    model: ShortV,
+    gen_kwargs: dict[str, Any] | None = None,
+    doc_to_messages: Callable[[Question], Any] = messages,
+    documents: Sequence[int] = range(len(QUESTIONS)),
+) -> list[str]:
+    settings = gen_kwargs or GREEDY
+    requests = [instance("generate_until", at, QUESTIONS[at].prompt, doc_to_messages, settings) for at in documents]
+    return [answer.text for answer in model.generate_until(requests)]
+
+
+def with_batch_size(size: int, plan: Any) -> ShortV:
+    return ready(ShortV(batch_size=size, plan=plan, device="cpu"))
+
+
+def test_answers_are_those_of_the_benchmark_for_any_batch_size(full: ShortV, harsh: ShortV, folder: Path) -> None:
+    model, processor = full._loaded.model, full._loaded.processor
+    unplanned = list(generate_answers(model, processor, QUESTIONS))
+    assert ask(full) == unplanned
+    with shortv.apply(model, HARSH):
+        planned = list(generate_answers(model, processor, QUESTIONS))
+    assert planned != unplanned
+    assert ask(harsh) == planned
+    assert ask(with_batch_size(1, None)) == unplanned
+    assert ask(with_batch_size(1, folder / "harsh.json")) == planned
+
+
+def test_the_simple_form_asks_the_same(full: ShortV) -> None:
+    model = SimpleShortV(device="cpu", batch_size=8)
+    model.task_dict = full.task_dict
+    requests = [
+        instance("generate_until", at, question.prompt, GREEDY, lambda doc: [picture(doc)])
+        for at, question in enumerate(QUESTIONS)
+    ]
+    assert [answer.text for answer in model.generate_until(requests)] == ask(full)
+
+
+def test_token_counts_are_reported(full: ShortV) -> None:
+    (answer,) = full.generate_until([instance("generate_until", 0, "", messages, GREEDY)])
+    ids = full._loaded.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    assert answer.token_counts.output_tokens == len(ids) + 1
+    assert answer.token_counts.input_tokens > 36
+    (cut,) = full.generate_until([instance("generate_until", 0, "", messages, {**GREEDY, "max_new_tokens": 1})])
+    assert cut.token_counts.output_tokens == 1
+
+
+def test_prompts_with_and_without_images_run_together(full: ShortV) -> None:
+    def every_second(question: Question) -> Any:
+        if QUESTIONS.index(question) % 2:
+            return messages(question)
+        return [{"role": "user", "content": question.prompt}]
+
+    mixed = ask(full, doc_to_messages=every_second)
+    assert mixed[1::2] == ask(full)[1::2]
+    assert mixed[0::2] == ask(full, doc_to_messages=every_second, documents=range(0, len(QUESTIONS), 2))
+
+
+def test_sampling_follows_its_settings(full: ShortV) -> None:
+    greedy = ask(full)
+    hot = {**GREEDY, "temperature": 5.0, "do_sample": True}
+    torch.manual_seed(0)
+    sampled = ask(full, hot)
+    torch.manual_seed(0)
+    assert ask(full, hot) == sampled != greedy
+    assert ask(full, {**hot, "top_p": 1e-6}) == greedy
+    assert ask(full, {**GREEDY, "num_beams": 2}) == greedy
+
+
+def test_settings_of_tasks_become_arguments_of_generate() -> None:
+    assert decoding_of({"temperature": 0, "do_sample": True}).arguments["do_sample"] is False
+    assert decoding_of({"temperature": 0.5, "do_sample": False}).arguments["do_sample"] is True
+    assert decoding_of({"do_sample": True}).arguments["do_sample"] is True
+    assert decoding_of({"top_p": None, "image_aspect_ratio": "original"}).arguments["max_new_tokens"] == 1024
+    assert decoding_of({"until": ["\n\n", "Q:"]}).stops == ("Q:",)
+    assert decoding_of({"until": None}).stops == ()
+    with pytest.raises(Refused, match=r"'guidance' is not supported; .*knows do_sample, "):
+        decoding_of({"guidance": 1})
+
+
+def test_a_stop_ends_the_answer(full: ShortV) -> None:
+    answers = ask(full)
+    stop = next(answer for answer in answers if len(answer.strip()) > 2).strip()[1]
+    stopped = ask(full, {**GREEDY, "until": stop})
+    assert stopped == [answer.split(stop)[0] for answer in answers] != answers
+    (short,) = full.generate_until(
+        [instance("generate_until", 0, "", messages, {**GREEDY, "until": [answers[0].strip()[0]]})]
+    )
+    assert short.token_counts.output_tokens == 1
+
+
+@pytest.mark.parametrize("name", ["full", "harsh"])
+def test_likelihoods_are_those_of_single_unpadded_forwards(name: str, request: pytest.FixtureRequest) -> None:
+    model: ShortV = request.getfixturevalue(name)
+    choices = [" red", " blue circle", " yes", " 3"]
+    documents = range(6)
+    own = {at: f" {answer.strip()}" for at, answer in zip(documents, ask(model, documents=documents), strict=True)}
+    asked = [(at, text) for at in documents for text in dict.fromkeys([*choices, own[at]])]
+    requests = [
+        instance("loglikelihood", at, QUESTIONS[at].prompt, text, lambda doc: [picture(doc)]) for at, text in asked
+    ]
+    found = model.loglikelihood(requests)
+    for (at, text), (log_probability, is_greedy) in zip(asked, found, strict=True):
+        expected = teacher_forced(model, QUESTIONS[at], text)
+        assert log_probability == pytest.approx(expected, abs=1e-3, rel=1e-5)
+        assert is_greedy == (text == own[at])
+
+
+def teacher_forced(model: ShortV, question: Question, text: str) -> float:
+    loaded = model._loaded
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.prompt}]}]
+    prompt = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    both = [
+        loaded.processor(text=[part], images=[picture(question)], return_tensors="pt")
+        for part in (prompt, prompt + text)
+    ]
+    start = both[0]["input_ids"].shape[1]
+    with model._under_plan(), torch.inference_mode():
+        log_TV = loaded.model(**both[1]).logits[0].log_softmax(-1)
+    ids = both[1]["input_ids"][0]
+    return sum(float(log_TV[at - 1, ids[at]]) for at in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("processor", CHECKPOINTS)
+def test_every_family_answers_alike_in_any_batch(processor: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(CHECKPOINTS[processor], tmp_path)
+    plan_of([1, 2], str(folder)).save(folder)
+    # Text alone, one image and two, of several sizes and lengths.
+    documents = [(1, "How many red circles?"), (1, "Describe what you see. " * 3), (2, "What?"), (0, "One word.")]
+
+    def visuals(document: tuple[int, str]) -> list[Image.Image]:
+        return [Image.new("RGB", (40 + 10 * number, 30), (50 * number, 90, 20)) for number in range(document[0])]
+
+    def doc_to_messages(document: tuple[int, str]) -> Any:
+        images = [{"type": "image", "url": image} for image in visuals(document)]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": document[1]}]}]
+
+    answers, scores = [], []
+    for batch_size in (1, len(documents)):
+        model = ShortV(pretrained=folder, plan=folder, batch_size=batch_size, device="cpu", dtype="float32")
+        model.task_dict = {"shapes": {"test": documents}}
+        settings = {"max_new_tokens": 6, "temperature": 0, "until": ["zq"]}
+        found = model.generate_until(
+            [instance("generate_until", at, "x" * at, doc_to_messages, settings) for at in range(len(documents))]
+        )
+        answers.append([answer.text for answer in found])
+        scores += model.loglikelihood(
+            [
+                instance("loglikelihood", at, text, choice, visuals)
+                for at, (_, text) in enumerate(documents)
+                for choice in (" red circle", "x")
+            ]
+        )
+    assert answers[0] == answers[1]
+    alone, together = scores[: len(scores) // 2], scores[len(scores) // 2 :]
+    for (first, _), (second, _) in zip(alone, together, strict=True):
+        assert first == pytest.approx(second, abs=1e-4)
+
+
+def test_likelihoods_without_a_document_and_of_targets(full: ShortV) -> None:
+    alone = Instance(
+        request_type="loglikelihood",
+        arguments=("", " red"),
+        idx=0,
+        metadata={"task": "shapes", "doc_id": 0, "repeats": 1},
+    )
+    target = instance("loglikelihood", 0, "Is it?", lambda doc: " red", lambda doc: None)
+    text = instance("loglikelihood", 0, "Is it?", " red", lambda doc: None)
+    scores = full.loglikelihood([alone, target, text])
+    assert scores[1] == scores[2] and all(score[0] < 0 for score in scores)
+    with pytest.raises(ShortVError, match=r"document 0 of task 'shapes' .*empty continuation"):
+        full.loglikelihood([instance("loglikelihood", 0, "Is it?", "", lambda doc: None)])
+
+
+def test_rounds_go_on_until_the_task_ends_them(full: ShortV) -> None:
+    def rounds(
+        question: Question, round_idx: int = 0, previous_output: Any = None, previous_round_info: Any = None
+    ) -> Any:
+        if round_idx == 0:
+            return messages(question)
+        # Document k has k + 1 rounds.
+        over = round_idx > QUESTIONS.index(question)
+        assert len(previous_output) == round_idx and previous_round_info == (round_idx - 1 or None)
+        return None if over else messages(QUESTIONS[round_idx]), over, previous_output, round_idx
+
+    requests = [instance("generate_until_multi_round", at, "", rounds, GREEDY) for at in range(4)]
+    single = ask(full)
+    assert full.generate_until_multi_round(requests) == [
+        [single[at], *single[1 : at + 1]] if at else [single[0]] for at in range(4)
+    ]
+
+
+def test_a_request_that_fails_ends_the_run(full: ShortV) -> None:
+    def turn(kind: str, url: Any) -> Callable[[Question], Any]:
+        return lambda question: [{"role": "user", "content": [{"type": kind, "url": url}]}]
+
+    def broken(question: Question) -> Any:
+        raise KeyError("no such column")
+
+    cases: list[tuple[Callable[[Question], Any], type[Exception], str]] = [
+        (turn("video", "a.mp4"), Refused, "document 3 of task 'shapes' holds video, .*choose an image task"),
+        (turn("audio", {}), Refused, "holds audio"),
+        (turn("image", 3), Refused, "gives a int as image"),
+        (turn("image", "no/such/file.png"), ShortVError, "cannot be read: FileNotFoundError"),
+        (broken, ShortVError, "document 3 of task 'shapes' gives no prompt: KeyError"),
+        (lambda question: [{"role": "user", "content": "word " * 2000}], ShortVError, "more than the model's context"),
+        (lambda question: [{"role": "judge", "content": "a"}], ShortVError, "chat template of .* unknown role judge"),
+    ]
+    for doc_to_messages, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            ask(full, doc_to_messages=doc_to_messages, documents=[3])
+    assert ask(full, documents=[3]) == [ask(full)[3]]
+
+
+def test_settings_that_cannot_be_right_are_refused(folder: Path) -> None:
+    other = plan_of([1]).save(folder / "other.json")
+    cases = {
+        "plna=x": r"no setting 'plna'; it knows attn_implementation, .*, trust_remote_code",
+        "plan": "'plan' has no value",
+        "plan=a,plan=b": "named twice",
+        "plan=nowhere.json": "cannot read plan nowhere.json",
+        "plan=llava-1.5-7b": "32 layers",
+        f"plan={other},plan_digest={HARSH.digest}": f"has digest {plan_of([1]).digest}, not",
+        f"plan={other},plan_digest=": "at least the first 12",
+        "plan_digest=0123456789abcdef": "without a plan",
+        "dtype=int8": "dtype=int8 is not supported; use one of auto, float32",
+        "device=tpu9": "device=tpu9 is no device",
+        "batch_size=0": "batch_size=0",
+        "batch_size=auto": "batch_size=auto",
+        "trust_remote_code=perhaps": "trust_remote_code=perhaps",
+        "attn_implementation=flash_attention_2": "attention implementation 'flash_attention_2'",
+        "pretrained=./no/such/model": "does not exist",
+    }
+    for text, message in cases.items():
+        with pytest.raises(Refused, match=message):
+            ShortV.create_from_arg_string(text, {"batch_size": 1})
+
+
+def test_model_args_go_before_flags(folder: Path) -> None:
+    path = plan_of([2]).save(folder / "checked.json")
+    text = f"pretrained={MODEL},plan={path},plan_digest={plan_of([2]).digest[:16]},device=cpu,batch_size=3"
+    model = ShortV.create_from_arg_string(text, {"batch_size": 1, "device": None, "max_batch_size": None})
+    assert (model.batch_size, str(model.device), model.settings.plan) == (3, "cpu", plan_of([2]))
+    assert ShortV.create_from_arg_string("", {"batch_size": 5}).batch_size == 5
+
+
+def test_the_response_cache_keys_on_the_plan(folder: Path, tmp_path: Path) -> None:
+    from lmms_eval.caching.response_cache import ResponseCache
+
+    def fingerprint(model_args: str) -> str:
+        cache = ResponseCache.create(str(tmp_path), model="shortv", model_args=model_args)
+        cache.close()
+        return cache.model_fingerprint
+
+    path = folder / "keyed.json"
+    text = f"plan={path},device=cpu"
+    own = ResponseCache.__dict__["create"]
+    seen = []
+    for layers in ([1], [2], [1]):
+        plan_of(layers).save(path)
+        ShortV.create_from_arg_string(text)
+        seen.append(fingerprint(text))
+        assert plan_of(layers).digest in seen[-1]
+        assert ResponseCache.__dict__["create"] is own
+    assert seen[0] == seen[2] != seen[1]
+    # No cache was made for this one; another model's key is left alone.
+    ShortV.create_from_arg_string(text)
+    assert "plan_digest" not in fingerprint("pretrained=other")
+    assert ResponseCache.__dict__["create"] is own
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    sizes = []
+
+    def run(batch: Sequence[str]) -> list[str]:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no")
+        return [text.upper() for text in batch]
+
+    items = ["a", "ccc", "bb", "dddd", "e"]
+    options: dict[str, Any] = {"group": lambda item: None, "length": len}
+    assert run_in_batches(items, run, batch_size=5, **options) == ["A", "CCC", "BB", "DDDD", "E"]
+    assert sizes == [5, 2, 3, 1, 2]
+
+    def never(batch: Sequence[str]) -> list[str]:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(ShortVError, match="one request alone does not fit"):
+        run_in_batches(items, never, batch_size=5, **options)
+
+
+def test_the_backend_loads_no_ray() -> None:
+    script = "import sys, shortv.workers.lmms_local; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_command_scores_each_plan_as_the_benchmark_does(full: ShortV, tmp_path: Path) -> None:
+    limit = 24
+    questions = read_questions(limit=limit)
+    plan = tmp_path / "plan.json"
+    overall = []
+    # The file changes its content between the runs, and both use one response cache.
+    for run, layers in enumerate(([6, 7], range(7))):
+        plan_of(layers).save(plan)
+        rows, results = lmms_eval(plan, tmp_path / f"run{run}", tmp_path / "cache", limit)
+        expected = measure_accuracy(
+            full._loaded.model,
+            full._loaded.processor,
+            questions,
+            intervention=shortv.apply(full._loaded.model, plan_of(layers)),
+        )
+        overall.append(results["exact_match,none"])
+        assert overall[-1] == pytest.approx(expected.overall)
+        for kind, share in expected.by_kind.items():
+            assert results[f"exact_match_{kind.replace('-', '_')},none"] == pytest.approx(share)
+        assert len(rows) == limit
+    assert overall[0] > overall[1]
+    with sqlite3.connect(tmp_path / "cache/cache.db") as database:
+        assert database.execute("SELECT COUNT(*) FROM responses").fetchone() == (2 * limit,)
+
+
+def lmms_eval(plan: Path, output: Path, cache: Path, limit: int) -> tuple[list[Any], dict[str, float]]:
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "shortv",
+        "--model_args",
+        f"pretrained={MODEL},plan={plan}",
+    ]
+    command += ["--include_path", str(TASK), "--tasks", "shapes_vqa", "--limit", str(limit), "--batch_size", "8"]
+    command += ["--output_path", str(output), "--log_samples", "--use_cache", str(cache), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "datasets")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    (results,) = output.glob("*/*_results.json")
+    (samples,) = output.glob("*/*_samples_shapes_vqa.jsonl")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+    return rows, json.loads(results.read_text("utf-8"))["results"]["shapes_vqa"]
