@@ -57,6 +57,44 @@ def bench_prefill(
     model: Any, modes: Sequence[Mode], work: Workload, *, pairs: int, pixels: dict[str, torch.Tensor] | None = None
 ) -> Prefill:
     """Time full, fast and reference prefills of the decoder, and the vision tower on `pixels`, interleaved."""
+    rounds, peaks = _measure(model, modes, work, pairs, pixels)
+    full, fast, all_frozen, half_full, half_frozen, slow, tower = (
+        statistics.median(column) for column in zip(*rounds, strict=True)
+    )
+    architecture = Architecture.from_config_dict(model.config.to_dict())
+    limits = measure_device(model.device, model.dtype)
+
+    def least(modes: Sequence[Mode]) -> float:
+        return roofline_seconds(
+            architecture,
+            modes,
+            batch=work.batch,
+            t=work.text_tokens,
+            v=work.visual_tokens,
+            itemsize=model.dtype.itemsize,
+            device=limits,
+        )
+
+    return Prefill(
+        full=full,
+        fast=fast,
+        reference=slow,
+        fast_ratio=statistics.median(row[1] / row[0] for row in rounds),
+        layer_ratio=(all_frozen - half_frozen) / (full - half_full),
+        flops_ratio=flops_ratio(architecture, modes, work.text_tokens, work.visual_tokens),
+        roofline_ratio=least(modes) / least((Mode.FULL,) * len(modes)),
+        tower=tower,
+        tower_ratio=statistics.median((row[1] + row[-1]) / (row[0] + row[-1]) for row in rounds),
+        device=limits,
+        peak_full=peaks[0],
+        peak_fast=peaks[1],
+    )
+
+
+def _measure(
+    model: Any, modes: Sequence[Mode], work: Workload, pairs: int, pixels: dict[str, torch.Tensor] | None
+) -> tuple[list[list[float]], list[int]]:
+    """Seconds of every way in each round, the vision tower last, and the peak memory of full and fast."""
     decoder, device = decoder_of(model), model.device
     inputs = _inputs(model, min(decoder.visual_ids), work)
     text: Any = decoder.text
@@ -97,37 +135,7 @@ def bench_prefill(
             run(*way)
         see()
         rounds = [[*(run(*way) for way in ways), see()] for _ in range(pairs)]
-    full, fast, all_frozen, half_full, half_frozen, slow, tower = (
-        statistics.median(column) for column in zip(*rounds, strict=True)
-    )
-    architecture = Architecture.from_config_dict(model.config.to_dict())
-    limits = measure_device(device, model.dtype)
-
-    def least(modes: Sequence[Mode]) -> float:
-        return roofline_seconds(
-            architecture,
-            modes,
-            batch=work.batch,
-            t=work.text_tokens,
-            v=work.visual_tokens,
-            itemsize=model.dtype.itemsize,
-            device=limits,
-        )
-
-    return Prefill(
-        full=full,
-        fast=fast,
-        reference=slow,
-        fast_ratio=statistics.median(row[1] / row[0] for row in rounds),
-        layer_ratio=(all_frozen - half_frozen) / (full - half_full),
-        flops_ratio=flops_ratio(architecture, modes, work.text_tokens, work.visual_tokens),
-        roofline_ratio=least(modes) / least((Mode.FULL,) * depth),
-        tower=tower,
-        tower_ratio=statistics.median((row[1] + row[-1]) / (row[0] + row[-1]) for row in rounds),
-        device=limits,
-        peak_full=peaks[0],
-        peak_fast=peaks[1],
-    )
+    return rounds, peaks
 
 
 def _inputs(model: Any, visual_id: int, work: Workload) -> dict[str, torch.Tensor]:
