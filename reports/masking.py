@@ -7,26 +7,37 @@ from typing import Any
 from reports.locations import masked_uri
 
 MASK = "***"
-# Tokens in the plural, and a tokenizer, are what a language model reads: max_new_tokens is no secret.
-_WORD = r"(?:key|token(?!s|i)|secret|password)"
-_SECRET_NAME = re.compile(_WORD, re.IGNORECASE)
-_PAIR = re.compile(rf"([\w.-]*{_WORD}[\w.-]*\s*=\s*)[^,&\s]+", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"key|token|secret|password", re.IGNORECASE)
+_PAIR = re.compile(r"([\w.-]*(?:key|token|secret|password)[\w.-]*)(\s*=\s*)([^,&\s]+)", re.IGNORECASE)
+# A count of tokens, such as max_new_tokens=16, is what a language model reads.
+_COUNT_NAME = re.compile(r"tokens$", re.IGNORECASE)
+_COUNT = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def masked(value: Any, name: str = "") -> Any:
     """Return a JSON-like value with every secret in it replaced by `***`.
 
     Secret is what stands under a name that contains KEY, TOKEN, SECRET or PASSWORD, in a mapping or in a text
-    such as `a=1,api_key=x`, and what stands before the `@` of a URI. Truth values and null stay as they are.
+    such as `a=1,api_key=x`, and what stands before the `@` of a URI. Truth values, null and counts of tokens stay.
     """
     if isinstance(value, Mapping):
         return {str(key): masked(item, str(key)) for key, item in value.items()}
     if value is None or isinstance(value, bool):
         return value
-    if _SECRET_NAME.search(name):
+    if _is_secret(name, value):
         return MASK
     if isinstance(value, list | tuple):
         return [masked(item) for item in value]
     if isinstance(value, str):
-        return _PAIR.sub(rf"\1{MASK}", masked_uri(value))
+        return _PAIR.sub(_masked_pair, masked_uri(value))
     return value
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    counts = _COUNT_NAME.search(name) and _COUNT.fullmatch(str(value))
+    return bool(_SECRET_NAME.search(name)) and not counts
+
+
+def _masked_pair(pair: re.Match[str]) -> str:
+    name, equals, value = pair.groups()
+    return f"{name}{equals}{MASK if _is_secret(name, value) else value}"

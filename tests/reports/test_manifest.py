@@ -100,9 +100,11 @@ def test_no_secret_is_written(prefix: str, word: str, secret: str) -> None:
     assert secret not in shown and "x=2" in shown and "bucket/x" in shown
 
 
-def test_what_a_language_model_reads_is_no_secret() -> None:
-    value = {"max_new_tokens": 16, "tokenizer": "slow", "model_args": "max_new_tokens=16,x=2"}
-    assert masked(value) == value
+def test_a_count_of_tokens_is_no_secret_but_tokens_are() -> None:
+    counts = {"max_new_tokens": 16, "model_args": "max_new_tokens=16,x=2"}
+    assert masked(counts) == counts
+    secrets = {"api_tokens": "abc", "hf_token": 16, "model_args": "access_tokens=abc,hf_token=16"}
+    assert masked(secrets) == {"api_tokens": "***", "hf_token": "***", "model_args": "access_tokens=***,hf_token=***"}
 
 
 def test_the_digest_covers_what_changes_results() -> None:

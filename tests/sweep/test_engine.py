@@ -73,7 +73,7 @@ def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
 
 
 def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
-    """To 1e-5 and one float32 step: the trained model's log-probabilities reach -27, where a step is 2e-6."""
+    """Trained weights, where log-probabilities reach far lower than on random ones."""
     model = bundled()
     text_only = Sample(sample_id="text", prompt="Describe the objects in this picture.")
     batch = encode(model, [*calibration()[:3], text_only]).batch
@@ -81,7 +81,7 @@ def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
     stacked = engine.measure(model, batch, layers=range(len(model.decoder.layers)), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
         naive_BV = naive(model, batch, ablation.mode, ablation.layer)
-        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=1e-7)
+        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
         expected = divergence(stacked.full_BV, naive_BV)
         torch.testing.assert_close(stacked.values[ablation][0], expected[0], atol=1e-7, rtol=1e-3)
         torch.testing.assert_close(stacked.values[ablation][1], expected[1], atol=1e-7, rtol=1e-3)
