@@ -15,11 +15,12 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import Progress
 
+from shortv.chat import Likelihood
 from shortv.errors import Refused, ShortVError
 from shortv.evals.batching import run_in_batches
 from shortv.evals.generation import Answer, decoding_of, generate
-from shortv.evals.likelihood import Likelihood, likelihoods
-from shortv.evals.prompts import Prompt, prompt_of
+from shortv.evals.likelihood import likelihoods
+from shortv.evals.prompts import NamedPrompt, named_prompt
 from shortv.evals.requests import Request, conversation, generation, likelihood
 from shortv.evals.response_cache import key_on_digest
 from shortv.evals.settings import parse_model_args, settings_of
@@ -98,7 +99,7 @@ class PlannedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         `multiple_choice` and `loglikelihood` tasks end with an error there, whatever the model.
         """
 
-        def run(batch: Sequence[Prompt]) -> list[Likelihood]:
+        def run(batch: Sequence[NamedPrompt]) -> list[Likelihood]:
             return likelihoods(self._loaded, batch)
 
         found = self._run([likelihood(request, self.task_dict) for request in requests], run)
@@ -133,18 +134,18 @@ class PlannedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             members = [at for at, other in enumerate(keys) if other == key]
             decoding = decodings[members[0]]
 
-            def run(batch: Sequence[Prompt], decoding: Any = decoding) -> list[Answer]:
+            def run(batch: Sequence[NamedPrompt], decoding: Any = decoding) -> list[Answer]:
                 return generate(self._loaded, batch, decoding)
 
             found.update(zip(members, self._run([requests[at] for at in members], run), strict=True))
         return [found[at] for at in range(len(requests))]
 
-    def _run(self, requests: Sequence[Request], run: Callable[[Sequence[Prompt]], list[R]]) -> list[R]:
+    def _run(self, requests: Sequence[Request], run: Callable[[Sequence[NamedPrompt]], list[R]]) -> list[R]:
         with self._under_plan(), Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("requests", total=len(requests))
 
             def batch(members: Sequence[Request]) -> list[R]:
-                prompts = [prompt_of(self._loaded, request) for request in members]
+                prompts = [named_prompt(self._loaded, request) for request in members]
                 found = _with_and_without_images(prompts, run)
                 progress.advance(bar, len(members))
                 return found
@@ -171,8 +172,10 @@ class PlannedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         raise NotImplementedError
 
 
-def _with_and_without_images(prompts: Sequence[Prompt], run: Callable[[Sequence[Prompt]], list[R]]) -> list[R]:
+def _with_and_without_images(
+    prompts: Sequence[NamedPrompt], run: Callable[[Sequence[NamedPrompt]], list[R]]
+) -> list[R]:
     """Processors take prompts with images or prompts without, not both at once."""
     return run_in_batches(
-        prompts, run, group=lambda prompt: bool(prompt.images), length=lambda prompt: 0, batch_size=len(prompts)
+        prompts, run, group=lambda named: bool(named.prompt.images), length=lambda prompt: 0, batch_size=len(prompts)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from shortv.errors import Refused
-from shortv.evals.prompts import Prompt, inputs_of
+from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
 
 MAX_NEW_TOKENS: Final = 1024
@@ -71,7 +71,7 @@ def decoding_of(gen_kwargs: Mapping[str, Any]) -> Decoding:
     )
 
 
-def generate(loaded: LoadedModel, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Decoding) -> list[Answer]:
     """Answer the prompts of a batch, which must all have images or all have none.
 
     Greedy answers don't depend on what else is in the batch, beyond rounding.

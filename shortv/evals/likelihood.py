@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from shortv.chat import Likelihood
 from shortv.errors import ShortVError
-from shortv.evals.prompts import Prompt, adds_special_tokens, inputs_of
+from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
+from shortv.families.prompts import adds_special_tokens
 
 
-class Likelihood(NamedTuple):
-    """Sum of the log-probabilities of a continuation's tokens, and whether greedy decoding would choose each."""
-
-    log_probability: float
-    is_greedy: bool
-
-
-def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likelihood]:
+def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Likelihood]:
     """Score the continuations of a batch of prompts in one forward, in float32.
 
     Prompt and continuation are tokenised as one text. Where the last token of the prompt merges with the first of the
@@ -41,12 +35,12 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likeliho
     return [_score(logits_TV, label) for logits_TV, label in zip(logits_BTV, labels, strict=True)]
 
 
-def _labels(loaded: LoadedModel, prompt: Prompt) -> list[int]:
+def _labels(loaded: LoadedModel, prompt: NamedPrompt) -> list[int]:
     tokenizer = loaded.processor.tokenizer
-    special = adds_special_tokens(loaded, prompt.text)
+    text = prompt.prompt.text
+    special = adds_special_tokens(loaded, text)
     before, whole = (
-        tokenizer(text, add_special_tokens=special)["input_ids"]
-        for text in (prompt.text, prompt.text + prompt.continuation)
+        tokenizer(whole, add_special_tokens=special)["input_ids"] for whole in (text, text + prompt.continuation)
     )
     same = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
     labels: list[int] = whole[same:]
