@@ -70,7 +70,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as a JSON object, in the order of the fields."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], shown: str = MANIFEST_NAME) -> "Manifest":
@@ -79,20 +79,7 @@ class Manifest:
         Raises:
             Refused: it is of another kind or schema version, or has missing, unknown or malformed fields.
         """
-        _check_kind(value, shown)
-        unknown = sorted(value.keys() - _TYPES.keys())
-        missing = sorted(_TYPES.keys() - value.keys())
-        if unknown or missing:
-            raise Refused(
-                f"{shown} has missing fields {missing} and unknown fields {unknown}; "
-                "it was changed by hand or is not from this release: run the sweep in a new folder"
-            )
-        for name, allowed in _TYPES.items():
-            # Python counts truth values as integers; no field of the manifest is one.
-            if not isinstance(value[name], allowed) or isinstance(value[name], bool):
-                raise Refused(f"{shown} has a {name} of the wrong type ({value[name]!r}); run the sweep again")
-        if value["state"] not in list(State):
-            raise Refused(f"{shown} has the unknown state {value['state']!r}; expected {', '.join(State)}")
+        check_fields(value, kind="sweep", version=MANIFEST_SCHEMA_VERSION, types=_TYPES, shown=shown)
         known: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         return cls(**known)
 
@@ -108,9 +95,7 @@ class Manifest:
     @classmethod
     def load(cls, folder: Folder) -> "Manifest":
         """Read the manifest of a folder. Raises Refused when there is none or it is not a sweep's."""
-        if not folder.exists(MANIFEST_NAME):
-            raise Refused(f"{folder.shown} holds no {MANIFEST_NAME}; give an output folder of jobs/lc_sweep.py")
-        return cls.from_json(folder.read_json(MANIFEST_NAME), f"{folder.shown}/{MANIFEST_NAME}")
+        return cls.from_json(read_manifest(folder, "sweep"), f"{folder.shown}/{MANIFEST_NAME}")
 
 
 _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
@@ -141,28 +126,54 @@ _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def _check_kind(value: Mapping[str, Any], shown: str) -> None:
-    kind, version = value.get("kind"), value.get("schema_version")
-    if kind != "sweep":
-        raise Refused(f"{shown} is of kind {kind!r}, not 'sweep'; give the output folder of jobs/lc_sweep.py")
-    if version != MANIFEST_SCHEMA_VERSION:
+# The job that writes each kind of result folder.
+_JOBS: Final = MappingProxyType({"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py"})
+
+
+def read_manifest(folder: Folder, kind: str) -> dict[str, Any]:
+    """Read the JSON of a folder's manifest. Raises Refused when there is none."""
+    if not folder.exists(MANIFEST_NAME):
+        raise Refused(f"{folder.shown} holds no {MANIFEST_NAME}; give an output folder of {_JOBS[kind]}")
+    return folder.read_json(MANIFEST_NAME)
+
+
+def check_fields(value: Mapping[str, Any], *, kind: str, version: int, types: Mapping[str, Any], shown: str) -> None:
+    """Raise Refused unless `value` is a manifest of that kind and version, with these fields and types alone."""
+    found = value.get("kind")
+    if found != kind:
+        raise Refused(f"{shown} is of kind {found!r}, not {kind!r}; give the output folder of {_JOBS[kind]}")
+    if value.get("schema_version") != version:
         raise Refused(
-            f"{shown} has schema version {version!r}, this release reads {MANIFEST_SCHEMA_VERSION}; "
-            "read it with the release that wrote it, or run the sweep in a new folder"
+            f"{shown} has schema version {value.get('schema_version')!r}, this release reads {version}; "
+            f"read it with the release that wrote it, or run the {kind} in a new folder"
         )
+    unknown = sorted(value.keys() - types.keys())
+    missing = sorted(types.keys() - value.keys())
+    if unknown or missing:
+        raise Refused(
+            f"{shown} has missing fields {missing} and unknown fields {unknown}; "
+            f"it was changed by hand or is not from this release: run the {kind} in a new folder"
+        )
+    for name, allowed in types.items():
+        # Python counts truth values as integers; no field of a manifest is one.
+        if not isinstance(value[name], allowed) or isinstance(value[name], bool):
+            raise Refused(f"{shown} has a {name} of the wrong type ({value[name]!r}); run the {kind} again")
+    if value["state"] not in list(State):
+        raise Refused(f"{shown} has the unknown state {value['state']!r}; expected {', '.join(State)}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a JSON-like value as dictionaries, lists and exact strings, as a JSON file would give it back."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
 
 
 def digest_of(value: Any) -> str:
     """Return the SHA-256, in hex, of a JSON-like value, independent of the order of its keys."""
-    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

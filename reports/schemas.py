@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+_SCORES = pa.list_(pa.struct([pa.field("metric", pa.string(), False), pa.field("value", pa.float64(), True)]))
 
 
 def _schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
@@ -68,6 +69,105 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("prompt", pa.string(), False),
             ("answer", pa.string(), True),
             ("dataset", pa.string(), True),
+        ],
+    ),
+    "cells": _schema(
+        "cells",
+        [
+            ("cell", pa.string(), False),
+            ("model", pa.string(), False),
+            ("revision", pa.string(), True),
+            ("plan", pa.string(), False),
+            ("plan_digest", pa.string(), False),
+            # The plan with the same modes that ran, where this one is but another name for it.
+            ("same_as", pa.string(), True),
+            ("task", pa.string(), False),
+            ("task_digest", pa.string(), False),
+            ("limit", pa.float64(), True),
+            ("seed", pa.int64(), False),
+            ("state", pa.string(), False),
+            ("n", pa.int32(), False),
+            ("errors", pa.int32(), False),
+            ("message", pa.string(), True),
+            ("flops_ratio", pa.float64(), True),
+            ("started", pa.string(), False),
+            ("finished", pa.string(), False),
+            ("wall_seconds", pa.float64(), False),
+        ],
+    ),
+    "answers": _schema(
+        "answers",
+        [
+            ("cell", pa.string(), False),
+            ("sample_id", pa.string(), False),
+            ("model", pa.string(), False),
+            # The name under which the cell ran; another plan of the same modes finds its answers by the cell.
+            ("plan", pa.string(), False),
+            ("task", pa.string(), False),
+            ("prediction", pa.string(), True),
+            ("target", pa.string(), True),
+            ("scores", _SCORES, False),
+            ("error", pa.string(), True),
+            ("latency_ms", pa.float64(), True),
+            ("queue_ms", pa.float64(), True),
+            ("prefill_ms", pa.float64(), True),
+            ("decode_ms", pa.float64(), True),
+            ("prompt_tokens", pa.int32(), True),
+            ("visual_tokens", pa.int32(), True),
+            ("completion_tokens", pa.int32(), True),
+        ],
+    ),
+    "metrics": _schema(
+        "metrics",
+        [
+            ("cell", pa.string(), False),
+            ("model", pa.string(), False),
+            ("plan", pa.string(), False),
+            ("plan_digest", pa.string(), False),
+            ("task", pa.string(), False),
+            ("metric", pa.string(), False),
+            ("filter", pa.string(), False),
+            ("value", pa.float64(), True),
+            ("stderr", pa.float64(), True),
+            ("stderr_clt", pa.float64(), True),
+            ("stderr_clustered", pa.float64(), True),
+            ("n", pa.int32(), False),
+        ],
+    ),
+    "comparisons": _schema(
+        "comparisons",
+        [
+            ("model", pa.string(), False),
+            ("task", pa.string(), False),
+            ("metric", pa.string(), False),
+            ("plan", pa.string(), False),
+            ("against", pa.string(), False),
+            ("n", pa.int32(), False),
+            ("value", pa.float64(), False),
+            ("against_value", pa.float64(), False),
+            ("difference", pa.float64(), False),
+            ("ci_low", pa.float64(), False),
+            ("ci_high", pa.float64(), False),
+            ("share_changed", pa.float64(), False),
+        ],
+    ),
+    "speed": _schema(
+        "speed",
+        [
+            ("cell", pa.string(), False),
+            ("model", pa.string(), False),
+            ("plan", pa.string(), False),
+            ("task", pa.string(), False),
+            ("n", pa.int32(), False),
+            ("prefill_ms_median", pa.float64(), True),
+            ("decode_ms_per_token_median", pa.float64(), True),
+            ("latency_ms_median", pa.float64(), True),
+            ("samples_per_second", pa.float64(), True),
+            # Means over the samples that were answered: text tokens and visual tokens of a prompt.
+            ("t", pa.float64(), True),
+            ("v", pa.float64(), True),
+            ("flops_ratio", pa.float64(), True),
+            ("replicas", pa.int32(), True),
         ],
     ),
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -16,20 +14,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from shortv.chat import Likelihood
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused
 from shortv.evals.batching import run_in_batches
 from shortv.evals.generation import Answer, decoding_of, generate
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt, named_prompt
 from shortv.evals.requests import Request, conversation, generation, likelihood
 from shortv.evals.response_cache import key_on_digest
+from shortv.evals.rounds import Dialogue
 from shortv.evals.settings import parse_model_args, settings_of
 from shortv.families import load
 from shortv.plan import Plan
 
 R = TypeVar("R")
-# Far beyond any benchmark: a task that never says that it is over would run forever.
-_MOST_ROUNDS = 100
 
 
 class PlannedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
@@ -107,23 +104,12 @@ class PlannedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """Answer round after round until each task says that it is over; returns every round's answer."""
-        conversations = [conversation(request, self.task_dict) for request in requests]
-        answers: list[list[str]] = [[] for _ in conversations]
-        notes: list[Any] = [None] * len(conversations)
-        asked = {at: talk.first for at, talk in enumerate(conversations)}
-        for number in range(1, _MOST_ROUNDS + 1):
-            for at, answer in zip(asked, self._answers(list(asked.values())), strict=True):
-                answers[at].append(answer.text)
-            following: dict[int, Request] = {}
-            for at, request in asked.items():
-                told = conversations[at].next_round(number, answers[at], notes[at])
-                answers[at], notes[at] = told.answers, told.info
-                if told.messages is not None:
-                    following[at] = replace(request, messages=partial(list, told.messages))
-            if not following:
-                return answers
-            asked = following
-        raise ShortVError(f"{next(iter(asked.values())).name} is not over after {_MOST_ROUNDS} rounds")
+        dialogues = [Dialogue(conversation(request, self.task_dict)) for request in requests]
+        while going_on := [(dialogue, dialogue.asked) for dialogue in dialogues if dialogue.asked is not None]:
+            answers = self._answers([asked for _, asked in going_on])
+            for (dialogue, _), answer in zip(going_on, answers, strict=True):
+                dialogue.take(answer.text)
+        return [dialogue.answers for dialogue in dialogues]
 
     def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         found: dict[int, Answer] = {}

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from shortv.errors import Refused
+from shortv.evals.decoding import BEAMS_AND_PENALTIES, SAMPLING, read_settings
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
-
-MAX_NEW_TOKENS: Final = 1024
-"""For tasks that set no limit, as in lmms-eval's own chat models."""
-
-# What lmms-eval adds to tasks that name no stop: there it would end every answer after its first paragraph.
-_ADDED_STOP: Final = "\n\n"
-_PASSED_ON: Final[Sequence[str]] = ("num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
-_SAMPLING: Final[Sequence[str]] = ("temperature", "top_p", "top_k")
-_KNOWN: Final = frozenset({*_PASSED_ON, *_SAMPLING, "do_sample", "max_new_tokens", "max_gen_toks", "until"})
-# Says how LLaVA's original code cuts images; here the processor does.
-_IGNORED: Final = frozenset({"image_aspect_ratio"})
 
 
 class Answer(NamedTuple):
@@ -43,32 +32,12 @@ class Decoding:
 
 
 def decoding_of(gen_kwargs: Mapping[str, Any]) -> Decoding:
-    """Read a task's `gen_kwargs`.
-
-    A temperature decides between greedy (0) and sampled; without one `do_sample` does. `until` ends an answer, except
-    for the blank line that lmms-eval adds to tasks that name no stop.
-
-    Raises:
-        Refused: a setting that this model does not have.
-    """
-    given = {name: value for name, value in gen_kwargs.items() if value is not None and name not in _IGNORED}
-    unknown = sorted(given.keys() - _KNOWN)
-    if unknown:
-        raise Refused(
-            f"the task's generation setting {unknown[0]!r} is not supported; the model shortv knows "
-            f"{', '.join(sorted(_KNOWN))}"
-        )
-    until = given.get("until", ())
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    sampled = given["temperature"] > 0 if "temperature" in given else bool(given.get("do_sample"))
-    arguments: dict[str, Any] = {name: given[name] for name in _PASSED_ON if name in given}
+    """Read a task's `gen_kwargs` for `generate`. Raises Refused for a setting that this model does not have."""
+    given, sampled, max_tokens, stops = read_settings(gen_kwargs)
+    arguments: dict[str, Any] = {name: given[name] for name in BEAMS_AND_PENALTIES if name in given}
     # None overrides what the model's own generation settings say, and keeps transformers from warning about them.
-    arguments |= {name: given[name] for name in _SAMPLING if name in given} if sampled else dict.fromkeys(_SAMPLING)
-    limit = int(given.get("max_new_tokens", given.get("max_gen_toks", MAX_NEW_TOKENS)))
-    return Decoding(
-        arguments={**arguments, "do_sample": sampled, "max_new_tokens": limit},
-        stops=tuple(stop for stop in stops if stop and stop != _ADDED_STOP),
-    )
+    arguments |= {name: given[name] for name in SAMPLING if name in given} if sampled else dict.fromkeys(SAMPLING)
+    return Decoding(arguments={**arguments, "do_sample": sampled, "max_new_tokens": max_tokens}, stops=stops)
 
 
 def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Decoding) -> list[Answer]:

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from shortv.errors import Refused, ShortVError
 
@@ -26,8 +26,8 @@ class TaskIndex:
             if not os.path.isdir(folder):
                 raise Refused(f"task folder {folder} does not exist; give a folder with lmms-eval YAML files")
 
-    def load(self, name: str) -> Any:
-        """Return the task object of a name, with its documents.
+    def load(self, name: str, form: Literal["simple", "chat"] = "simple") -> Any:
+        """Return the task object of a name, with its documents, asking in lmms-eval's simple form or its chat form.
 
         Raises:
             Refused: no such task, or the name stands for a group of tasks.
@@ -37,7 +37,7 @@ class TaskIndex:
 
         manager = self._manager_of(name)
         try:
-            tasks: Mapping[Any, Any] = get_task_dict(name, manager)
+            tasks: Mapping[Any, Any] = get_task_dict(name, manager, form)
         except Exception as error:
             # Tasks run third-party code and fetch data: whatever goes wrong there is this task's failure.
             raise ShortVError(

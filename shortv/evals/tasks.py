@@ -48,14 +48,14 @@ def _draw(index: TaskIndex, spec: TaskSpec, seed: int) -> list[Sample]:
         raise Refused(f"task {spec.task!r} has {len(docs)} documents, {spec.limit} were asked for; ask for fewer")
     order = list(range(len(docs)))
     random.Random(f"{spec.task}:{seed}").shuffle(order)
-    names = _names(docs)
+    names = document_names(docs)
     return [
         _sample(task, spec.task, f"{spec.task}/{names[position]}", docs, position)
         for position in sorted(order[: spec.limit])
     ]
 
 
-def _names(docs: Any) -> list[str]:
+def document_names(docs: Any) -> list[str]:
     """Name documents by their own id where each has another one, else by position."""
     for column in _ID_COLUMNS:
         if column in getattr(docs, "column_names", ()):

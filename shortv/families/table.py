@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class Family:
     """Config fields that hold the ids of the placeholders which vision features replace."""
     positions_from_mask: bool
     """Whether positions are one per token, counted over the attention mask (else the model makes its own)."""
+    pixels: Literal["rows", "tiles", "grid", "nested"]
+    """How the images of a batch lie in `pixel_values` (`vision.LAYOUTS`)."""
 
 
 _LLAVA = Family(
@@ -70,16 +73,24 @@ _LLAVA = Family(
     head="lm_head",
     visual_id_fields=("image_token_id",),
     positions_from_mask=True,
+    pixels="rows",
 )
+_LLAVA_NEXT = replace(_LLAVA, label="LLaVA-NeXT", pixels="tiles")
 _QWEN = replace(
-    _LLAVA, label="Qwen2-VL", visual_id_fields=("image_token_id", "video_token_id"), positions_from_mask=False
+    _LLAVA,
+    label="Qwen2-VL",
+    visual_id_fields=("image_token_id", "video_token_id"),
+    positions_from_mask=False,
+    pixels="grid",
 )
-_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model")
+_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model", pixels="nested")
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
-    "llava_next": replace(_LLAVA, label="LLaVA-NeXT"),
-    "llava_onevision": replace(_LLAVA, label="LLaVA-OneVision", visual_id_fields=("image_token_id", "video_token_id")),
+    "llava_next": _LLAVA_NEXT,
+    "llava_onevision": replace(
+        _LLAVA_NEXT, label="LLaVA-OneVision", visual_id_fields=("image_token_id", "video_token_id")
+    ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": replace(_QWEN, label="Qwen2.5-VL"),
     "qwen3_vl": replace(_QWEN, label="Qwen3-VL"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,20 @@ class History:
     prompt: Selection
     """Text of the prompt."""
     prompt_length: int
+
+    def of_rows(self, rows_R: Tensor) -> History:
+        """The history of some of the sequences."""
+        rows_R = rows_R.to(self.visual_BK.device)
+        prompt = Selection(index_BS=self.prompt.index_BS[rows_R], valid_BS=self.prompt.valid_BS[rows_R])
+        return replace(self, visual_BK=self.visual_BK[rows_R], prompt=prompt)
+
+
+def keep_rows(cache: Cache, rows_R: Tensor) -> None:
+    """Leave only these sequences of a batch in its KV cache, and in what a plan has seen of them."""
+    cache.batch_select_indices(rows_R)
+    history: History | None = getattr(cache, _HISTORY, None)
+    if history is not None:
+        setattr(cache, _HISTORY, history.of_rows(rows_R))
 
 
 class SequenceState:

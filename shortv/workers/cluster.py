@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shortv.errors import ShortVError
+from shortv.errors import Refused, ShortVError
 from shortv.workers.resources import FreeNode
 
 STARTS = 3
@@ -45,6 +45,21 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def join() -> None:
+    """Connect this process to the cluster of RAY_ADDRESS, or to the one that runs on this machine.
+
+    Raises:
+        Refused: there is none.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+    try:
+        _connect()
+    except Exception as error:  # ray.init raises ConnectionError and bare Exceptions
+        raise Refused(f"there is no Ray cluster at {os.environ['RAY_ADDRESS']}: {first_line(error)}") from error
 
 
 def _connect() -> None:

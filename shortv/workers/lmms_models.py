@@ -12,3 +12,14 @@ def manifest() -> Any:
         chat_class_path="shortv.workers.lmms_local.ShortV",
         simple_class_path="shortv.workers.lmms_local.SimpleShortV",
     )
+
+
+def served_manifest() -> Any:
+    """Name the classes of the model `shortv_serve`, in the same way."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        model_id="shortv_serve",
+        chat_class_path="shortv.workers.lmms_served.ShortVServe",
+        simple_class_path="shortv.workers.lmms_served.SimpleShortVServe",
+    )

@@ -11,11 +11,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class SweepProgress:
-    """Counts samples as their layers get done; a sample with half of its layers measured counts as half."""
+class SampleProgress:
+    """Counts samples as they get done; in a sweep, one with half of its layers measured counts as half."""
 
-    def __init__(self, *, total: int, done: float = 0.0, console: Console | None = None) -> None:
-        """Start at `done` of `total` samples, those of an earlier run of the same command."""
+    def __init__(
+        self,
+        *,
+        total: int,
+        done: float = 0.0,
+        console: Console | None = None,
+        label: str = "sweep",
+        brief: bool = False,
+    ) -> None:
+        """Start at `done` of `total` samples, those of an earlier run of the same command.
+
+        Where there is no terminal, `brief` leaves out the lines at the start and at the end.
+        """
+        self._label = label
+        self._brief = brief
         self._console = console or Console()
         self._total, self._before, self._done = total, done, done
         self._started = self._last_line = time.monotonic()
@@ -23,20 +36,20 @@ class SweepProgress:
         self._bar: Progress | None = None
         self._task: Any = None
 
-    def __enter__(self) -> SweepProgress:
+    def __enter__(self) -> SampleProgress:
         if self._console.is_terminal:
-            columns = (TextColumn("sweep"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (TextColumn(self._label), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
             self._task = self._bar.add_task(self._text(), total=self._total, completed=int(self._done))
-        else:
+        elif not self._brief:
             self._console.print(self._text(), highlight=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._done > self._before:
+        elif self._done > self._before and not self._brief:
             self._console.print(self._text(), highlight=False)
 
     def advance(self, samples: float, errors: int) -> None:

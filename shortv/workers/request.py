@@ -75,15 +75,15 @@ class SweepRequest:
         }
 
 
-def parse_workers(text: str) -> WorkerRange:
+def parse_workers(text: str, option: str = "--workers") -> WorkerRange:
     """Read `N` or `MIN:MAX`; raises Refused for anything else."""
     low, _, high = text.partition(":")
     try:
         found = WorkerRange(int(low), int(high or low))
     except ValueError:
-        raise Refused(f"--workers is {text!r}; give a number (4) or a range (2:8)") from None
+        raise Refused(f"{option} is {text!r}; give a number (4) or a range (2:8)") from None
     if not 1 <= found.low <= found.high:
-        raise Refused(f"--workers is {text!r}; give at least 1, and a range from low to high")
+        raise Refused(f"{option} is {text!r}; give at least 1, and a range from low to high")
     return found
 
 

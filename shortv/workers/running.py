@@ -15,7 +15,7 @@ from shortv.errors import ShortVError
 from shortv.workers.cluster import connected, first_line, free_nodes, living_nodes
 from shortv.workers.journal import Journal
 from shortv.workers.ledger import start_ledger
-from shortv.workers.progress import SweepProgress
+from shortv.workers.progress import SampleProgress
 from shortv.workers.resources import Pool, plan_pool
 from shortv.workers.shipping import ShippedFolder, ship
 from shortv.workers.stopping import stop_on_signal
@@ -93,7 +93,7 @@ def _keep(prepared: Prepared, journal: Journal, units: list[Unit], results: Iter
     waiting = {unit.unit_id: unit for unit in units}
     left = sum(len(prepared.batches[unit.batch]) * len(unit.layers) for unit in units) / layers
     total = prepared.n_samples
-    with SweepProgress(total=total, done=total - left, console=console) as progress:
+    with SampleProgress(total=total, done=total - left, console=console) as progress:
         for text in results:
             value = json.loads(text)
             if value["fatal"] is not None:

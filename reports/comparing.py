@@ -1,0 +1,121 @@
+"""Paired comparison of per-sample scores: one plan against another, or against the mean of several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES: Final = 4_000
+# Below so many distinct differences, drawing how often each comes is the cheaper form of the same resampling.
+_FEW_DISTINCT: Final = 256
+_ROUND_BYTES: Final = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """The answers of one plan to one task, seen through one metric.
+
+    `sample_ids` are distinct, `values` are NaN where the sample has no score, and `answers` are numbers that are
+    equal where the answers are. All three are in the same order.
+    """
+
+    sample_ids: NDArray[np.str_]
+    values: NDArray[np.float64]
+    answers: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How one plan does against another on the `n` samples that both have.
+
+    `value` and `against_value` are means of per-sample scores, `difference` is the first less the second, with its
+    95 % interval. `share_changed` is the share of answers that differ as text.
+    """
+
+    n: int
+    value: float
+    against_value: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    share_changed: float
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison | None:
+    """Compare a plan with another one, or with the mean of several, on the samples that all of them have.
+
+    Against several, a sample's score is their mean score, and `share_changed` the mean of their shares.
+    The order of the samples does not matter. Returns None when no sample has a score on every side.
+    """
+    sides = [_scored(side) for side in (plan, *against)]
+    common = reduce(_common, (side.sample_ids for side in sides))
+    if not len(common):
+        return None
+    own, *others = (_at(side, common) for side in sides)
+    mean_S = np.mean([side.values for side in others], axis=0)
+    difference_S = own.values - mean_S
+    low, high = bootstrap_interval(difference_S, seed=seed, resamples=resamples)
+    return Comparison(
+        n=len(common),
+        value=float(own.values.mean()),
+        against_value=float(mean_S.mean()),
+        difference=float(difference_S.mean()),
+        ci_low=low,
+        ci_high=high,
+        share_changed=float(np.mean([np.mean(own.answers != side.answers) for side in others])),
+    )
+
+
+def bootstrap_interval(
+    values_S: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES, coverage: float = 0.95
+) -> Interval:
+    """Return the percentile bootstrap interval of the mean; for paired data, give the differences.
+
+    The same values in the same order and the same seed give the same interval. Raises ValueError without values.
+    """
+    if not len(values_S):
+        raise ValueError("an interval needs at least one value")
+    random = np.random.default_rng(seed)
+    distinct, counts = np.unique(values_S, return_counts=True)
+    if len(distinct) <= _FEW_DISTINCT:
+        drawn = random.multinomial(len(values_S), counts / len(values_S), size=resamples)
+        means = drawn @ distinct / len(values_S)
+    else:
+        means = _resampled_means(values_S, random, resamples)
+    edge = 50 * (1 - coverage)
+    low, high = np.percentile(means, [edge, 100 - edge])
+    return Interval(float(low), float(high))
+
+
+def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    """Draw in rounds, so that memory does not grow with samples times resamples."""
+    size = len(values_S)
+    per_round = max(1, _ROUND_BYTES // (size * 16))
+    rounds = [min(per_round, resamples - start) for start in range(0, resamples, per_round)]
+    return np.concatenate([values_S[random.integers(size, size=(count, size))].mean(axis=1) for count in rounds])
+
+
+def _scored(side: Side) -> Side:
+    """Leave out samples without a score, and sort the others by id."""
+    kept = np.flatnonzero(~np.isnan(side.values))
+    kept = kept[np.argsort(side.sample_ids[kept], kind="stable")]
+    return Side(sample_ids=side.sample_ids[kept], values=side.values[kept], answers=side.answers[kept])
+
+
+def _common(first: NDArray[np.str_], second: NDArray[np.str_]) -> NDArray[np.str_]:
+    return first if np.array_equal(first, second) else np.intersect1d(first, second, assume_unique=True)
+
+
+def _at(side: Side, sample_ids: NDArray[np.str_]) -> Side:
+    places = np.searchsorted(side.sample_ids, sample_ids)
+    return Side(sample_ids=sample_ids, values=side.values[places], answers=side.answers[places])

@@ -1,0 +1,128 @@
+"""Cells answered by Serve replicas, scored by lmms-eval."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from ray import serve
+from rich.console import Console
+
+from shortv.architecture import Architecture
+from shortv.chat import FULL_MODEL
+from shortv.errors import ShortVError
+from shortv.evals.asking import Reply, replies_to
+from shortv.evals.asks import Ask
+from shortv.evals.benchmark import Benchmark
+from shortv.families import quiet_transformers
+from shortv.plan import Plan
+from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
+from shortv.workers.cluster import connected, living_nodes
+from shortv.workers.engine import ModelEngine
+from shortv.workers.progress import SampleProgress
+from shortv.workers.request import ModelSpec
+from shortv.workers.serving.app import default_replicas, deploy, replica_app, resources_of, shipped
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.engine import EngineSettings
+
+QUESTION_S = 600.0
+"""How long one question may take, waiting for replicas that come back included."""
+
+
+class ReplicaRunner:
+    """Runs the cells of a campaign on replicas of each model, which serve all of its plans."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Progress goes to the console."""
+        self._console = console or Console()
+        self._benchmarks: dict[str, Benchmark] = {}
+
+    def describe(self, model: str, recipe: Recipe) -> Architecture:
+        """Read a model's sizes and processor, not its weights. Raises Refused."""
+        quiet_transformers()
+        return ModelEngine().describe(_spec(model, recipe))
+
+    def task(self, name: str, recipe: Recipe) -> TaskFacts:
+        """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
+        if name not in self._benchmarks:
+            self._benchmarks[name] = Benchmark(
+                name,
+                limit=recipe.limit,
+                include_path=recipe.include_path,
+                gen_kwargs=recipe.gen_kwargs,
+                seed=recipe.seed,
+            )
+        found = self._benchmarks[name]
+        return TaskFacts(found.name, found.digest, found.num_docs, found.main_metric)
+
+    @contextmanager
+    def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
+        """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
+        with connected():
+            nodes = living_nodes()
+            resources = resources_of(
+                recipe.replicas or default_replicas(nodes, device=recipe.device, gpus=recipe.gpus_per_replica),
+                device=recipe.device,
+                gpus=recipe.gpus_per_replica,
+                cpus=None,
+                nodes=nodes,
+            )
+            # A replica has its next batch waiting while one runs.
+            concurrency = recipe.num_concurrent or 2 * recipe.batch_size * resources.range.high
+            engine = EngineSettings(batch_size=recipe.batch_size, max_queued=max(concurrency, 2 * recipe.batch_size))
+            app = replica_app(_spec(model, recipe), plans, resources, engine=engine, folder=shipped(model))
+            name = f"shortv-campaign-{secrets.token_hex(4)}"
+            try:
+                serve.start(proxy_location="Disabled")
+                client = ReplicaClient(deploy(app, name=name, route_prefix=None), patient=True)
+                yield partial(self._run_cell, client, concurrency, resources.range.high)
+            finally:
+                serve.delete(name)
+
+    def _run_cell(
+        self, client: ReplicaClient, concurrency: int, replicas: int, plan: Plan | None, task: str
+    ) -> CellResult:
+        benchmark = self._benchmarks[task]
+        asks = benchmark.asks()
+        started = time.monotonic()
+        with SampleProgress(total=len(asks), console=self._console, label=task, brief=True) as progress:
+
+            def told(_: Ask, reply: Reply) -> None:
+                progress.advance(1, int(reply.failure is not None))
+
+            replies = asyncio.run(
+                replies_to(
+                    client,
+                    asks,
+                    plan=plan.name if plan else FULL_MODEL,
+                    concurrency=concurrency,
+                    seconds=QUESTION_S,
+                    told=told,
+                )
+            )
+        seconds = time.monotonic() - started
+        _check_digests(replies, plan)
+        scored = benchmark.score(replies)
+        return CellResult(samples=scored.samples, metrics=scored.metrics, seconds=seconds, replicas=replicas)
+
+
+def _spec(model: str, recipe: Recipe) -> ModelSpec:
+    return ModelSpec(
+        name=model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _check_digests(replies: Sequence[Reply], plan: Plan | None) -> None:
+    wanted = plan.digest if plan else None
+    found = {answer.plan_digest for reply in replies for answer in reply.answers} - {wanted}
+    if found:
+        raise ShortVError(f"answers came under plan digest {found.pop()}, not {wanted}; run the cell again")

@@ -1,0 +1,49 @@
+"""The model `shortv_serve` of lmms-eval: replicas by URL, or by the name of a Serve application."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shortv.errors import Refused
+from shortv.evals.remote import Connection
+from shortv.evals.served import ServedModel
+from shortv.evals.served_settings import ServedSettings
+
+
+class ShortVServe(ServedModel):
+    """Replicas, asked in lmms-eval's chat form."""
+
+    async def connect(self, settings: ServedSettings) -> Connection:
+        """Reach the replicas. Raises Refused where no such application runs or it has no such plan."""
+        if settings.app is None:
+            return await super().connect(settings)
+        from shortv.workers.serving.client import ReplicaClient
+
+        client = ReplicaClient(_handle(settings.app), patient=True)
+        plans = await client.plans()
+        if settings.plan and settings.plan not in plans:
+            raise Refused(
+                f"{settings.app} serves no plan {settings.plan!r}; it has {', '.join(plans) or 'the full model alone'}"
+            )
+        return Connection(client=client, plan=settings.plan, plan_digest=plans.get(settings.plan))
+
+
+class SimpleShortVServe(ShortVServe):
+    """The same for `--force_simple`, the form in which lmms-eval asks for likelihoods (multiple choice)."""
+
+    is_simple = True
+
+
+def _handle(app: str) -> Any:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from shortv.workers.cluster import join
+    from shortv.workers.serving.app import REPLICA
+
+    join()
+    try:
+        return serve.get_deployment_handle(REPLICA, app_name=app)
+    except RayServeException as error:
+        running = ", ".join(serve.status().applications) or "none"
+        raise Refused(f"Serve runs no application {app!r}; running: {running}") from error

@@ -1,0 +1,1 @@
+"""Ray Serve replicas that answer under every plan, and the endpoint before them."""

@@ -1,0 +1,194 @@
+"""The Serve application: replicas of one model, and the endpoint before them.
+
+`serve run shortv.workers.serving.app:endpoint model=... plans=...` starts it; a Serve config file names the same
+import path. The list of plans can change while it runs: it is the `user_config` of the deployment Replica.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from shortv.errors import ShortVError
+from shortv.plan import Plan
+from shortv.workers.cluster import first_line, living_nodes
+from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.face import Endpoint
+from shortv.workers.serving.plans import read_plans
+from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.security import key_digests_of
+from shortv.workers.serving.settings import EndpointSettings
+from shortv.workers.shipping import ShippedFolder, folder_digest, ship
+from shortv.workers.worker import Environment
+
+REPLICA = "Replica"
+_ENVIRONMENT = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+# Serve's access log has a line per request with its path; the endpoint writes its own.
+_LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaResources:
+    """What each replica gets, and how many there are."""
+
+    range: WorkerRange
+    gpus: float
+    cpus: float
+
+    @property
+    def device(self) -> str:
+        """The torch device inside a replica, or "auto-map" for a model spread over several GPUs."""
+        if not self.gpus:
+            return "cpu"
+        return "auto-map" if self.gpus > 1 else "cuda"
+
+
+def resources_of(
+    replicas: WorkerRange, *, device: str, gpus: float, cpus: float | None, nodes: Sequence[Mapping[str, Any]]
+) -> ReplicaResources:
+    """Give replicas a GPU where the cluster has any, else an even share of all CPUs but one.
+
+    The one is for proxies and drivers. Replicas without a whole CPU each share what there is.
+    """
+    totals = [node["Resources"] for node in nodes]
+    on_gpu = device == "cuda" or (device == "auto" and any(total.get("GPU", 0) for total in totals))
+    spare = sum(total.get("CPU", 0) for total in totals) - 1
+    share = 1 if on_gpu else math.floor(max(spare, 0) / replicas.high)
+    return ReplicaResources(range=replicas, gpus=gpus if on_gpu else 0, cpus=share if cpus is None else cpus)
+
+
+def default_replicas(nodes: Sequence[Mapping[str, Any]], *, device: str, gpus: float) -> WorkerRange:
+    """One replica per GPU of the cluster, or per so many as a replica needs; without GPUs one."""
+    places = sum(math.floor(node["Resources"].get("GPU", 0) / gpus + 1e-9) for node in nodes) if device != "cpu" else 0
+    return WorkerRange(max(places, 1), max(places, 1))
+
+
+def replica_app(
+    spec: ModelSpec,
+    plans: Sequence[Plan],
+    resources: ReplicaResources,
+    *,
+    engine: EngineSettings,
+    folder: ShippedFolder | None = None,
+) -> Any:
+    """The deployment of replicas, bound; it is an application of its own for callers with a handle."""
+    setup = ReplicaSetup(
+        spec=spec,
+        device=resources.device,
+        threads=max(1, math.floor(resources.cpus)) if not resources.gpus else 0,
+        folder=folder,
+        engine=engine,
+        environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
+    )
+    low, high = resources.range
+    size = {"num_replicas": low} if low == high else {"autoscaling_config": _autoscaling(low, high, engine.batch_size)}
+    deployment: Any = serve.deployment(
+        Replica,
+        name=REPLICA,
+        # Requests wait in the engine, which sees them all: Serve's own queue polls, with pauses of growing length.
+        max_ongoing_requests=2 * (engine.batch_size + engine.max_queued),
+        max_queued_requests=engine.batch_size + engine.max_queued,
+        user_config={"plans": [json.loads(plan.to_json()) for plan in plans]},
+        ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=10,
+        logging_config=_LOGGING,
+        **size,
+    )
+    return deployment.bind(setup)
+
+
+def _autoscaling(low: int, high: int, batch_size: int) -> dict[str, Any]:
+    return {
+        "min_replicas": low,
+        "max_replicas": high,
+        "initial_replicas": low,
+        # Above one batch each, another replica shortens the wait.
+        "target_ongoing_requests": batch_size,
+        "upscale_delay_s": 5,
+        "downscale_delay_s": 60,
+    }
+
+
+def endpoint(args: Mapping[str, Any]) -> Any:
+    """Build the application from arguments as `serve run` and config files give them. Raises Refused."""
+    return build(EndpointArguments.parse(args))
+
+
+def build(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) -> Any:
+    """Build the application. Raises Refused for plans and keys that cannot be read."""
+    resources = resources_of(
+        arguments.range,
+        device=arguments.device,
+        gpus=arguments.gpus_per_replica,
+        cpus=arguments.cpus_per_replica,
+        nodes=living_nodes(),
+    )
+    replicas = replica_app(
+        arguments.spec(),
+        read_plans(arguments.plans),
+        resources,
+        engine=EngineSettings(batch_size=arguments.batch_size, max_queued=arguments.max_queued),
+        folder=folder,
+    )
+    settings = EndpointSettings(
+        key_digests=key_digests_of(arguments.api_key_file) if arguments.api_key_file else (),
+        max_body_bytes=int(arguments.max_body_mb * 2**20),
+        max_image_pixels=int(arguments.max_image_megapixels * 1e6),
+        timeout_s=arguments.timeout,
+        # Serve's proxy adds the header.
+        sends_request_id=False,
+        max_in_flight=arguments.range.high * (arguments.batch_size + arguments.max_queued),
+    )
+    face: Any = serve.deployment(
+        serve.ingress()(Endpoint),
+        name="Endpoint",
+        # The endpoint itself turns away what is too much, in the callers' form.
+        max_ongoing_requests=1_000_000,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_LOGGING,
+    )
+    return face.bind(replicas, arguments.served_name, settings)
+
+
+def deploy(app: Any, *, name: str, route_prefix: str | None) -> DeploymentHandle[Any]:
+    """Run an application and wait until it is up. Raises ShortVError with what Serve says when it does not come up."""
+    try:
+        return serve.run(app, name=name, route_prefix=route_prefix)
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise ShortVError(f"the replicas did not come up: {_reason(name) or first_line(error)}") from error
+
+
+def _reason(name: str) -> str | None:
+    """What Serve says about an application's replicas, as one line."""
+    application = serve.status().applications.get(name)
+    if application is None:
+        return None
+    messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else None
+
+
+def shipped(model: str) -> ShippedFolder | None:
+    """A model folder of the driver's node for replicas on any node; None for a hub id."""
+    path = Path(model)
+    if not path.is_dir():
+        return None
+    path = path.resolve()
+    digest = folder_digest(path)
+    if len(living_nodes()) == 1:
+        return ShippedFolder(path=str(path), digest=digest, source=None)
+    return ship(path, digest)

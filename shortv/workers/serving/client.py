@@ -1,0 +1,134 @@
+"""Questions to replicas over a Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import ray
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
+
+T = TypeVar("T")
+# How long a handle may take to find a replica that can list its plans.
+_PLANS_S = 10.0
+_PLANS_KEPT_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_SUSPICIOUS, _MOST_LOSSES = 2, 5
+
+
+class ReplicaClient:
+    """Asks the replicas of one model; a question whose replica died goes to another one.
+
+    A question that lost its replica twice may be what kills them: from then on such questions go one at a time, so
+    that a killer dies alone, and are given up after the fifth. `patient` callers wait where the queue is full until
+    the question's time is over; others get the failure.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], *, patient: bool = False) -> None:
+        """Take the handle of the deployment of replicas."""
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._patient = patient
+        self._suspects = asyncio.Lock()
+        self._plans: Mapping[str, str] = {}
+        self._plans_until = 0.0
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        """Answer one question. Raises CancelledError when the caller gives up; its place is free then."""
+        found: Answer | Failure = await self._persistently(question, lambda: self._handle.answer.remote(question))
+        return found
+
+    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+        """Score a continuation of the conversation."""
+        found: Likelihood | Failure = await self._persistently(
+            question, lambda: self._handle.likelihood.remote(question, continuation)
+        )
+        return found
+
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+        """Answer in pieces; a replica that dies in mid-answer ends it with a failure."""
+        response: Any = self._streaming.stream.remote(question)
+        ended = False
+        try:
+            async for event in response:
+                ended = not isinstance(event, Piece)
+                yield event
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            failure = _failure(error)
+            if failure is None:
+                raise
+            ended = True
+            yield failure
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def plans(self) -> Mapping[str, str]:
+        """Digest of each plan by name, as one of the replicas knows them; at most a second old."""
+        if time.monotonic() > self._plans_until:
+            self._plans = await asyncio.wait_for(_awaited(self._handle.plans.remote()), _PLANS_S)
+            self._plans_until = time.monotonic() + _PLANS_KEPT_S
+        return self._plans
+
+    async def healthy(self) -> bool:
+        """Whether a replica answers."""
+        try:
+            await self.plans()
+        except Exception:  # whatever is wrong, there is no replica to talk to
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        """Nothing to close: Serve keeps handles."""
+
+    async def _persistently(self, question: Question, ask: Callable[[], Any]) -> Any:
+        until = time.monotonic() + question.seconds
+        pause, losses = _FIRST_PAUSE_S, 0
+        while True:
+            async with self._suspects if losses >= _SUSPICIOUS else nullcontext():
+                found = await _outcome(ask())
+            if not isinstance(found, Failure):
+                return found
+            losses += found.reason is Reason.LOST
+            if losses >= _MOST_LOSSES:
+                return Failure(reason=Reason.LOST, message=f"{losses} replicas went away while they had the question")
+            retry = found.reason is Reason.LOST or (self._patient and found.reason is Reason.OVERLOADED)
+            if not retry or time.monotonic() + pause > until:
+                return found
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+async def _outcome(response: Any) -> Any:
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    except Exception as error:
+        failure = _failure(error)
+        if failure is None:
+            raise
+        return failure
+
+
+async def _awaited(response: Awaitable[T]) -> T:
+    return await response
+
+
+def _failure(error: Exception) -> Failure | None:
+    """What Serve's own errors mean for a question; None for an error of the code."""
+    if isinstance(error, BackPressureError):
+        return Failure(reason=Reason.OVERLOADED, message="the queue is full; ask again later")
+    lost = (ray.exceptions.RayActorError, DeploymentUnavailableError, RequestCancelledError)
+    if isinstance(error, lost):
+        return Failure(reason=Reason.LOST, message="the replica that had the question went away; ask again")
+    return None

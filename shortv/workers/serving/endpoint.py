@@ -1,0 +1,170 @@
+"""The HTTP face of the replicas: an OpenAI-style endpoint as a FastAPI application, without any Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from shortv.chat import Answer, Failure, Piece, Question
+from shortv.workers.serving.event_stream import EventStream
+from shortv.workers.serving.gate import HEALTH_PATH, Gate, visit_of
+from shortv.workers.serving.openai_answers import AnswerForm, model_card, to_json
+from shortv.workers.serving.questions import Asked, model_names, plan_of, read_question
+from shortv.workers.serving.rejection import Rejected, rejection_of, retry_after, too_late
+from shortv.workers.serving.settings import EndpointSettings
+from shortv.workers.serving.waiting import read_body, unless_gone
+
+__all__ = ["EndpointSettings", "Replicas", "make_endpoint"]
+# Smaller bodies are read where they are: handing them to a thread costs more.
+_SMALL_BODY = 64 * 2**10
+# How long a look at the replicas may take that asks them nothing.
+_LOOK_S = 10.0
+
+
+class Replicas(Protocol):
+    """Whoever answers questions. Cancelling what is awaited gives the question's place to another one."""
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        """Answer one question."""
+        ...
+
+    def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+        """Answer in pieces; the whole answer or a failure is the last one."""
+        ...
+
+    async def plans(self) -> Mapping[str, str]:
+        """Digest of each plan by name; asked for every request, so it must be cheap."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether questions can be answered."""
+        ...
+
+
+def make_endpoint(model_name: str, replicas: Replicas, settings: EndpointSettings) -> FastAPI:
+    """Build the application: /v1/models, /v1/chat/completions and /healthz, errors in OpenAI's form.
+
+    Names: `model_name` is the full model, `model_name@PLAN` the model under that plan.
+    """
+    face = _Face(model_name, replicas, settings)
+    app = FastAPI(title="shortv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_api_route("/v1/chat/completions", face.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", face.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", face.model, methods=["GET"], response_model=None)
+    app.add_api_route(HEALTH_PATH, face.health, methods=["GET"], response_model=None)
+    app.add_exception_handler(HTTPException, _route_problem)
+    app.add_middleware(Gate, settings=settings)
+    return app
+
+
+class _Face:
+    """What the routes do."""
+
+    def __init__(self, model_name: str, replicas: Replicas, settings: EndpointSettings) -> None:
+        self._model_name = model_name
+        self._replicas = replicas
+        self._settings = settings
+        self._created = int(time.time())
+
+    async def complete(self, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream."""
+        settings, visit = self._settings, visit_of(request.scope)
+        asked = await self._read(request)
+        plan = plan_of(asked.model, model_names(self._model_name, await self._plans()))
+        visit.model = asked.model
+        question = asked.question(visit.unique_id, plan, settings.timeout_s)
+        form = _form(question, asked)
+        if asked.stream:
+            ask = partial(self._replicas.stream, question)
+            return EventStream(ask, form, settings, include_usage=asked.include_usage)
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                found = await unless_gone(self._replicas.answer(question), request.receive)
+        except TimeoutError:
+            raise too_late(settings.timeout_s) from None
+        if isinstance(found, Failure):
+            raise rejection_of(found, settings.retry_after_s)
+        return _json(form.whole(found))
+
+    async def models(self) -> Response:
+        """List the full model and its plans."""
+        return _json(to_json({"object": "list", "data": list((await self._cards()).values())}))
+
+    async def model(self, name: str) -> Response:
+        """Describe one model."""
+        cards = await self._cards()
+        plan_of(name, {known: "" for known in cards})
+        return _json(to_json(cards[name]))
+
+    async def health(self) -> Response:
+        """Say whether replicas can answer."""
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                healthy = await self._replicas.healthy()
+        except TimeoutError:
+            healthy = False
+        if not healthy:
+            raise self._away()
+        return _json(b'{"status":"ok"}')
+
+    async def _read(self, request: Request) -> Asked:
+        """Read the body within its bounds, big ones off the event loop; raises Rejected."""
+        settings, visit = self._settings, visit_of(request.scope)
+        kind = visit.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise Rejected(415, "the body is not marked as JSON; send 'Content-Type: application/json'")
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                body = await read_body(request.receive, visit.headers, settings.max_body_bytes)
+        except TimeoutError:
+            problem = f"the body did not arrive within {settings.timeout_s:g} s; send it faster"
+            raise Rejected(408, problem, code="body_too_slow", headers=[(b"connection", b"close")]) from None
+        visit.received = len(body)
+        if len(body) <= _SMALL_BODY:
+            return read_question(body, settings)
+        return await asyncio.to_thread(read_question, body, settings)
+
+    async def _plans(self) -> Mapping[str, str]:
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                return await self._replicas.plans()
+        except TimeoutError:
+            raise self._away() from None
+
+    def _away(self) -> Rejected:
+        headers = [retry_after(self._settings.retry_after_s)]
+        return Rejected(503, "no replica can answer now; ask again later", code="unavailable", headers=headers)
+
+    async def _cards(self) -> dict[str, dict[str, Any]]:
+        plans = await self._plans()
+        names = model_names(self._model_name, plans)
+        return {name: model_card(name, plan, plans.get(plan), self._created) for name, plan in names.items()}
+
+
+def _form(question: Question, asked: Asked) -> AnswerForm:
+    return AnswerForm(
+        completion_id=f"chatcmpl-{question.request_id}",
+        created=int(time.time()),
+        model=asked.model,
+        plan=question.plan or "full",
+        with_logprobs=question.decoding.top_logprobs is not None,
+    )
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+async def _route_problem(request: Request, error: Exception) -> Response:
+    """What the router refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    known = f"POST /v1/chat/completions, GET /v1/models, GET {HEALTH_PATH}"
+    allowed = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    raise Rejected(error.status_code, f"{error.detail.lower()}; there is {known}", code="no_route", headers=allowed)

@@ -1,0 +1,224 @@
+"""The thread that answers: rows wait, run in batches of one plan, and leave one by one.
+
+Between two steps of the running batches a new one may be prefilled, so that nobody waits for the end of a long answer,
+and the plan changes from batch to batch in the time of a few attribute assignments.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from shortv.chat import Reason
+from shortv.errors import SampleError, ShortVError
+from shortv.evals.likelihood import likelihoods
+from shortv.evals.prompts import NamedPrompt
+from shortv.families import LoadedModel
+from shortv.families.vision import VisionCache
+from shortv.layers.apply import executing
+from shortv.plan import Mode
+from shortv.workers.serving.batch import RunningBatch
+from shortv.workers.serving.row import Row
+
+LOG = logging.getLogger("shortv.engine")
+# Errors after which a CUDA process can compute nothing any more.
+POISONED = ("AcceleratorError", "CudaError")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How rows become batches.
+
+    At most `batch_size` rows run at once, in at most `max_batches` batches; a batch that could be larger waits for
+    company for `wait_ms`. More than `max_queued` waiting rows are turned away. `vision_bytes` bounds the kept vision
+    features. An engine whose step takes longer than `stall_s` counts as stuck.
+    """
+
+    batch_size: int = 16
+    max_batches: int = 4
+    wait_ms: float = 5.0
+    max_queued: int = 64
+    vision_bytes: int = 1 << 30
+    stall_s: float = 300.0
+
+
+class Engine:
+    """Answers rows with one model, in one thread of its own."""
+
+    def __init__(self, loaded: LoadedModel, settings: EngineSettings) -> None:
+        """Take the model; `start` begins to work."""
+        self.settings = settings
+        self.vision = VisionCache(loaded, max_bytes=settings.vision_bytes)
+        self._loaded = loaded
+        self._inbox: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._waiting: list[Row] = []
+        self._batches: list[RunningBatch] = []
+        self._applied = ExitStack()
+        self._modes: tuple[Mode, ...] | None = None
+        self._stopping = False
+        self._beat = time.monotonic()
+        self._lost: str | None = None
+        self._thread = threading.Thread(target=self._work, name="shortv-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def submit(self, row: Row) -> None:
+        """Hand over a row, from any thread; it fails at once where too many wait already."""
+        if self.load[1] >= self.settings.max_queued:
+            row.fail(Reason.OVERLOADED, f"{self.settings.max_queued} requests wait already; ask again later")
+        else:
+            self._inbox.put(row)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the thread after its current step; rows still there get no answer from this replica."""
+        self._stopping = True
+        self._inbox.put(None)
+        self._thread.join(timeout)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this engine can answer nothing any more, or None."""
+        if self._lost is None and not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if self._lost is None and time.monotonic() - self._beat > self.settings.stall_s:
+            return f"no step has ended for {self.settings.stall_s:g} s"
+        return self._lost
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Rows that run and rows that wait."""
+        return sum(batch.places for batch in self._batches), len(self._waiting) + self._inbox.qsize()
+
+    def _work(self) -> None:
+        try:
+            while not self._stopping and self._lost is None:
+                self._take_new()
+                self._drop()
+                rows = self._next_batch()
+                if rows:
+                    self._guarded(rows, self._prefill, rows)
+                for batch in list(self._batches):
+                    self._guarded(batch.rows, self._step, batch)
+        except BaseException as error:
+            self._lost = f"the engine failed: {type(error).__name__}"
+            LOG.exception("the engine failed")
+        finally:
+            self._applied.close()
+            self._give_up()
+
+    def _take_new(self) -> None:
+        """Read the inbox; sleep only where there is nothing to run."""
+        timeout: float | None = 0.0
+        if not self._batches:
+            timeout = max(0.0, self._ripe_in()) if self._waiting else None
+        while True:
+            try:
+                # An idle engine is not a stalled one.
+                self._beat = time.monotonic() if timeout is not None else float("inf")
+                row = self._inbox.get(block=timeout != 0, timeout=timeout)
+            except queue.Empty:
+                break
+            if row is not None:
+                self._waiting.append(row)
+            timeout = 0.0
+        self._beat = time.monotonic()
+
+    def _ripe_in(self) -> float:
+        return self._waiting[0].arrived + self.settings.wait_ms / 1e3 - time.monotonic()
+
+    def _drop(self) -> None:
+        """Rows whose time is over, waiting or running, and waiting ones that nobody waits for."""
+        for row in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
+            if row.overdue and not row.over:
+                row.fail(Reason.DEADLINE, f"no answer within {row.question.seconds:g} s; ask for less, or later")
+        self._waiting = [row for row in self._waiting if not row.over]
+        self._batches = [batch for batch in self._batches if batch.places]
+
+    def _next_batch(self) -> list[Row]:
+        """The rows to prefill now: those of the oldest one's group that fit, or none yet."""
+        free = self.settings.batch_size - sum(batch.places for batch in self._batches)
+        if not self._waiting or free < 1 or len(self._batches) >= self.settings.max_batches:
+            return []
+        group = [row for row in self._waiting if row.group == self._waiting[0].group]
+        size = min(free, min(row.most_beside for row in group[:free]))
+        if len(group) < size and self._ripe_in() > 0:
+            return []
+        # With a long queue a few places are not worth a prefill and steps of their own.
+        if len(group) > free and free < self.settings.batch_size // self.settings.max_batches:
+            return []
+        return group[:size]
+
+    def _prefill(self, rows: Sequence[Row]) -> None:
+        self._under(rows[0].modes)
+        if rows[0].continuation is None:
+            self._batches.append(RunningBatch(self._loaded, self.vision, rows))
+        else:
+            self._score(rows)
+        self._waiting = [row for row in self._waiting if row not in rows]
+
+    def _score(self, rows: Sequence[Row]) -> None:
+        named = [NamedPrompt(name="it", prompt=row.prompt, continuation=row.continuation or "") for row in rows]
+        for row, found in zip(rows, likelihoods(self._loaded, named), strict=True):
+            row.finish(found)
+
+    def _step(self, batch: RunningBatch) -> None:
+        self._under(batch.rows[0].modes)
+        batch.step()
+        if not batch.places:
+            self._batches.remove(batch)
+
+    def _under(self, modes: tuple[Mode, ...]) -> None:
+        if self._modes != modes:
+            self._applied.close()
+            self._modes = None
+            self._applied.enter_context(executing(self._loaded.model, modes))
+            self._modes = modes
+
+    def _guarded(self, rows: Sequence[Row], work: Callable[..., None], *arguments: object) -> None:
+        """Work on rows; where that fails they run again in two halves, down to the row that fails alone."""
+        rows = list(rows)
+        try:
+            work(*arguments)
+            return
+        except Exception as error:  # whatever the model, its processor or its device raise
+            if any(kind.__name__ in POISONED for kind in type(error).__mro__):
+                self._lost = f"the device was lost: {type(error).__name__}"
+                return
+            self._batches = [batch for batch in self._batches if not set(batch.rows) & set(rows)]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            left = [row for row in rows if not row.over]
+            if len(rows) == 1:
+                for row in left:
+                    _fail(row, error)
+                return
+        # Outside the handler: its traceback holds the tensors of the batch.
+        for row in left:
+            row.most_beside = max(1, len(rows) // 2)
+        self._waiting = [*left, *self._waiting]
+
+    def _give_up(self) -> None:
+        """Tell all rows that another replica has to answer them."""
+        message = self._lost or "this replica is stopping"
+        rows = [*self._waiting, *(row for batch in self._batches for row in batch.rows)]
+        while not self._inbox.empty():
+            row = self._inbox.get()
+            rows += [row] if row is not None else []
+        for row in rows:
+            row.fail(Reason.LOST, message)
+
+
+def _fail(row: Row, error: Exception) -> None:
+    if isinstance(error, SampleError | ShortVError):
+        row.fail(Reason.INVALID, str(error))
+        return
+    # The message of a foreign error may hold a piece of the conversation; where it happened does not.
+    LOG.error("a request failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    row.fail(Reason.INTERNAL, f"the request failed with {type(error).__name__}; the replica goes on")

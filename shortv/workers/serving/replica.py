@@ -1,0 +1,196 @@
+"""A Serve replica: one model, all of its plans."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.util.metrics import Counter, Histogram
+
+from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
+from shortv.errors import Refused, SampleError, ShortVError
+from shortv.workers.request import ModelSpec
+from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.plans import PlanBook, read_plans
+from shortv.workers.serving.row import Event, Row
+from shortv.workers.shipping import ShippedFolder
+from shortv.workers.worker import Environment
+
+_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSetup:
+    """Everything a replica is told once. `threads` 0 leaves the number to torch."""
+
+    spec: ModelSpec
+    device: str
+    threads: int = 0
+    folder: ShippedFolder | None = None
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    environment: Environment = field(default_factory=Environment)
+
+
+class Replica:
+    """Answers questions under any plan of its `user_config`, `{"plans": [...]}` (see `plans.PlanSource`).
+
+    Its methods return failures as values: an exception means that the replica itself is gone.
+    """
+
+    def __init__(self, setup: ReplicaSetup) -> None:
+        """Load the model and start the engine; the full model is served at once, plans come with `reconfigure`."""
+        os.environ.update(setup.environment)
+        import torch
+
+        from shortv.families import load, quiet_transformers
+
+        quiet_transformers()
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        folder = setup.folder.local() if setup.folder else None
+        spec = replace(setup.spec, name=str(folder)) if folder else setup.spec
+        self._loaded = load(
+            spec.name,
+            revision=spec.revision,
+            dtype=spec.dtype,  # type: ignore[arg-type]  # the command line offers only what load takes
+            device=setup.device,
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+            chat_template=spec.chat_template,
+        )
+        self._name = setup.spec.name
+        self._book = self._book_of({})
+        self._engine = Engine(self._loaded, setup.engine)
+        self._engine.start()
+        self._metrics = _Metrics()
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve exactly these plans from now on; questions that run keep theirs. Raises Refused, changing nothing."""
+        self._book = self._book_of(user_config)
+
+    def _book_of(self, user_config: Mapping[str, Any]) -> PlanBook:
+        unknown = sorted(user_config.keys() - {"plans"})
+        if unknown:
+            raise Refused(f"user_config has the unknown key {unknown[0]!r}; give plans, a list of plans")
+        return PlanBook(
+            self._loaded.architecture,
+            read_plans(user_config.get("plans") or ()),
+            model=self._name,
+            revision=self._loaded.revision,
+        )
+
+    def check_health(self) -> None:
+        """Raise when this replica can answer nothing any more; Serve then replaces it."""
+        if self._engine.trouble:
+            raise ShortVError(self._engine.trouble)
+
+    async def plans(self) -> dict[str, str]:
+        """Digest of each plan by name."""
+        return self._book.digests()
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        """Answer one question."""
+        last: Any = None
+        async for event in self._events(question):
+            last = event
+        return last  # type: ignore[no-any-return]  # events end with one of the two
+
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+        """Answer one question in pieces, which end with the whole answer or a failure."""
+        async for event in self._events(question, streams=True):
+            yield event  # type: ignore[misc]  # a likelihood is only told where one is asked
+
+    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+        """Score a continuation of the conversation."""
+        last: Any = None
+        async for event in self._events(question, continuation=continuation):
+            last = event
+        return last  # type: ignore[no-any-return]
+
+    async def _events(
+        self, question: Question, *, streams: bool = False, continuation: str | None = None
+    ) -> AsyncIterator[Event]:
+        started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def tell(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        row = await self._row(question, tell, streams=streams, continuation=continuation)
+        if isinstance(row, Failure):
+            self._metrics.note(question, row, started)
+            yield row
+            return
+        self._engine.submit(row)
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if not isinstance(event, Piece):
+                    self._metrics.note(question, event, started)
+                    return
+        finally:
+            # Also when the caller goes away: the place is free after the current step.
+            row.cancelled = True
+
+    async def _row(self, question: Question, tell: Any, *, streams: bool, continuation: str | None) -> Row | Failure:
+        from shortv.families.prompts import prompt_of
+
+        book = self._book
+        modes = book.modes(question.plan)
+        if modes is None:
+            known = ", ".join(book.digests()) or "none"
+            message = f"there is no plan {question.plan!r}; the plans are: {known}"
+            return Failure(reason=Reason.UNKNOWN_PLAN, message=message)
+        if self._engine.trouble:
+            return Failure(reason=Reason.LOST, message=self._engine.trouble)
+        try:
+            prompt = await asyncio.to_thread(prompt_of, self._loaded, question.turns)
+        except SampleError as error:
+            return Failure(reason=Reason.INVALID, message=str(error))
+        return Row(
+            question=question,
+            prompt=prompt,
+            modes=modes,
+            plan_digest=book.digest(question.plan),
+            tell=tell,
+            streams=streams,
+            continuation=continuation,
+        )
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.stop()
+
+
+class _Metrics:
+    """What Ray exports about a replica."""
+
+    def __init__(self) -> None:
+        tags = ("plan", "outcome")
+        self._requests = Counter("shortv_requests", description="Requests by outcome.", tag_keys=tags)
+        self._tokens = Counter("shortv_completion_tokens", description="Tokens generated.", tag_keys=("plan",))
+        self._visual = Counter("shortv_visual_tokens", description="Visual tokens of prompts.", tag_keys=("plan",))
+        self._seconds = Histogram(
+            "shortv_request_seconds", description="Time in the replica.", boundaries=_SECONDS, tag_keys=tags
+        )
+
+    def note(self, question: Question, event: Event, started: float) -> None:
+        """Count a request that ended."""
+        outcome = str(event.reason) if isinstance(event, Failure) else "answered"
+        unknown = isinstance(event, Failure) and event.reason is Reason.UNKNOWN_PLAN
+        # Names that callers make up are no labels.
+        plan = "unknown" if unknown else question.plan or "full"
+        tags = {"plan": plan, "outcome": outcome}
+        self._requests.inc(1, tags)
+        self._seconds.observe(time.monotonic() - started, tags)
+        if isinstance(event, Answer):
+            self._tokens.inc(max(event.completion_tokens, 1), {"plan": plan})
+            if event.visual_tokens:
+                self._visual.inc(event.visual_tokens, {"plan": plan})

@@ -1,0 +1,110 @@
+"""One question on its way through a replica."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason, TokenLogprob
+from shortv.families.prompts import Prompt
+from shortv.plan import Mode
+from shortv.workers.serving.sampling import Chosen, Sampler
+from shortv.workers.serving.transcript import Transcript
+
+Event = Piece | Answer | Likelihood | Failure
+"""What a row tells: pieces while it runs, where they are asked for, then one of the others."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row:
+    """A question, what was made of it so far, and whom to tell; only the engine's thread changes it."""
+
+    question: Question
+    prompt: Prompt
+    modes: tuple[Mode, ...]
+    plan_digest: str | None
+    tell: Callable[[Event], None]
+    streams: bool = False
+    continuation: str | None = None
+    """The text whose likelihood is asked instead of an answer."""
+    most_beside: int = 1 << 30
+    """The largest batch it may be in; halved after each failure of a batch it was in."""
+    arrived: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    """Set by any thread: nobody waits for this row any more."""
+    done: bool = False
+    sampler: Sampler = field(init=False)
+    transcript: Transcript = field(init=False)
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    prefilled: float = 0.0
+    """When its first token was chosen."""
+    n_text: int = 0
+    n_visual: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    told: int = 0
+    """Characters of the answer that were told as pieces."""
+    told_logprobs: int = 0
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Rows of one group can run in one batch: the same plan, and images in all prompts or in none."""
+        return (self.modes, self.continuation is not None, bool(self.prompt.images))
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do for it."""
+        return self.done or self.cancelled
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the time its question allows is over."""
+        return time.monotonic() - self.arrived > self.question.seconds
+
+    def begin(self, sampler: Sampler, transcript: Transcript, *, waited_until: float) -> None:
+        """Enter a batch; a row that was in one before starts anew, with the same result."""
+        self.sampler, self.transcript = sampler, transcript
+        self.logprobs = []
+        self.queue_ms = 1e3 * (waited_until - self.arrived)
+
+    def add(self, chosen: Chosen) -> None:
+        """Take the next token; tells what is sure, and the answer when this ends it."""
+        if self.transcript.add(chosen.token) and chosen.logprob is not None:
+            self.logprobs.append(chosen.logprob)
+        if self.streams:
+            self._tell_piece()
+        if self.transcript.finish is not None:
+            self.finish(self._answer())
+
+    def _tell_piece(self) -> None:
+        text = self.transcript.sure()
+        if len(text) > self.told:
+            logprobs = tuple(self.logprobs[self.told_logprobs :])
+            self.tell(Piece(text[self.told :], logprobs))
+            self.told, self.told_logprobs = len(text), len(self.logprobs)
+
+    def finish(self, event: Event) -> None:
+        """Tell the last event."""
+        if not self.done:
+            self.done = True
+            self.tell(event)
+
+    def fail(self, reason: Reason, message: str) -> None:
+        """Tell that there is no answer."""
+        self.finish(Failure(reason=reason, message=message))
+
+    def _answer(self) -> Answer:
+        transcript = self.transcript
+        return Answer(
+            text=transcript.text,
+            finish=transcript.finish or "stop",
+            prompt_tokens=self.n_text + self.n_visual,
+            visual_tokens=self.n_visual,
+            completion_tokens=transcript.tokens,
+            plan_digest=self.plan_digest,
+            queue_ms=self.queue_ms,
+            prefill_ms=self.prefill_ms,
+            decode_ms=1e3 * (time.monotonic() - self.prefilled),
+            logprobs=tuple(self.logprobs),
+        )

@@ -1,0 +1,123 @@
+"""An endpoint that runs until it is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+from rich.console import Console
+
+from shortv.errors import Refused
+from shortv.families import load_architecture, load_processor
+from shortv.workers.cluster import connected
+from shortv.workers.serving.app import build, deploy, shipped
+from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.plans import PlanBook, read_plans
+from shortv.workers.stopping import Stopped, stop_on_signal
+
+APP = "shortv"
+_LOOPBACK = "127.0.0.1"
+
+
+def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, console: Console) -> int:
+    """Start the endpoint, say where it is, and serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        Refused: arguments, plans or keys that cannot be right, or an address that cannot be bound.
+        ShortVError: the replicas do not come up.
+    """
+    host = check_host(host, with_key=arguments.api_key_file is not None)
+    check_model(arguments, console)
+    with connected(), stop_on_signal():
+        others = _applications()
+        if APP in others:
+            raise Refused(f"this cluster serves {APP} already; change it with `serve deploy`, or end that job first")
+        check_port(host, port, taken_by_serve=bool(others))
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            app = build(_absolute(arguments), folder=shipped(arguments.model_path))
+            deploy(app, name=APP, route_prefix="/")
+            _say(arguments, host, port, console)
+            _watch(console)
+        except Stopped:
+            console.print("stopped", highlight=False)
+            return 0
+        finally:
+            # Applications of others on this cluster go on.
+            serve.delete(APP) if others else serve.shutdown()  # type: ignore[no-untyped-call]
+    return 0
+
+
+def check_host(host: str | None, *, with_key: bool) -> str:
+    """The address to bind to. Raises Refused for any but loopback where no key guards the endpoint."""
+    if host is None:
+        return "0.0.0.0" if with_key else _LOOPBACK
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not with_key:
+        raise Refused(f"--host {host} would answer anybody; give --api-key-file, or leave --host out for {_LOOPBACK}")
+    return host
+
+
+def check_port(host: str, port: int, *, taken_by_serve: bool) -> None:
+    """Raise Refused when something else than this cluster's own proxy listens there already."""
+    if taken_by_serve:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Refused(f"{host}:{port} cannot be bound: {error.strerror}; choose another --port") from error
+
+
+def _applications() -> list[str]:
+    """The applications that Serve runs on this cluster."""
+    try:
+        return list(serve.status().applications)
+    except Exception:  # Serve raises its own kinds where it was never started
+        return []
+
+
+def check_model(arguments: EndpointArguments, console: Console) -> None:
+    """Check on the driver what a replica would only find out after loading weights. Raises Refused."""
+    spec = arguments.spec()
+    architecture = load_architecture(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    load_processor(
+        spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, chat_template=spec.chat_template
+    )
+    book = PlanBook(architecture, read_plans(arguments.plans), model=spec.name, revision=spec.revision)
+    for warning in book.warnings:
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _absolute(arguments: EndpointArguments) -> EndpointArguments:
+    path = Path(arguments.model_path)
+    name = arguments.served_name
+    return replace(arguments, model=str(path.resolve()) if path.is_dir() else str(path), served_model_name=name)
+
+
+def _say(arguments: EndpointArguments, host: str, port: int, console: Console) -> None:
+    names = [arguments.served_name, *(f"{arguments.served_name}@{plan.name}" for plan in read_plans(arguments.plans))]
+    shown = _LOOPBACK if host == "0.0.0.0" else host
+    console.print(f"serving {', '.join(names)}", highlight=False, soft_wrap=True)
+    console.print(f"http://{shown}:{port}/v1 is ready; Ctrl-C stops it", highlight=False, soft_wrap=True)
+
+
+def _watch(console: Console) -> None:
+    """Wait, and say when the application changes its state."""
+    last = ApplicationStatus.RUNNING
+    while True:
+        time.sleep(1)
+        application = serve.status().applications.get(APP)
+        status = application.status if application else ApplicationStatus.NOT_STARTED
+        if status != last:
+            console.print(f"the application is {str(status.value).lower()}", highlight=False)
+            last = status

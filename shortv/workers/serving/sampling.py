@@ -1,0 +1,112 @@
+"""Which token comes next: greedy or drawn, row by row, so that nothing beside a row changes its answer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from shortv.chat import Decoding, TokenLogprob
+
+
+class Chosen(NamedTuple):
+    """A token, and what was asked about its probability."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+class Sampler:
+    """Chooses the tokens of one answer from float32 logits.
+
+    The order of adjustments is that of transformers' `generate`: repetition penalty, minimum length, temperature,
+    top-k, top-p. Log-probabilities are the model's own, before any of them.
+    """
+
+    def __init__(self, decoding: Decoding, *, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any) -> None:
+        self._decoding = decoding
+        self._ids = list(prompt)
+        self._made = 0
+        self._ends = list(ends)
+        self._tokenizer = tokenizer
+        self._penalty = (
+            RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty) if decoding.repetition_penalty != 1 else None
+        )
+        self._warpers = _warpers(decoding) if decoding.temperature > 0 else []
+        # On the CPU, so that a seed means the same on every device.
+        self._generator = torch.Generator()
+        self._generator.manual_seed(secrets.randbits(62) if decoding.seed is None else decoding.seed)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the likeliest one and nothing else is asked."""
+        decoding = self._decoding
+        waiting = self._made < decoding.min_tokens
+        return not (self._warpers or self._penalty or waiting or decoding.top_logprobs is not None)
+
+    @property
+    def last(self) -> int:
+        """The token chosen last."""
+        return self._ids[-1]
+
+    def take(self, token: int) -> None:
+        """Note the token that was chosen."""
+        self._ids.append(token)
+        self._made += 1
+
+    def choose(self, logits_V: Tensor) -> Chosen:
+        """Choose the next token."""
+        ids_1T = torch.tensor([self._ids], device=logits_V.device)
+        scores_1V = logits_V[None].float()
+        if self._penalty is not None:
+            scores_1V = self._penalty(ids_1T, scores_1V)
+        if self._made < self._decoding.min_tokens:
+            scores_1V = scores_1V.clone()
+            scores_1V[:, self._ends] = -torch.inf
+        for warper in self._warpers:
+            scores_1V = warper(ids_1T, scores_1V)
+        if self._warpers:
+            probabilities_V = scores_1V[0].softmax(-1).cpu()
+            token = int(torch.multinomial(probabilities_V, 1, generator=self._generator))
+        else:
+            token = int(scores_1V.argmax())
+        return Chosen(token, self._logprob(logits_V, token))
+
+    def _logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
+        count = self._decoding.top_logprobs
+        if count is None:
+            return None
+        logprobs_V = logits_V.float().log_softmax(-1)
+        best = logprobs_V.topk(min(count, len(logprobs_V)))
+        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TokenLogprob(
+            self._text(token), float(logprobs_V[token]), tuple((self._text(other), value) for other, value in top)
+        )
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+
+def _warpers(decoding: Decoding) -> list[Any]:
+    warpers: list[Any] = [TemperatureLogitsWarper(decoding.temperature)]
+    if decoding.top_k > 0:
+        warpers.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        warpers.append(TopPLogitsWarper(decoding.top_p))
+    return warpers
+
+
+def choose_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Chosen]:
+    """Choose the next token of each row; rows that only want the likeliest share one search."""
+    best_B = logits_BV.argmax(-1).tolist()
+    chosen = [
+        Chosen(best, None) if sampler.plain else sampler.choose(logits_V)
+        for sampler, best, logits_V in zip(samplers, best_B, logits_BV, strict=True)
+    ]
+    for sampler, one in zip(samplers, chosen, strict=True):
+        sampler.take(one.token)
+    return chosen

@@ -1,0 +1,199 @@
+"""Small lmms-eval tasks without images, and one fake answerer for lmms-eval and for replicas."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from lmms_eval.api.model import lmms
+from pyarrow import parquet as pq
+
+from shortv.chat import Answer, Failure, Likelihood, Question, Reason
+
+TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
+N_DOCS = 24
+HEAD = """
+task: {name}
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: docs.parquet}}}}
+test_split: test
+doc_to_text: "Which colour has thing {{{{number}}}}?"
+doc_to_target: answer
+"""
+TASKS = {
+    # Two filters, lmms-eval's own metric, an aggregation that writes a file, scores that are not bare numbers.
+    "filtered": """
+output_type: generate_until
+generation_kwargs: {temperature: 0, max_new_tokens: 5}
+process_results: !function code.process_results
+filter_list:
+  - {name: none, filter: [{function: take_first}]}
+  - {name: word, filter: [{function: regex, regex_pattern: "(red|blue)"}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+  - {metric: reported, aggregation: !function code.report, higher_is_better: true}
+cluster_key: kind
+""",
+    "plain": """
+output_type: generate_until
+generation_kwargs: {temperature: 0.7, do_sample: true}
+repeats: 2
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+""",
+    "rounds": """
+output_type: generate_until_multi_round
+doc_to_messages: !function code.rounds
+process_results: !function code.process_rounds
+metric_list:
+  - {metric: rounds, aggregation: mean, higher_is_better: true}
+""",
+    "choices": """
+output_type: multiple_choice
+doc_to_choice: [red, green, blue]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "agentic": "output_type: generate_until_agentic",
+}
+CODE = """
+import os
+
+def process_results(doc, results):
+    if "boom" in results[0]:
+        raise KeyError("no such colour")
+    right = float(results[0].lower() == doc["answer"])
+    return {"exact_match": right, "reported": {"score": right, "kind": doc["kind"]}}
+
+def report(items, args):
+    with open(os.path.join(args.output_path, "report.txt"), "w") as file:
+        file.write(str(len(items)))
+    return sum(item["score"] for item in items) / len(items)
+
+def rounds(doc, round_idx=None, previous_output=None, previous_round_info=None):
+    text = f"Which colour has thing {doc['number']}? Round {round_idx or 0}"
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    if not round_idx:
+        return messages
+    over = round_idx > doc["number"] % 3
+    return None if over else messages, over, previous_output, {"round": round_idx}
+
+def process_rounds(doc, results):
+    return {"rounds": float(len(results[0])) + len(results[0][-1]) / 100}
+"""
+
+
+def write_tasks(folder: Path) -> Path:
+    """Write the tasks and their documents, whose numbers count from 0."""
+    colours = ["red", "green", "blue"]
+    columns = {
+        "number": list(range(N_DOCS)),
+        "answer": [colours[number * number % 3] for number in range(N_DOCS)],
+        "kind": [f"kind {number % 4}" for number in range(N_DOCS)],
+        "question_id": [f"q{number}" for number in range(N_DOCS)],
+    }
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "docs.parquet")
+    for name, rest in TASKS.items():
+        (folder / f"{name}.yaml").write_text(HEAD.format(name=name) + rest)
+    (folder / "code.py").write_text(CODE)
+    return folder
+
+
+def answer_to(text: str) -> str:
+    """A colour or a number that depends on the question alone; some answers think aloud first."""
+    drawn = hashlib.sha256(text.encode()).digest()
+    word = ["red", "Red", "blue", "green", "yes", "no", "2", "3"][drawn[0] % 8]
+    return f"<think>green? no</think> {word}" if drawn[1] % 3 == 0 else word
+
+
+def likelihood_of(text: str, continuation: str) -> Likelihood:
+    """A likelihood that depends on the texts alone."""
+    drawn = hashlib.sha256(f"{text}|{continuation}".encode()).digest()
+    return Likelihood(-drawn[0] / 16 - 0.5, drawn[1] % 2 == 0)
+
+
+class FakeClient:
+    """Answers as `answer_to`; gives `failures` to questions that hold their key."""
+
+    def __init__(self, failures: Mapping[str, Failure | str] | None = None) -> None:
+        self.failures = failures or {}
+        self.asked: list[Question] = []
+        self.now = self.most = 0
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        import asyncio
+
+        self.asked.append(question)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0)
+        self.now -= 1
+        text = text_of(question)
+        told = next((told for key, told in self.failures.items() if key in text), answer_to(text))
+        return told if isinstance(told, Failure) else answer(told)
+
+    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+        text = text_of(question)
+        told = next((told for key, told in self.failures.items() if key in text), None)
+        return told if isinstance(told, Failure) else likelihood_of(text, continuation)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def text_of(question: Question) -> str:
+    return "".join(part for turn in question.turns for part in turn.parts if isinstance(part, str))
+
+
+def answer(text: str, **more: Any) -> Answer:
+    given = {"plan_digest": None, "queue_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 4.0, **more}
+    return Answer(text=text, finish="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
+
+
+def lost(message: str = "it went away") -> Failure:
+    return Failure(reason=Reason.LOST, message=message)
+
+
+class FakeModel(lmms):  # type: ignore[misc]
+    """The same answers for lmms-eval's own evaluation."""
+
+    is_simple = False
+
+    def _text(self, request: Any) -> str:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        messages = doc_to_messages(self.task_dict[task][split][doc_id])
+        return _texts(messages)
+
+    def generate_until(self, requests: Any) -> list[str]:
+        return [answer_to(self._text(request)) for request in requests]
+
+    def loglikelihood(self, requests: Any) -> list[Any]:
+        # lmms-eval's models give losses, and its multiple choice counts on it.
+        scores = [likelihood_of(request.args[0], request.args[1]) for request in requests]
+        return [(-score.log_probability, score.is_greedy) for score in scores]
+
+    def generate_until_multi_round(self, requests: Any) -> list[list[str]]:
+        found = []
+        for request in requests:
+            _, doc_to_messages, _, doc_id, task, split = request.args
+            doc, answers, info = self.task_dict[task][split][doc_id], [answer_to(self._text(request))], None
+            while True:
+                messages, over, answers, info = doc_to_messages(
+                    doc, round_idx=len(answers), previous_output=answers, previous_round_info=info
+                )
+                if over:
+                    break
+                answers.append(answer_to(_texts(messages)))
+            found.append(answers)
+        return found
+
+
+class SimpleFakeModel(FakeModel):
+    is_simple = True
+
+
+def _texts(messages: Any) -> str:
+    return "".join(part["text"] for turn in messages for part in turn["content"] if part["type"] == "text")

@@ -1,0 +1,272 @@
+"""Benchmarks whose requests go to replicas."""
+
+import asyncio
+import io
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from shortv.chat import Failure, Question, Reason, Turn
+from shortv.errors import Refused, ShortVError
+from shortv.evals.asking import answer_all, replies_to, run_all
+from shortv.evals.asks import Kind, encoded
+from shortv.evals.benchmark import Benchmark
+from shortv.evals.decoding import chat_decoding
+from shortv.evals.generation import decoding_of
+from shortv.evals.scoring import Scored
+from tests.evals.lmms_tasks import N_DOCS, TINY_TASK, FakeClient, FakeModel, SimpleFakeModel, answer, lost, write_tasks
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def run(benchmark: Benchmark, client: FakeClient | None = None, **more: Any) -> Scored:
+    replies = asyncio.run(replies_to(client or FakeClient(), benchmark.asks(), concurrency=3))
+    return benchmark.score(replies, **more)
+
+
+def lmms_results(task: str, folder: Path, limit: int | None, output: Path) -> Mapping[str, Any]:
+    """What lmms-eval's own evaluation says, with its command's defaults."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    tags = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+    arguments = SimpleNamespace(process_with_media=False, reasoning_tags=tags, output_path=str(output))
+    model = SimpleFakeModel() if task == "choices" else FakeModel()
+    manager = TaskManager(include_path=[str(folder)], include_defaults=False)
+    found = simple_evaluate(model, tasks=[task], task_manager=manager, limit=limit, cli_args=arguments)
+    return {name: value for name, value in found["results"][task].items() if "," in name}
+
+
+def as_lmms(scored: Scored) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for row in scored.metrics:
+        found[f"{row.metric},{row.filter}"] = row.value
+        for kind in ("stderr", "stderr_clt", "stderr_clustered"):
+            value = getattr(row, kind)
+            found[f"{row.metric}_{kind},{row.filter}"] = "N/A" if value is None else value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "limit"), [("shapes_vqa", 40), ("filtered", None), ("plain", 23), ("rounds", None), ("choices", 20)]
+)
+def test_metrics_are_those_of_lmms_eval(
+    task: str, limit: int | None, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lmms_eval.evaluator as evaluator
+
+    if task == "choices":
+        # It turns pairs into text (0.7.3) and then fails on it.
+        monkeypatch.setattr(evaluator, "unwrap_generation_output", lambda output: (output, None))
+    benchmark = Benchmark(task, limit=limit, include_path=tasks)
+    scored = run(benchmark)
+    expected = lmms_results(task, TINY_TASK if task == "shapes_vqa" else tasks, limit, tmp_path)
+    assert as_lmms(scored) == expected
+    assert len(expected) >= 4 and 0 < scored.metrics[0].value < 4
+    assert [sample.error for sample in scored.samples] == [None] * (limit or N_DOCS)
+    assert all(row.n <= len(scored.samples) for row in scored.metrics)
+    # A benchmark serves any number of plans.
+    again = run(benchmark)
+    assert again.metrics == scored.metrics
+    assert [sample.scores for sample in again.samples] == [sample.scores for sample in scored.samples]
+
+
+def test_a_document_without_an_answer_counts_in_no_metric(tasks: Path, tmp_path: Path) -> None:
+    benchmark = Benchmark("filtered", include_path=tasks)
+    whole = run(benchmark, folder=str(tmp_path))
+    assert (tmp_path / "report.txt").read_text() == str(N_DOCS)
+    failing = {"thing 3?": lost(), "thing 7?": "boom"}
+    scored = run(benchmark, FakeClient(failing), folder=str(tmp_path))
+    assert (tmp_path / "report.txt").read_text() == str(N_DOCS - 2)
+    errors = {sample.sample_id: sample.error for sample in scored.samples if sample.error}
+    assert errors == {"q3": "answer: lost: it went away", "q7": "score: KeyError: 'no such colour'"}
+    assert [sample.sample_id for sample in scored.samples] == [f"q{number}" for number in range(N_DOCS)]
+    kept = [sample for sample in scored.samples if sample.error is None]
+    assert kept and all(sample.scores for sample in kept)
+    for sample, other in zip(whole.samples, scored.samples, strict=True):
+        assert other.scores == ({} if other.error else sample.scores)
+    row = next(row for row in scored.metrics if (row.metric, row.filter) == ("reported", "word"))
+    assert row.n == len(kept)
+    assert row.value == pytest.approx(sum(sample.scores["reported,word"] for sample in kept) / len(kept))
+    lossy = next(sample for sample in scored.samples if sample.sample_id == "q3")
+    assert lossy.prediction is None and lossy.prompt_tokens is None and lossy.target == "red"
+
+
+def test_nothing_answered_gives_no_metric(tasks: Path) -> None:
+    scored = run(Benchmark("filtered", include_path=tasks), FakeClient({"": lost()}))
+    assert scored.metrics == () and len(scored.samples) == N_DOCS
+
+
+def test_a_filter_that_fails_takes_one_document(tasks: Path) -> None:
+    benchmark = Benchmark("filtered", include_path=tasks, limit=5)
+
+    class Choosy:
+        def apply(self, resps: Any, docs: Any) -> Any:
+            for resp, doc in zip(resps, docs, strict=True):
+                assert doc["number"] != 2 or not resp
+            return resps
+
+    benchmark._task._filters[1].filters.insert(0, Choosy())
+    scored = run(benchmark)
+    assert [sample.sample_id for sample in scored.samples if sample.error] == ["q2"]
+    assert scored.samples[2].error is not None and scored.samples[2].error.startswith("score: AssertionError")
+    # Filters see the document of each answer, also where one before it is missing.
+    scored = run(benchmark, FakeClient({"thing 0?": lost()}))
+    assert [sample.sample_id for sample in scored.samples if sample.error] == ["q0", "q2"]
+
+
+def test_samples_carry_answers_and_costs(tasks: Path) -> None:
+    scored = run(Benchmark("rounds", include_path=tasks, limit=3))
+    assert [len((sample.prediction or "").split("\n")) for sample in scored.samples] == [1, 2, 3]
+    last = scored.samples[-1]
+    assert (last.prompt_tokens, last.visual_tokens, last.completion_tokens) == (90, 60, 6)
+    assert (last.queue_ms, last.prefill_ms, last.decode_ms) == (3.0, 6.0, 12.0)
+    assert last.latency_ms is not None and last.latency_ms > 0
+    choices = run(Benchmark("choices", include_path=tasks, limit=4))
+    assert {sample.prediction for sample in choices.samples} <= {"red", "green", "blue"}
+    assert all((sample.scores["acc"] == 1) == (sample.prediction == sample.target) for sample in choices.samples)
+
+
+def test_asks_say_what_is_wanted(tasks: Path) -> None:
+    first = Benchmark("shapes_vqa", limit=2).asks()[0]
+    assert first.kind is Kind.GENERATE and first.decoding == chat_decoding({"max_new_tokens": 8, "until": "</s>"})
+    (turn,) = first.turns()
+    assert isinstance(turn.parts[0], Image.Image) and isinstance(turn.parts[1], str)
+    question = first.question(plan="some", seconds=5)
+    assert (question.plan, question.seconds) == ("some", 5)
+    image = question.turns[0].parts[0]
+    assert isinstance(image, bytes)
+    assert Image.open(io.BytesIO(image)).tobytes() == turn.parts[0].tobytes()
+    repeated = Benchmark("plain", include_path=tasks, limit=3, gen_kwargs={"temperature": 0.5}).asks()
+    assert [(ask.doc_id, ask.repeat) for ask in repeated] == [(at, repeat) for at in range(3) for repeat in range(2)]
+    seeds = {ask.decoding.seed for ask in repeated}
+    assert len(seeds) == 6 and None not in seeds and repeated[0].decoding.temperature == 0.5
+    choices = Benchmark("choices", include_path=tasks, limit=1).asks()
+    assert [(ask.kind, ask.index, ask.request.continuation) for ask in choices] == [
+        (Kind.LIKELIHOOD, at, f" {colour}") for at, colour in enumerate(["red", "green", "blue"])
+    ]
+
+
+def test_a_limit_is_a_count_or_a_share(tasks: Path) -> None:
+    for limit, count in ((None, N_DOCS), (5, 5), (5.0, 5), (0.3, 8), (1000, N_DOCS)):
+        benchmark = Benchmark("filtered", include_path=tasks, limit=limit)
+        assert (benchmark.num_docs, len(benchmark.asks())) == (count, count)
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(Refused, match="neither a number of documents nor a share"):
+            Benchmark("filtered", include_path=tasks, limit=wrong)
+
+
+def test_the_digest_covers_settings_code_and_documents(tasks: Path, tmp_path: Path) -> None:
+    def digest(folder: Path = tasks, **more: Any) -> str:
+        return Benchmark("filtered", include_path=folder, **more).digest
+
+    own = digest()
+    copy = Path(shutil.copytree(tasks, tmp_path / "copy"))
+    assert digest() == digest(copy) == own
+    changed = [digest(limit=3), digest(gen_kwargs={"max_new_tokens": 6}), digest(seed=1)]
+    code = copy / "code.py"
+    code.write_text(code.read_text().replace("len(items)", "sum(1 for _ in items)"))
+    changed.append(digest(copy))
+    assert len({own, *changed}) == 5
+
+
+def test_what_cannot_be_a_benchmark_is_said(tasks: Path) -> None:
+    with pytest.raises(Refused, match="knows no task 'shape_vqa'; did you mean shapes_vqa"):
+        Benchmark("shape_vqa")
+    with pytest.raises(Refused, match="'mmmu' stands for a group of tasks"):
+        Benchmark("mmmu")
+    with pytest.raises(Refused, match="'agentic' is of output_type generate_until_agentic"):
+        Benchmark("agentic", include_path=tasks)
+    with pytest.raises(Refused, match="'nonsense' is not supported"):
+        Benchmark("filtered", include_path=tasks, gen_kwargs={"nonsense": 1})
+    with pytest.raises(ValueError, match="0 replies to 24 asks"):
+        Benchmark("filtered", include_path=tasks).score([])
+    assert Benchmark("filtered", include_path=tasks).main_metric == "exact_match"
+
+
+def test_a_failing_aggregation_names_the_task(tasks: Path) -> None:
+    benchmark = Benchmark("filtered", include_path=tasks, limit=2)
+    with pytest.raises(ShortVError, match="metrics of task 'filtered' cannot be computed: FileNotFoundError"):
+        run(benchmark, folder="/no/such/folder")
+
+
+def test_scoring_leaves_the_process_as_it_was(tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    random.seed(5)
+    state = random.getstate()
+    run(Benchmark("filtered", include_path=tasks))
+    assert random.getstate() == state
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_both_readers_of_generation_settings_agree() -> None:
+    for settings in ({"temperature": 0, "do_sample": True}, {"do_sample": True, "top_k": 5}, {"temperature": 0.5}, {}):
+        here, there = decoding_of(settings), chat_decoding(settings)
+        assert here.arguments["do_sample"] == (there.temperature > 0)
+        assert here.arguments["max_new_tokens"] == there.max_tokens == 1024
+    decoding = chat_decoding({"until": ["\n\n", "Q:"], "min_new_tokens": 2, "repetition_penalty": 1.2, "top_p": 0.1})
+    assert (decoding.stops, decoding.min_tokens, decoding.repetition_penalty) == (("Q:",), 2, 1.2)
+    assert decoding.top_p == 1.0
+    assert chat_decoding({"do_sample": True}).temperature == 1.0
+    assert chat_decoding({"num_beams": 1, "length_penalty": 2.0}) == chat_decoding({})
+    with pytest.raises(Refused, match="num_beams=4 is not supported by replicas"):
+        chat_decoding({"num_beams": 4})
+    with pytest.raises(Refused, match="'guidance' is not supported"):
+        chat_decoding({"guidance": 1})
+
+
+def test_images_lose_nothing_on_their_way() -> None:
+    modes = ("RGB", "L", "P", "CMYK", "RGBA", "1")
+    noise = Image.effect_noise((9, 7), 80).convert("RGB")
+    images = [noise.convert(mode) for mode in modes]
+    (turn,) = encoded([Turn(role="user", parts=(*images, "text", b"bytes"))])
+    *files, text, kept = turn.parts
+    assert (text, kept) == ("text", b"bytes")
+    for image, file in zip(images, files, strict=True):
+        assert isinstance(file, bytes)
+        assert Image.open(io.BytesIO(file)).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_questions_are_made_when_they_are_due() -> None:
+    client = FakeClient()
+    made: list[int] = []
+
+    def make(number: int) -> Question:
+        made.append(number)
+        assert len(made) - len(client.asked) <= 3
+        if number == 4:
+            raise ShortVError("no\nprompt")
+        return Question(request_id=str(number), turns=(Turn(role="user", parts=(f"{number}",)),))
+
+    told: list[Any] = []
+    found = asyncio.run(answer_all(client, (lambda n=n: make(n) for n in range(12)), concurrency=2, told=told.append))
+    assert made == list(range(12)) and client.most <= 2 and len(told) == 12
+    assert found[4] == Failure(reason=Reason.INVALID, message="no prompt")
+    assert found[5] == answer(found[5].text) and [question.request_id for question in client.asked][:2] == ["0", "1"]
+
+
+def test_the_first_error_ends_all_jobs() -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("waiting")
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        asyncio.run(run_all([waits, fails, waits], concurrency=2))
+    assert ended == ["waiting"]

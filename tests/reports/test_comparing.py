@@ -1,0 +1,90 @@
+"""Paired comparison: means, intervals and shares over the samples that all sides have."""
+
+import resource
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reports.comparing import Side, bootstrap_interval, compare
+
+
+def side(values: dict[str, float], answers: dict[str, int] | None = None) -> Side:
+    return Side(
+        sample_ids=np.array(list(values), dtype=np.str_),
+        values=np.array(list(values.values()), dtype=np.float64),
+        answers=np.array([(answers or {}).get(name, 0) for name in values], dtype=np.int64),
+    )
+
+
+def test_only_samples_with_a_score_on_both_sides_count() -> None:
+    plan = side({"c": 1, "a": 0, "b": 1, "only": 1, "nan": float("nan")}, {"c": 5})
+    full = side({"a": 1, "b": 1, "c": 1, "nan": 1, "other": 0})
+    found = compare(plan, [full])
+    assert found is not None
+    assert (found.n, found.value, found.against_value) == (3, pytest.approx(2 / 3), 1.0)
+    assert found.difference == pytest.approx(-1 / 3) and found.share_changed == pytest.approx(1 / 3)
+    assert found.ci_low == -1 and found.ci_high == 0
+    assert compare(plan, [side({"z": 1})]) is None and compare(side({}), [full]) is None
+
+
+def test_against_the_mean_of_several() -> None:
+    plan = side({"a": 1, "b": 1}, {"a": 1})
+    controls = [side({"a": 1, "b": 0}, {"a": 1}), side({"b": 0, "a": 0}), side({"a": 1, "b": 1, "c": 0}, {"a": 1})]
+    found = compare(plan, controls)
+    assert found is not None and found.n == 2
+    assert found.against_value == pytest.approx(0.5) and found.difference == pytest.approx(0.5)
+    assert found.share_changed == pytest.approx((0 + 0.5 + 0) / 3)
+
+
+def test_a_tie_has_no_difference() -> None:
+    one = side({f"s{index}": index % 2 for index in range(50)})
+    found = compare(one, [one])
+    assert found is not None
+    assert (found.difference, found.ci_low, found.ci_high, found.share_changed) == (0, 0, 0, 0)
+
+
+@given(st.permutations(range(30)), st.integers(0, 3))
+def test_the_order_of_samples_does_not_matter(order: list[int], seed: int) -> None:
+    values = np.random.default_rng(1).normal(size=30)
+    full = side({f"s{index}": 0.0 for index in range(30)})
+    plan = side({f"s{index}": values[index] for index in range(30)})
+    shuffled = side({f"s{index}": values[index] for index in order})
+    assert compare(plan, [full], seed=seed, resamples=50) == compare(shuffled, [full], seed=seed, resamples=50)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_intervals_agree_with_the_normal_ones(few: bool) -> None:
+    """Both ways to resample give the interval that theory gives for a mean of many."""
+    random = np.random.default_rng(0)
+    values = random.choice([-1.0, 0.0, 1.0], size=4000, p=[0.1, 0.7, 0.2]) if few else random.normal(size=4000)
+    low, high = bootstrap_interval(values, seed=3)
+    error = 1.96 * values.std() / np.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1 * error)
+    assert (low, high) == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(5)
+    samples = random.choice([-1.0, 0.0, 1.0], size=(400, 200), p=[0.1, 0.7, 0.2])
+    intervals = [bootstrap_interval(values, seed=index, resamples=500) for index, values in enumerate(samples)]
+    covered = np.mean([low <= 0.1 <= high for low, high in intervals])
+    assert 0.91 <= covered <= 0.98
+
+
+def test_one_sample_and_none() -> None:
+    assert bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_interval(np.array([]))
+
+
+def test_many_samples_take_little_memory_and_time() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    low, high = bootstrap_interval(values, resamples=2000)
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(100_000), rel=0.1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250 * 1024
+    assert time.monotonic() - started < 60

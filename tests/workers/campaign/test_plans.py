@@ -1,0 +1,101 @@
+"""Plan specs: what they mean for a model, and which are refused."""
+
+from pathlib import Path
+
+import pytest
+
+from shortv.architecture import Architecture
+from shortv.errors import Refused
+from shortv.plan import Mode, Plan
+from shortv.workers.campaign.plans import Entry, Kind, ModelFacts, resolve_plans
+from tests.architectures import architecture
+from tests.workers.campaign.fakes import make_sweep
+
+ARCH = architecture(num_layers=5)
+
+
+def model(name: str = "tiny", sizes: Architecture = ARCH) -> ModelFacts:
+    return ModelFacts(name=name, revision=None, digest=None, architecture=sizes)
+
+
+def resolve(*specs: str) -> dict[str, Entry]:
+    found = resolve_plans(specs, [model()])
+    assert found.warnings == ()
+    return {entry.name: entry for entry in found.entries["tiny"]}
+
+
+def test_the_full_model_is_always_the_first() -> None:
+    assert list(resolve()) == ["full"] == list(resolve("full"))
+    entries = resolve("first@2", "full")
+    assert list(entries) == ["full", "first-2"]
+    assert entries["full"].kind is Kind.FULL and set(entries["full"].plan.modes) == {Mode.FULL}
+
+
+def test_controls() -> None:
+    entries = resolve("random:0..2@3", "random:7@3", "first@2", "last@1", "last@2/drop-visual")
+    assert list(entries)[1:] == ["random0-3", "random1-3", "random2-3", "random7-3", *list(entries)[5:]]
+    assert entries["first-2"].plan.layers(Mode.FREEZE_VISUAL) == (0, 1)
+    assert entries["last-1"].plan.layers(Mode.FREEZE_VISUAL) == (4,)
+    assert entries["last-2-drop-visual"].plan.layers(Mode.DROP_VISUAL) == (3, 4)
+    assert len(entries["random7-3"].plan.layers(Mode.FREEZE_VISUAL)) == 3
+    assert [entry.kind for entry in entries.values()][-3:] == [Kind.FIRST, Kind.LAST, Kind.LAST]
+
+
+def test_choices_of_a_sweep_and_files(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "runs@2/demo", ARCH)
+    entries = resolve(f"sweep:{sweep}@2", f"sweep:{sweep}@0.60", "last@2")
+    by_ratio = [entry for entry in entries.values() if entry.kind is Kind.PLAN][-1]
+    assert by_ratio.plan.flops_ratio is not None and by_ratio.plan.flops_ratio <= 0.6
+    assert entries["last-2"].same_as == "freeze-visual-2"
+    file = Plan.of_layers(
+        Mode.NO_VISUAL_FFN, [1], num_layers=5, name="mine", model="tiny", config_digest=ARCH.config_digest
+    ).save(tmp_path / "mine.json")
+    assert resolve(str(file))["mine"].plan.layers(Mode.NO_VISUAL_FFN) == (1,)
+
+
+def test_the_same_plan_twice_is_one_and_two_of_a_name_are_refused(tmp_path: Path) -> None:
+    assert list(resolve("first@2", "first@2/freeze-visual")) == ["full", "first-2"]
+    of = {"num_layers": 5, "name": "first-2", "model": "tiny", "config_digest": ARCH.config_digest}
+    file = Plan.of_layers(Mode.FREEZE_VISUAL, [3], **of).save(tmp_path / "other.json")  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="two different plans of tiny are named 'first-2'"):
+        resolve("first@2", str(file))
+
+
+def test_plans_go_to_the_models_that_they_fit(tmp_path: Path) -> None:
+    models = [model(), model("large", architecture(num_layers=9)), model("tuned")]
+    found = resolve_plans([f"sweep:{make_sweep(tmp_path / 's', ARCH)}@2", "last@7"], models)
+    names = {name: [entry.name for entry in entries] for name, entries in found.entries.items()}
+    assert names == {
+        "tiny": ["full", "freeze-visual-2"],
+        "large": ["full", "last-7"],
+        "tuned": ["full", "freeze-visual-2"],
+    }
+    assert len(found.warnings) == 5  # two lines for tuned, whose weights may differ, and three left out
+    assert sum("is left out for" in line for line in found.warnings) == 3
+    with pytest.raises(Refused, match="was made for tiny with 5 layers, but large has 9"):
+        resolve_plans([f"sweep:{tmp_path / 's'}@2"], models[1:2])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none.json", "cannot read plan none.json: No such file"),
+        ("random@2", "they need one; give a plan file"),
+        ("first:3@2", "only random controls have a seed"),
+        ("random:a@2", "it means nothing; give a plan file"),
+        ("random:4..2@2", "the lower one first"),
+        ("random:0..9999@2", "give 1 to 1000"),
+        ("last@6", "6 layers cannot be replaced in a model of 5"),
+        ("last@0", "0 layers cannot be replaced"),
+        ("last@2/full", "changes nothing"),
+        ("last@2/slow", "unknown mode 'slow'"),
+        ("first@2/drop-visual", "drop-visual always takes the last layers"),
+        ("sweep:runs/none@2", "runs/none holds no manifest.json"),
+        ("sweep:runs/none", "it means nothing"),
+        ("llava-1.5-7b", "was made for"),
+    ],
+)
+def test_specs_that_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        resolve(spec)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,197 @@
+"""Replicas without a model, and clients of an endpoint in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any
+
+import httpx
+import uvicorn
+from PIL import Image
+
+from shortv.chat import Answer, Failure, Piece, Question, Reason, TokenLogprob
+from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+
+MODEL = "org/tiny"
+PLANS = {"": "d0", "last3": "d3", "half": "d5"}
+PATH = "/v1/chat/completions"
+KEY = "a-key-of-24-characters-x"
+
+
+class FakeReplicas:
+    """Says "The cat", or what its fields tell it to; notes what it was asked and what was given up."""
+
+    def __init__(
+        self,
+        *,
+        failure: Failure | None = None,
+        error: Exception | None = None,
+        seconds: float = 0.0,
+        pieces: int = 2,
+        ends: bool = True,
+        decodes: bool = False,
+    ) -> None:
+        self.failure, self.error, self.seconds, self.pieces = failure, error, seconds, pieces
+        self.ends, self.decodes = ends, decodes
+        self.is_healthy = True
+        self.asked: list[Question] = []
+        self.cancelled = 0
+        self.closed = 0
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        self.asked.append(question)
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        if self.decodes and (damaged := _damaged(question)):
+            return damaged
+        return self.failure or _answer(question)
+
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+        self.asked.append(question)
+        try:
+            for number in range(self.pieces):
+                await asyncio.sleep(self.seconds)
+                yield Piece("The " if number == 0 else "cat", _logprobs(question)[number : number + 1])
+            if self.error is not None:
+                raise self.error
+            if self.ends:
+                yield self.failure or _answer(question)
+        finally:
+            self.closed += 1
+
+    async def plans(self) -> Mapping[str, str]:
+        return PLANS
+
+    async def healthy(self) -> bool:
+        return self.is_healthy
+
+
+def _answer(question: Question) -> Answer:
+    return Answer(
+        text="The cat",
+        finish="stop",
+        prompt_tokens=12,
+        visual_tokens=8,
+        completion_tokens=2,
+        plan_digest=PLANS[question.plan],
+        queue_ms=0.5,
+        prefill_ms=3.25,
+        decode_ms=1.0,
+        logprobs=_logprobs(question),
+    )
+
+
+def _logprobs(question: Question) -> tuple[TokenLogprob, ...]:
+    if question.decoding.top_logprobs is None:
+        return ()
+    top = (("The ", -0.25), ("Ä", float("-inf")))[: question.decoding.top_logprobs]
+    return (TokenLogprob("The ", -0.25, top), TokenLogprob("cat", -1.0, top))
+
+
+def _damaged(question: Question) -> Failure | None:
+    for part in question.turns[-1].parts:
+        try:
+            if isinstance(part, bytes):
+                Image.open(io.BytesIO(part)).load()
+        except OSError:
+            return Failure(reason=Reason.INVALID, message="image 1 is damaged; send it again")
+    return None
+
+
+def picture(form: str = "PNG", size: tuple[int, int] = (32, 24)) -> bytes:
+    """An image file with structure, so that JPEG has something to encode."""
+    data = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(data, form)
+    return data.getvalue()
+
+
+def uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def body(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A small request; parts come before its text."""
+    content = [*parts, {"type": "text", "text": "What is this?"}]
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def client_of(replicas: FakeReplicas, address: str = "127.0.0.1", host: str = "localhost", **settings: Any) -> Any:
+    """An HTTP client whose requests reach an endpoint without a socket."""
+    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings))
+    transport = httpx.ASGITransport(app, client=(address, 4711))
+    return httpx.AsyncClient(transport=transport, base_url=f"http://{host}")
+
+
+def post(data: Any, replicas: FakeReplicas | None = None, **settings: Any) -> httpx.Response:
+    """Ask one question; `data` is JSON-like, or the bytes of a body."""
+
+    async def ask() -> httpx.Response:
+        async with client_of(replicas or FakeReplicas(), **settings) as client:
+            raw = {"content": data, "headers": {"content-type": "application/json"}}
+            return await client.post(PATH, **(raw if isinstance(data, bytes) else {"json": data}))
+
+    return asyncio.run(ask())
+
+
+def get(path: str, replicas: FakeReplicas | None = None, *, headers: Any = None, **settings: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with client_of(replicas or FakeReplicas(), **settings) as client:
+            return await client.get(path, headers=headers)
+
+    return asyncio.run(ask())
+
+
+def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a response, checked for its form."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    return error
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for something to become true."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def served(replicas: FakeReplicas, **settings: Any) -> AsyncIterator[int]:
+    """The endpoint behind a real socket; yields its port."""
+    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    async with background(server.serve()):
+        await until(lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()[1]
+        server.should_exit = True
+        await asyncio.sleep(0.15)
+
+
+def head(length: str, kind: str = "application/json") -> bytes:
+    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n{length}\r\n\r\n".encode()
