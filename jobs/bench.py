@@ -1,4 +1,4 @@
-"""Speed of this project against the baseline, in one run: `python jobs/bench.py sweep` or `prefill`."""
+"""Speed of this project against the baseline, in one run: `python jobs/bench.py sweep`, `prefill` or `campaign`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jobs.common import bundled, option, run
 if TYPE_CHECKING:
     from shortv.layers.bench import Prefill, Workload
     from shortv.sweep.bench import BenchRow
+    from shortv.workers.bench.campaign import LoadResult, SpeedResult
 
 
 @click.group()
@@ -90,6 +91,56 @@ def prefill(
     result = bench_prefill(model, modes, work, pairs=pairs, pixels=pixels)
     _print_prefill(result, shape, depth, count, work, f"{dtype} on {device}")
     return 0
+
+
+@bench.command()
+@option("--limit", default=500, show_default=True, type=click.IntRange(1, 1000), help="Questions per plan.")
+@option("--seconds", default=120.0, show_default=True, type=click.FloatRange(1), help="Length of the overload.")
+@option("--part", "parts", multiple=True, type=click.Choice(["speed", "load", "scores"]), help="[default: all]")
+def campaign(limit: int, seconds: float, parts: Sequence[str]) -> int:
+    """The bundled model: a campaign against lmms-eval, an endpoint under overload, scores by way of asking."""
+    from rich.console import Console
+
+    from shortv.workers.bench.campaign import bench_load, bench_scores, bench_speed
+
+    asked = parts or ("speed", "load", "scores")
+    if "speed" in asked:
+        _print_speed(bench_speed(limit, Console()), limit)
+    if "load" in asked:
+        _print_load(bench_load(seconds))
+    if "scores" in asked:
+        found = bench_scores(limit)
+        for way, scores in found.items():
+            click.echo(f"{way:28}{scores['exact_match,none']:.4f}")
+        same = all(scores == next(iter(found.values())) for scores in found.values())
+        click.echo(f"all metrics of all ways are {'equal' if same else 'NOT equal'}")
+    return 0
+
+
+def _print_speed(result: SpeedResult, limit: int) -> None:
+    lmms, startup = sum(run.seconds for run in result.lmms), sum(run.startup for run in result.lmms)
+    click.echo(
+        f"six plans x {limit} questions\n"
+        f"{'':28}{'seconds':>9}{'start-up':>10}\n"
+        f"{'six lmms_eval runs, batch 1':28}{lmms:>9.1f}{startup:>10.1f}\n"
+        f"{'one campaign':28}{result.campaign_seconds:>9.1f}{result.campaign_startup:>10.1f}\n"
+        f"{result.ratio:.2f} times faster, {result.ratio_with_startup:.2f} with start-up; scores are "
+        f"{'equal' if result.same_scores else 'NOT equal'}"
+    )
+
+
+def _print_load(result: LoadResult) -> None:
+    capacity, over = result.capacity, result.overload
+    click.echo(
+        f"capacity (closed loop): {capacity.goodput:.1f} answers/s, median {1e3 * capacity.median:.0f} ms\n"
+        f"overload (open loop): {over.sent} requests at {result.rate:.1f}/s for {over.seconds:.0f} s: "
+        f"{over.answered} answered, {over.refused} refused with 429 or 503 ({over.bare_refusals} without Retry-After), "
+        f"{over.sent - over.answered - over.refused - over.silent} other, {over.silent} without an answer\n"
+        f"goodput {over.goodput:.1f} answers/s, {over.goodput / capacity.goodput:.0%} of the capacity; "
+        f"median {1e3 * over.median:.0f} ms, p99 {1e3 * over.p99:.0f} ms\n"
+        f"the client's own cost: {1e3 * over.client_cpu / over.sent:.2f} ms of CPU per request, "
+        f"{over.client_cpu / over.seconds:.0%} of a core; at most {1e3 * over.lag:.0f} ms late"
+    )
 
 
 def _print_prefill(result: Prefill, shape: str, depth: int, count: int, work: Workload, where: str) -> None:

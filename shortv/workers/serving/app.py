@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from shortv.workers.worker import Environment
 
 REPLICA = "Replica"
 _ENVIRONMENT = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+# Requests that one process of the endpoint turns away at a time.
+_REFUSING = 32
 # Serve's access log has a line per request with its path; the endpoint writes its own.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -128,8 +130,25 @@ def endpoint(args: Mapping[str, Any]) -> Any:
     return build(EndpointArguments.parse(args))
 
 
-def build(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) -> Any:
-    """Build the application. Raises Refused for plans and keys that cannot be read."""
+def build(arguments: EndpointArguments) -> Any:
+    """The replicas and, behind Serve's proxies, the endpoint. Raises Refused for plans and keys that cannot be read."""
+    settings = replace(endpoint_settings(arguments), sends_request_id=False)  # Serve's proxy adds the header
+    face: Any = serve.deployment(
+        serve.ingress()(Endpoint),
+        name="Endpoint",
+        # The endpoint turns away what is too much, in the callers' form. When even that is too much work the proxies
+        # do, in theirs.
+        max_ongoing_requests=settings.max_in_flight + _REFUSING,
+        max_queued_requests=_REFUSING,
+        backpressure_config={"status_code": 429, "retry_after_s": settings.retry_after_s},
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_LOGGING,
+    )
+    return face.bind(replicas_of(arguments), arguments.served_name, settings)
+
+
+def replicas_of(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) -> Any:
+    """The replicas alone, for an endpoint in another process. Raises Refused for plans that cannot be read."""
     resources = resources_of(
         arguments.range,
         device=arguments.device,
@@ -137,31 +156,24 @@ def build(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) 
         cpus=arguments.cpus_per_replica,
         nodes=living_nodes(),
     )
-    replicas = replica_app(
+    return replica_app(
         arguments.spec(),
         read_plans(arguments.plans),
         resources,
         engine=EngineSettings(batch_size=arguments.batch_size, max_queued=arguments.max_queued),
         folder=folder,
     )
-    settings = EndpointSettings(
+
+
+def endpoint_settings(arguments: EndpointArguments) -> EndpointSettings:
+    """What the endpoint allows. Raises Refused for keys that cannot be read."""
+    return EndpointSettings(
         key_digests=key_digests_of(arguments.api_key_file) if arguments.api_key_file else (),
         max_body_bytes=int(arguments.max_body_mb * 2**20),
         max_image_pixels=int(arguments.max_image_megapixels * 1e6),
         timeout_s=arguments.timeout,
-        # Serve's proxy adds the header.
-        sends_request_id=False,
         max_in_flight=arguments.range.high * (arguments.batch_size + arguments.max_queued),
     )
-    face: Any = serve.deployment(
-        serve.ingress()(Endpoint),
-        name="Endpoint",
-        # The endpoint itself turns away what is too much, in the callers' form.
-        max_ongoing_requests=1_000_000,
-        ray_actor_options={"num_cpus": 0},
-        logging_config=_LOGGING,
-    )
-    return face.bind(replicas, arguments.served_name, settings)
 
 
 def deploy(app: Any, *, name: str, route_prefix: str | None) -> DeploymentHandle[Any]:

@@ -1,13 +1,22 @@
-"""An endpoint that runs until it is stopped."""
+"""An endpoint that runs until it is stopped: replicas on Serve, HTTP in this process.
+
+Serve's proxies would cost more than the answers of a small model: two more hops through Ray per request, which a
+refusal pays too (see jobs/bench.py campaign). Behind proxies runs `app.endpoint`, for `serve run` and `serve deploy`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
+import threading
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
+import uvicorn
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 from rich.console import Console
@@ -15,8 +24,10 @@ from rich.console import Console
 from shortv.errors import Refused
 from shortv.families import load_architecture, load_processor
 from shortv.workers.cluster import connected
-from shortv.workers.serving.app import build, deploy, shipped
+from shortv.workers.serving.app import deploy, endpoint_settings, replicas_of, shipped
 from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.stopping import Stopped, stop_on_signal
 
@@ -33,24 +44,39 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
     """
     host = check_host(host, with_key=arguments.api_key_file is not None)
     check_model(arguments, console)
+    settings = endpoint_settings(arguments)
     with connected(), stop_on_signal():
         others = _applications()
         if APP in others:
             raise Refused(f"this cluster serves {APP} already; change it with `serve deploy`, or end that job first")
-        check_port(host, port, taken_by_serve=bool(others))
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            app = build(_absolute(arguments), folder=shipped(arguments.model_path))
-            deploy(app, name=APP, route_prefix="/")
-            _say(arguments, host, port, console)
-            _watch(console)
+            with bound(host, port) as listening:
+                serve.start(proxy_location="Disabled")
+                replicas = deploy(
+                    replicas_of(arguments, folder=shipped(arguments.model_path)), name=APP, route_prefix=None
+                )
+                face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings)
+                threading.Thread(target=_watch, args=(console,), daemon=True).start()
+                asyncio.run(_listen(face, listening, partial(_say, arguments, host, port, console)))
         except Stopped:
-            console.print("stopped", highlight=False)
-            return 0
+            pass
         finally:
             # Applications of others on this cluster go on.
             serve.delete(APP) if others else serve.shutdown()  # type: ignore[no-untyped-call]
+    console.print("stopped", highlight=False)
     return 0
+
+
+async def _listen(face: FastAPI, listening: socket.socket, say: Callable[[], None]) -> None:
+    """Answer until a signal comes, then let running requests end."""
+    server = uvicorn.Server(
+        uvicorn.Config(face, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10)
+    )
+    serving = asyncio.create_task(server.serve([listening]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.02)
+    say()
+    await serving
 
 
 def check_host(host: str | None, *, with_key: bool) -> str:
@@ -66,16 +92,17 @@ def check_host(host: str | None, *, with_key: bool) -> str:
     return host
 
 
-def check_port(host: str, port: int, *, taken_by_serve: bool) -> None:
-    """Raise Refused when something else than this cluster's own proxy listens there already."""
-    if taken_by_serve:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that holds the address, so that nobody takes it while replicas start. Raises Refused."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            listening.bind((host, port))
         except OSError as error:
-            raise Refused(f"{host}:{port} cannot be bound: {error.strerror}; choose another --port") from error
+            raise Refused(f"{host}:{port} cannot be bound: {error.strerror}; choose another address") from error
+        yield listening
 
 
 def _applications() -> list[str]:
@@ -96,12 +123,6 @@ def check_model(arguments: EndpointArguments, console: Console) -> None:
     book = PlanBook(architecture, read_plans(arguments.plans), model=spec.name, revision=spec.revision)
     for warning in book.warnings:
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
-
-
-def _absolute(arguments: EndpointArguments) -> EndpointArguments:
-    path = Path(arguments.model_path)
-    name = arguments.served_name
-    return replace(arguments, model=str(path.resolve()) if path.is_dir() else str(path), served_model_name=name)
 
 
 def _say(arguments: EndpointArguments, host: str, port: int, console: Console) -> None:

@@ -1,0 +1,174 @@
+"""The three measurements of `jobs/bench.py campaign`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.families import load_architecture
+from shortv.plan import Mode, Plan
+from shortv.sweep.planning import Control, replacement_order
+from shortv.workers.bench.endpoint import running_endpoint
+from shortv.workers.bench.lmms_runs import TASK, LmmsRun, run_lmms_eval
+from shortv.workers.bench.load import Load, bodies_of, closed_loop, open_loop
+from shortv.workers.campaign.driver import run_campaign
+from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.runner import ReplicaRunner
+from shortv.workers.request import WorkerRange
+from shortv.workers.serving.arguments import BUNDLED_NAME
+
+TINY = Path(__file__).resolve().parents[2] / "tiny"
+JOB = TINY.parents[1] / "jobs" / "serve.py"
+MODEL, TASKS, BENCHMARK = TINY / "model", TINY / "task", TINY / "benchmark.parquet"
+
+
+class SpeedResult(NamedTuple):
+    """Six runs of lmms-eval and one campaign over the same six plans: seconds of evaluation and of start-up."""
+
+    lmms: Sequence[LmmsRun]
+    campaign_seconds: float
+    campaign_startup: float
+    same_scores: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the campaign is, start-up not counted."""
+        return sum(run.seconds for run in self.lmms) / self.campaign_seconds
+
+    @property
+    def ratio_with_startup(self) -> float:
+        """The same with it."""
+        return sum(run.seconds + run.startup for run in self.lmms) / (self.campaign_seconds + self.campaign_startup)
+
+
+def bench_speed(limit: int, console: Console) -> SpeedResult:
+    """Six plans through one campaign, and through six processes of lmms-eval at batch 1."""
+    with bench_plans() as files:
+        runs = []
+        for name, file in files.items():
+            arguments = {"pretrained": MODEL, **({"plan": file} if file else {})}
+            runs.append(run_lmms_eval("shortv", arguments, limit=limit, include_path=TASKS))
+            console.print(f"lmms_eval {name}: {runs[-1].seconds:.1f} s after {runs[-1].startup:.1f} s", highlight=False)
+        started = time.perf_counter()
+        cells, scores = _campaign([str(file) for file in files.values() if file], limit, replicas=1)
+        whole = time.perf_counter() - started
+    same = scores == [run.scores for run in runs]
+    return SpeedResult(runs, cells, whole - cells, same)
+
+
+@contextmanager
+def bench_plans() -> Iterator[dict[str, Path | None]]:
+    """Files of six plans of the bundled model: full, the last 4, 5 and 6 layers frozen, and two controls."""
+    architecture = load_architecture(str(MODEL))
+    ranking = tuple(range(architecture.num_layers))
+    with tempfile.TemporaryDirectory(prefix="shortv-plans-") as folder:
+        files: dict[str, Path | None] = {"full": None}
+        for control, count in (
+            (Control.LAST, 4),
+            (Control.LAST, 5),
+            (Control.LAST, 6),
+            (Control.RANDOM, 5),
+            (Control.FIRST, 5),
+        ):
+            layers = replacement_order(ranking, Mode.FREEZE_VISUAL, control=control)[:count]
+            plan = _plan(f"{control}-{count}", layers, architecture)
+            files[plan.name] = plan.save(Path(folder, f"{plan.name}.json"))
+        yield files
+
+
+def _plan(name: str, layers: Sequence[int], architecture: Architecture) -> Plan:
+    return Plan.of_layers(
+        Mode.FREEZE_VISUAL,
+        layers,
+        num_layers=architecture.num_layers,
+        name=name,
+        model=str(MODEL),
+        config_digest=architecture.config_digest,
+    )
+
+
+def _campaign(plans: Sequence[str], limit: int, *, replicas: int) -> tuple[float, list[dict[str, float]]]:
+    """Run a campaign in a folder of its own; returns the seconds of its cells and each cell's scores."""
+    with tempfile.TemporaryDirectory(prefix="shortv-bench-") as output:
+        recipe = Recipe(
+            models=(str(MODEL),),
+            plans=tuple(plans),
+            tasks=(TASK,),
+            limit=limit,
+            replicas=WorkerRange(replicas, replicas),
+            output_path=output,
+        )
+        quiet = Console(file=io.StringIO())
+        run_campaign(recipe, runner=ReplicaRunner(quiet), console=quiet)
+        folder = Folder(output)
+        cells = folder.read_table("cells").to_pylist()
+        metrics = folder.read_table("metrics").to_pylist()
+    scores = [
+        {f"{row['metric']},{row['filter']}": row["value"] for row in metrics if row["plan"] == cell["plan"]}
+        for cell in cells
+    ]
+    return sum(cell["wall_seconds"] for cell in cells), scores
+
+
+class LoadResult(NamedTuple):
+    """The endpoint's capacity, and what it made of twice as much."""
+
+    capacity: Load
+    overload: Load
+    rate: float
+
+
+def bench_load(seconds: float, *, clients: int = 32, warm_up: float = 5.0, closed: float = 20.0) -> LoadResult:
+    """Measure an endpoint on loopback: a closed loop, then an open one at twice its goodput."""
+    rows = pq.read_table(BENCHMARK).to_pylist()
+    questions = [(_uri(row["images"][0]), row["prompt"]) for row in rows]
+    bodies = bodies_of(questions, BUNDLED_NAME)
+
+    async def measure(url: str) -> LoadResult:
+        await closed_loop(url, bodies, clients=clients, seconds=warm_up)
+        capacity = await closed_loop(url, bodies, clients=clients, seconds=closed)
+        rate = 2 * capacity.goodput
+        return LoadResult(capacity, await open_loop(url, bodies, rate=rate, seconds=seconds), rate)
+
+    with running_endpoint(JOB, ()) as url:
+        return asyncio.run(measure(url))
+
+
+def _uri(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def bench_scores(limit: int, plan: str = "last-5") -> Mapping[str, Mapping[str, float]]:
+    """Scores of one plan, by the way its questions took."""
+    with bench_plans() as files:
+        file = files[plan]
+        found = {
+            "shortv, in one process": run_lmms_eval(
+                "shortv", {"pretrained": MODEL, "plan": file}, limit=limit, include_path=TASKS
+            ).scores
+        }
+        for replicas in (1, 3):
+            found[f"campaign, {replicas} replicas"] = _campaign([str(file)], limit, replicas=replicas)[1][1]
+            with running_endpoint(JOB, ["--plan", str(file), "--replicas", str(replicas)]) as url:
+                served = {"url": url, "model": f"{BUNDLED_NAME}@{plan}"}
+                found[f"shortv_serve, {replicas} replicas"] = run_lmms_eval(
+                    "shortv_serve", served, limit=limit, include_path=TASKS
+                ).scores
+                if replicas == 1:
+                    openai = {"base_url": url, "model_version": f"{BUNDLED_NAME}@{plan}", "api_key": "none"}
+                    found["lmms-eval's async_openai"] = run_lmms_eval(
+                        "async_openai", openai, limit=limit, include_path=TASKS
+                    ).scores
+    return found
