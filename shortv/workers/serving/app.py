@@ -172,7 +172,8 @@ def endpoint_settings(arguments: EndpointArguments) -> EndpointSettings:
         max_body_bytes=int(arguments.max_body_mb * 2**20),
         max_image_pixels=int(arguments.max_image_megapixels * 1e6),
         timeout_s=arguments.timeout,
-        max_in_flight=arguments.range.high * (arguments.batch_size + arguments.max_queued),
+        # Fewer than the replicas take: what is too much is turned away here, where that costs next to nothing.
+        max_in_flight=arguments.range.high * arguments.max_queued,
     )
 
 
