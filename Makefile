@@ -8,7 +8,7 @@ LOCK_FLAGS := -q --python-version 3.11 --python-platform x86_64-manylinux_2_28 -
 # The oldest transformers that pyproject.toml allows, and the newest hub client it works with.
 OLDEST := transformers==5.17.0\nhuggingface-hub<2\n
 
-.PHONY: help install demo test test-slow test-compat check format lock clean
+.PHONY: help install demo campaign page docs test test-slow test-browser test-compat check format lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show the targets
@@ -19,14 +19,31 @@ install: .venv/.installed ## Set up .venv from requirements.lock
 demo: .venv/.installed ## Sweep the bundled model into runs/demo
 	$(BIN)/python jobs/lc_sweep.py --output-path runs/demo
 
-test: .venv/.installed ## Run the tests (no slow, gpu)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+campaign: demo ## Judge the demo's plans against random, first and last layers, into runs/campaign
+	$(BIN)/python jobs/campaign.py --config shortv/tiny/campaign.toml
+
+page: demo ## Write the page of runs/demo, and its picture reports/page.png
+	$(BIN)/python jobs/report.py runs/demo
+	@$(need_chromium)
+	chromium --headless=new $(SANDBOX) --hide-scrollbars --disable-gpu --window-size=1200,1500 --virtual-time-budget=20000 \
+		--screenshot=$(CURDIR)/reports/page.png file://$(CURDIR)/runs/demo/report.html 2>/dev/null
+	@test -s reports/page.png && echo "written to reports/page.png"
+
+docs: .venv/.installed ## Write reports/TABLES.md from reports/fields.py
+	$(BIN)/python -m reports.documentation
+
+test: .venv/.installed ## Run the tests (no slow, gpu, browser)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
 
 test-slow: .venv/.installed ## Run the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu" || test $$? -eq 5 # 5: no such test
+	$(BIN)/python -m pytest -m "slow and not gpu and not browser" || test $$? -eq 5 # 5: no such test
+
+test-browser: .venv/.browser ## Run the tests of the page in headless Chromium
+	@$(need_chromium)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-compat: $(COMPAT)/.installed ## Run the tests of floors 0-2 with the oldest supported transformers
-	$(COMPAT)/bin/python -m pytest -m "not slow and not gpu and not ray" --ignore=tests/workers --ignore=tests/jobs
+	$(COMPAT)/bin/python -m pytest -m "not slow and not gpu and not ray and not browser" --ignore=tests/workers --ignore=tests/jobs
 
 check: .venv/.installed ## Lint, format check and types
 	$(BIN)/ruff check
@@ -37,12 +54,20 @@ format: .venv/.installed ## Format, and fix what can be fixed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-lock: .venv/.installed ## Resolve requirements.lock and requirements-compat.lock anew, keeping pins that still fit
+lock: .venv/.installed ## Resolve the three locks anew, keeping pins that still fit
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --extra dev pyproject.toml -o requirements.lock
 	printf '$(OLDEST)' | $(BIN)/uv pip compile $(LOCK_FLAGS) --no-deps - -o requirements-compat.lock
+	printf 'playwright\n' | $(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock - -o requirements-browser.lock
 
 clean: ## Remove environments and caches, keep runs
 	rm -rf .venv $(COMPAT) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# Chromium comes from the distribution; the browsers that playwright would download are not needed.
+need_chromium = command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -q && \
+	apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; } || { \
+	echo "Chromium is needed; install it (Debian: apt-get install chromium)" >&2; exit 2; }
+# Chromium's sandbox does not start as root.
+SANDBOX = $(if $(filter 0,$(shell id -u)),--no-sandbox)
 
 # pip fetches uv and setuptools under their hashes; uv installs the rest in parallel. A few packages come as source:
 # they are built with that setuptools, not with whatever is newest (--no-build-isolation). Bytecode is compiled at once:
@@ -65,6 +90,10 @@ endef
 .venv/.installed: requirements.lock pyproject.toml
 	$(call make_environment,.venv)
 	$(call install_project,.venv)
+
+.venv/.browser: .venv/.installed requirements-browser.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements-browser.lock
+	touch $@
 
 $(COMPAT)/.installed: requirements.lock requirements-compat.lock pyproject.toml
 	$(call make_environment,$(COMPAT))

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from shortv.evals.decoding import BEAMS_AND_PENALTIES, SAMPLING, read_settings
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
+from shortv.families.ends import end_tokens
 
 
 class Answer(NamedTuple):
@@ -48,9 +49,8 @@ def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Deco
     inputs = inputs_of(loaded, prompts)
     width = inputs["input_ids"].shape[1]
     tokenizer = loaded.processor.tokenizer
-    ends = _end_ids(loaded, decoding.stops)
+    ends, texts = end_tokens(loaded, decoding.stops)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    texts = tuple(stop for stop in decoding.stops if stop not in tokenizer.all_special_tokens)
     criteria = StoppingCriteriaList([_Stops(tokenizer, texts, width)] if texts else [])
     with torch.inference_mode():
         ids_BT = loaded.model.generate(
@@ -63,20 +63,15 @@ def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Deco
     ]
 
 
-def _end_ids(loaded: LoadedModel, stops: Sequence[str]) -> list[int]:
-    tokenizer = loaded.processor.tokenizer
-    own = loaded.model.generation_config.eos_token_id
-    ids = [own] if isinstance(own, int) else list(own or ())
-    ids += [tokenizer.eos_token_id] if not ids and tokenizer.eos_token_id is not None else []
-    ids += [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
-    return list(dict.fromkeys(ids))
-
-
 def _answer(
     tokenizer: Any, ids: list[int], stops: Sequence[str], ends: Sequence[int], pad: int, input_tokens: int
 ) -> Answer:
-    count = next((at for at, token in enumerate(ids) if token in ends or token == pad), len(ids))
-    # The token that ends an answer was made by the model too; padding after a stop was not.
+    count = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    while stops and count == len(ids) and ids[-1:] == [pad]:
+        # Padding after a stop; without one a row that goes on to the end was not padded.
+        ids = ids[:-1]
+        count = len(ids)
+    # The token that ends an answer was made by the model too.
     made = count + (count < len(ids) and ids[count] in ends)
     text = tokenizer.decode(ids[:count], skip_special_tokens=True)
     cut = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))

@@ -46,7 +46,11 @@ class History:
 
 def keep_rows(cache: Cache, rows_R: Tensor) -> None:
     """Leave only these sequences of a batch in its KV cache, and in what a plan has seen of them."""
-    cache.batch_select_indices(rows_R)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        # A model may be spread over several devices.
+        if layer.is_initialized:
+            layer.batch_select_indices(rows_R.to(layer.keys.device))
     history: History | None = getattr(cache, _HISTORY, None)
     if history is not None:
         setattr(cache, _HISTORY, history.of_rows(rows_R))

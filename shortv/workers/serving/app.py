@@ -107,6 +107,7 @@ def replica_app(
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.2,
         logging_config=_LOGGING,
         **size,
     )
@@ -127,6 +128,9 @@ def _autoscaling(low: int, high: int, batch_size: int) -> dict[str, Any]:
 
 def endpoint(args: Mapping[str, Any]) -> Any:
     """Build the application from arguments as `serve run` and config files give them. Raises Refused."""
+    if not ray.is_initialized():
+        # `serve run` connects only after this, and uses a connection that it finds.
+        ray.init(namespace="serve")
     return build(EndpointArguments.parse(args))
 
 

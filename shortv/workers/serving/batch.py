@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from shortv.chat import Reason
 from shortv.families import LoadedModel
+from shortv.families.ends import end_tokens
 from shortv.families.prompts import batch_of
 from shortv.families.vision import VisionCache
 from shortv.layers.sequence import keep_rows
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.sampling import Sampler, choose_all
 from shortv.workers.serving.transcript import Transcript
+
+NOT_FINITE = "the logits, or what the settings make of them, are not finite numbers"
 
 
 class RunningBatch:
@@ -64,7 +68,7 @@ class RunningBatch:
             ends, texts = end_tokens(self._loaded, decoding.stops)
             prompt = ids_T[mask_T.bool()].tolist()
             row.begin(
-                Sampler(decoding, prompt=prompt, ends=ends, tokenizer=tokenizer),
+                Sampler(decoding, seed=row.seed, prompt=prompt, ends=ends, tokenizer=tokenizer),
                 Transcript(tokenizer, stops=texts, ends=ends, limit=self._limit(decoding.max_tokens, len(prompt))),
                 waited_until=started,
             )
@@ -99,7 +103,9 @@ class RunningBatch:
             for row in self.rows:
                 row.prefill_ms, row.prefilled = 1e3 * (now - prefill_since), now
         for row, one in zip(self.rows, chosen, strict=True):
-            if not row.over:
+            if one is None:
+                row.fail(Reason.INTERNAL, NOT_FINITE)
+            elif not row.over:
                 row.add(one)
 
     def _leave(self) -> None:
@@ -117,13 +123,3 @@ class RunningBatch:
     def places(self) -> int:
         """Rows that still run."""
         return sum(not row.over for row in self.rows)
-
-
-def end_tokens(loaded: LoadedModel, stops: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
-    """The tokens that end an answer, the model's own and stops that are special tokens; and the stops that are text."""
-    tokenizer = loaded.processor.tokenizer
-    own = loaded.model.generation_config.eos_token_id
-    ids = [own] if isinstance(own, int) else list(own or ())
-    ids += [tokenizer.eos_token_id] if not ids and tokenizer.eos_token_id is not None else []
-    ids += [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
-    return list(dict.fromkeys(ids)), tuple(stop for stop in stops if stop not in tokenizer.all_special_tokens)

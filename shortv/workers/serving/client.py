@@ -19,6 +19,8 @@ T = TypeVar("T")
 _PLANS_S = 10.0
 _PLANS_KEPT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+# Together these outlast the time until Serve no longer sends questions to a replica whose device is lost.
+_LOSS_PAUSE_S = 0.5
 _SUSPICIOUS, _MOST_LOSSES = 2, 5
 
 
@@ -97,7 +99,8 @@ class ReplicaClient:
                 found = await _outcome(ask())
             if not isinstance(found, Failure):
                 return found
-            losses += found.reason is Reason.LOST
+            if found.reason is Reason.LOST:
+                losses, pause = losses + 1, max(pause, _LOSS_PAUSE_S)
             if losses >= _MOST_LOSSES:
                 return Failure(reason=Reason.LOST, message=f"{losses} replicas went away while they had the question")
             retry = found.reason is Reason.LOST or (self._patient and found.reason is Reason.OVERLOADED)

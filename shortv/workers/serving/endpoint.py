@@ -145,7 +145,7 @@ class _Face:
     async def _cards(self) -> dict[str, dict[str, Any]]:
         plans = await self._plans()
         names = model_names(self._model_name, plans)
-        return {name: model_card(name, plan, plans.get(plan), self._created) for name, plan in names.items()}
+        return {name: model_card(name, plan or "full", plans.get(plan), self._created) for name, plan in names.items()}
 
 
 def _form(question: Question, asked: Asked) -> AnswerForm:

@@ -7,12 +7,13 @@ and the plan changes from batch to batch in the time of a few attribute assignme
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from shortv.chat import Reason
@@ -23,7 +24,7 @@ from shortv.families import LoadedModel
 from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
-from shortv.workers.serving.batch import RunningBatch
+from shortv.workers.serving.batch import NOT_FINITE, RunningBatch
 from shortv.workers.serving.row import Row
 
 LOG = logging.getLogger("shortv.engine")
@@ -35,14 +36,16 @@ POISONED = ("AcceleratorError", "CudaError")
 class EngineSettings:
     """How rows become batches.
 
-    At most `batch_size` rows run at once, in at most `max_batches` batches; a batch that could be larger waits for
-    company for `wait_ms`. More than `max_queued` waiting rows are turned away. `vision_bytes` bounds the kept vision
-    features. An engine whose step takes longer than `stall_s` counts as stuck.
+    At most `batch_size` rows run at once, in `max_batches` batches; more batches, and small ones while many rows wait,
+    begin only where no place has become free for `patience_s`. A batch that could be larger waits for company for
+    `wait_ms`. More than `max_queued` waiting rows are turned away. `vision_bytes` bounds the kept vision features. An
+    engine whose step takes longer than `stall_s` counts as stuck.
     """
 
     batch_size: int = 16
     max_batches: int = 4
     wait_ms: float = 5.0
+    patience_s: float = 5.0
     max_queued: int = 64
     vision_bytes: int = 1 << 30
     stall_s: float = 300.0
@@ -61,7 +64,10 @@ class Engine:
         self._batches: list[RunningBatch] = []
         self._applied = ExitStack()
         self._modes: tuple[Mode, ...] | None = None
+        self._free = settings.batch_size
+        self._moved = time.monotonic()
         self._stopping = False
+        self._ended = False
         self._beat = time.monotonic()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._work, name="shortv-engine", daemon=True)
@@ -76,6 +82,8 @@ class Engine:
             row.fail(Reason.OVERLOADED, f"{self.settings.max_queued} requests wait already; ask again later")
         else:
             self._inbox.put(row)
+            if self._ended:
+                self._empty_inbox()
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread after its current step; rows still there get no answer from this replica."""
@@ -100,19 +108,25 @@ class Engine:
     def _work(self) -> None:
         try:
             while not self._stopping and self._lost is None:
-                self._take_new()
-                self._drop()
-                rows = self._next_batch()
-                if rows:
-                    self._guarded(rows, self._prefill, rows)
-                for batch in list(self._batches):
-                    self._guarded(batch.rows, self._step, batch)
+                self._turn()
         except BaseException as error:
             self._lost = f"the engine failed: {type(error).__name__}"
             LOG.exception("the engine failed")
         finally:
             self._applied.close()
+            self._ended = True
             self._give_up()
+
+    def _turn(self) -> None:
+        """At most one prefill, and a step of each batch; keeps no batch that has ended."""
+        self._take_new()
+        self._drop()
+        rows = self._next_batch()
+        if rows:
+            self._guarded(rows, self._prefill, rows)
+        for batch in list(self._batches):
+            if self._lost is None:
+                self._guarded(batch.rows, self._step, batch)
 
     def _take_new(self) -> None:
         """Read the inbox; sleep only where there is nothing to run."""
@@ -145,15 +159,20 @@ class Engine:
     def _next_batch(self) -> list[Row]:
         """The rows to prefill now: those of the oldest one's group that fit, or none yet."""
         free = self.settings.batch_size - sum(batch.places for batch in self._batches)
-        if not self._waiting or free < 1 or len(self._batches) >= self.settings.max_batches:
+        if free != self._free:
+            self._free, self._moved = free, time.monotonic()
+        if not self._waiting or free < 1:
             return []
-        group = [row for row in self._waiting if row.group == self._waiting[0].group]
-        size = min(free, min(row.most_beside for row in group[:free]))
+        first = self._waiting[0]
+        size = min(free, first.most_beside)
+        # A row that may be in smaller batches only has its turn when it is the oldest.
+        group = [row for row in self._waiting if row.group == first.group and row.most_beside >= size]
         if len(group) < size and self._ripe_in() > 0:
             return []
-        # With a long queue a few places are not worth a prefill and steps of their own.
-        if len(group) > free and free < self.settings.batch_size // self.settings.max_batches:
-            return []
+        # With a long queue a few places are not worth a prefill and steps of their own, unless no others come.
+        few = len(group) > free and free < self.settings.batch_size // self.settings.max_batches
+        if few or len(self._batches) >= self.settings.max_batches:
+            return group[:size] if time.monotonic() - self._moved > self.settings.patience_s else []
         return group[:size]
 
     def _prefill(self, rows: Sequence[Row]) -> None:
@@ -167,7 +186,10 @@ class Engine:
     def _score(self, rows: Sequence[Row]) -> None:
         named = [NamedPrompt(name="it", prompt=row.prompt, continuation=row.continuation or "") for row in rows]
         for row, found in zip(rows, likelihoods(self._loaded, named), strict=True):
-            row.finish(found)
+            if math.isnan(found.log_probability):
+                row.fail(Reason.INTERNAL, NOT_FINITE)
+            else:
+                row.finish(found)
 
     def _step(self, batch: RunningBatch) -> None:
         self._under(batch.rows[0].modes)
@@ -206,13 +228,20 @@ class Engine:
 
     def _give_up(self) -> None:
         """Tell all rows that another replica has to answer them."""
-        message = self._lost or "this replica is stopping"
-        rows = [*self._waiting, *(row for batch in self._batches for row in batch.rows)]
-        while not self._inbox.empty():
-            row = self._inbox.get()
-            rows += [row] if row is not None else []
-        for row in rows:
-            row.fail(Reason.LOST, message)
+        for row in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
+            self._send_away(row)
+        self._empty_inbox()
+
+    def _empty_inbox(self) -> None:
+        """The same for rows that arrive while the thread ends, or after it; from any thread."""
+        with suppress(queue.Empty):
+            while True:
+                row = self._inbox.get_nowait()
+                if row is not None:
+                    self._send_away(row)
+
+    def _send_away(self, row: Row) -> None:
+        row.fail(Reason.LOST, self._lost or "this replica is stopping")
 
 
 def _fail(row: Row, error: Exception) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 
 from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
-from shortv.errors import Refused, SampleError, ShortVError
+from shortv.errors import Refused, SampleError
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.plans import PlanBook, read_plans
@@ -20,6 +22,7 @@ from shortv.workers.serving.row import Event, Row
 from shortv.workers.shipping import ShippedFolder
 from shortv.workers.worker import Environment
 
+LOG = logging.getLogger("shortv.replica")
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
 
 
@@ -84,9 +87,13 @@ class Replica:
         )
 
     def check_health(self) -> None:
-        """Raise when this replica can answer nothing any more; Serve then replaces it."""
+        """End the process when it can answer nothing any more; Serve then replaces it.
+
+        After an error Serve would send it questions until a third check, and a lost device may keep Python from ending.
+        """
         if self._engine.trouble:
-            raise ShortVError(self._engine.trouble)
+            LOG.error("this replica ends: %s", self._engine.trouble)
+            os._exit(1)
 
     async def plans(self) -> dict[str, str]:
         """Digest of each plan by name."""
@@ -119,7 +126,9 @@ class Replica:
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def tell(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            # A loop that is closed has nobody left to hear it.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         row = await self._row(question, tell, streams=streams, continuation=continuation)
         if isinstance(row, Failure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Row:
     most_beside: int = 1 << 30
     """The largest batch it may be in; halved after each failure of a batch it was in."""
     arrived: float = field(default_factory=time.monotonic)
+    seed: int = field(default_factory=lambda: secrets.randbits(62))
+    """What it is drawn with where the question has no seed; the same when it starts anew."""
     cancelled: bool = False
     """Set by any thread: nobody waits for this row any more."""
     done: bool = False
@@ -79,7 +82,9 @@ class Row:
 
     def _tell_piece(self) -> None:
         text = self.transcript.sure()
-        if len(text) > self.told:
+        # Tokens that show nothing have log-probabilities too.
+        untold = self.transcript.finish is not None and len(self.logprobs) > self.told_logprobs
+        if len(text) > self.told or untold:
             logprobs = tuple(self.logprobs[self.told_logprobs :])
             self.tell(Piece(text[self.told :], logprobs))
             self.told, self.told_logprobs = len(text), len(self.logprobs)

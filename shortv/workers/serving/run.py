@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import threading
-import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
@@ -45,26 +49,30 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
     host = check_host(host, with_key=arguments.api_key_file is not None)
     check_model(arguments, console)
     settings = endpoint_settings(arguments)
-    with connected(), stop_on_signal():
+    # The endpoint has a limit of its own, and an answer for images beyond it.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with bound(host, port) as listening, connected(), suppress(Stopped), stop_on_signal():
         others = _applications()
         if APP in others:
             raise Refused(f"this cluster serves {APP} already; change it with `serve deploy`, or end that job first")
+        serve.start(proxy_location="Disabled")
         try:
-            with bound(host, port) as listening:
-                serve.start(proxy_location="Disabled")
-                replicas = deploy(
-                    replicas_of(arguments, folder=shipped(arguments.model_path)), name=APP, route_prefix=None
-                )
-                face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings)
-                threading.Thread(target=_watch, args=(console,), daemon=True).start()
+            replicas = deploy(replicas_of(arguments, folder=shipped(arguments.model_path)), name=APP, route_prefix=None)
+            face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings)
+            with _watched(console):
                 asyncio.run(_listen(face, listening, partial(_say, arguments, host, port, console)))
-        except Stopped:
-            pass
         finally:
-            # Applications of others on this cluster go on.
-            serve.delete(APP) if others else serve.shutdown()  # type: ignore[no-untyped-call]
+            _end(alone=not others)
     console.print("stopped", highlight=False)
     return 0
+
+
+def _end(*, alone: bool) -> None:
+    """End the application. Those of others on the cluster go on, and so does Serve where it has any."""
+    serve.delete(APP)
+    # A Ray of this process ends with it, more quietly.
+    if alone and os.environ.get("RAY_ADDRESS"):
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 async def _listen(face: FastAPI, listening: socket.socket, say: Callable[[], None]) -> None:
@@ -132,13 +140,31 @@ def _say(arguments: EndpointArguments, host: str, port: int, console: Console) -
     console.print(f"http://{shown}:{port}/v1 is ready; Ctrl-C stops it", highlight=False, soft_wrap=True)
 
 
-def _watch(console: Console) -> None:
-    """Wait, and say when the application changes its state."""
-    last = ApplicationStatus.RUNNING
-    while True:
-        time.sleep(1)
-        application = serve.status().applications.get(APP)
-        status = application.status if application else ApplicationStatus.NOT_STARTED
+@contextmanager
+def _watched(console: Console) -> Iterator[None]:
+    """Say when the application changes its state while the block runs."""
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(console, over), name="shortv-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(console: Console, over: threading.Event) -> None:
+    last = ApplicationStatus.RUNNING.value
+    while not over.wait(1):
+        status = _status()
         if status != last:
-            console.print(f"the application is {str(status.value).lower()}", highlight=False)
+            console.print(f"the application is {status.lower().replace('_', ' ')}", highlight=False)
             last = status
+
+
+def _status() -> str:
+    try:
+        application = serve.status().applications.get(APP)
+    except (RayError, RayServeException):
+        return "out of reach"
+    return str(application.status.value) if application else "gone"

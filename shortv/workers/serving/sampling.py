@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +23,12 @@ class Sampler:
     """Chooses the tokens of one answer from float32 logits.
 
     The order of adjustments is that of transformers' `generate`: repetition penalty, minimum length, temperature,
-    top-k, top-p. Log-probabilities are the model's own, before any of them.
+    top-k, top-p. Log-probabilities are the model's own, before any of them. `seed` is for decoding without one.
     """
 
-    def __init__(self, decoding: Decoding, *, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any) -> None:
+    def __init__(
+        self, decoding: Decoding, *, seed: int, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any
+    ) -> None:
         self._decoding = decoding
         self._ids = list(prompt)
         self._made = 0
@@ -39,7 +40,7 @@ class Sampler:
         self._warpers = _warpers(decoding) if decoding.temperature > 0 else []
         # On the CPU, so that a seed means the same on every device.
         self._generator = torch.Generator()
-        self._generator.manual_seed(secrets.randbits(62) if decoding.seed is None else decoding.seed)
+        self._generator.manual_seed(seed if decoding.seed is None else decoding.seed)
 
     @property
     def plain(self) -> bool:
@@ -58,8 +59,8 @@ class Sampler:
         self._ids.append(token)
         self._made += 1
 
-    def choose(self, logits_V: Tensor) -> Chosen:
-        """Choose the next token."""
+    def choose(self, logits_V: Tensor) -> Chosen | None:
+        """Choose the next token; None where the settings leave no probabilities to draw from."""
         ids_1T = torch.tensor([self._ids], device=logits_V.device)
         scores_1V = logits_V[None].float()
         if self._penalty is not None:
@@ -71,6 +72,8 @@ class Sampler:
             scores_1V = warper(ids_1T, scores_1V)
         if self._warpers:
             probabilities_V = scores_1V[0].softmax(-1).cpu()
+            if not bool(probabilities_V.isfinite().all()):
+                return None
             token = int(torch.multinomial(probabilities_V, 1, generator=self._generator))
         else:
             token = int(scores_1V.argmax())
@@ -92,7 +95,8 @@ class Sampler:
 
 
 def _warpers(decoding: Decoding) -> list[Any]:
-    warpers: list[Any] = [TemperatureLogitsWarper(decoding.temperature)]
+    # Less is the same, until the division overflows.
+    warpers: list[Any] = [TemperatureLogitsWarper(max(decoding.temperature, 1e-6))]
     if decoding.top_k > 0:
         warpers.append(TopKLogitsWarper(decoding.top_k))
     if decoding.top_p < 1:
@@ -100,13 +104,19 @@ def _warpers(decoding: Decoding) -> list[Any]:
     return warpers
 
 
-def choose_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Chosen]:
-    """Choose the next token of each row; rows that only want the likeliest share one search."""
-    best_B = logits_BV.argmax(-1).tolist()
-    chosen = [
-        Chosen(best, None) if sampler.plain else sampler.choose(logits_V)
-        for sampler, best, logits_V in zip(samplers, best_B, logits_BV, strict=True)
-    ]
-    for sampler, one in zip(samplers, chosen, strict=True):
-        sampler.take(one.token)
+def choose_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Chosen | None]:
+    """Choose the next token of each row, None where its logits are no numbers.
+
+    Rows that only want the likeliest share one search.
+    """
+    best = logits_BV.max(-1)
+    finite_B, best_B = best.values.isfinite().tolist(), best.indices.tolist()
+    chosen: list[Chosen | None] = []
+    for sampler, finite, token, logits_V in zip(samplers, finite_B, best_B, logits_BV, strict=True):
+        one = None
+        if finite:
+            one = Chosen(token, None) if sampler.plain else sampler.choose(logits_V)
+        if one is not None:
+            sampler.take(one.token)
+        chosen.append(one)
     return chosen

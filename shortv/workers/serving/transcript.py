@@ -51,13 +51,15 @@ class Transcript:
         """The part of the text that no later token can change or cut away."""
         if self.finish is not None:
             return self.text
-        safe = len(self.text.rstrip(_BROKEN))
+        # What is not yet a character may become the next one of a stop.
+        whole = self.text.rstrip(_BROKEN)
+        safe = len(whole)
         for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self.text)), 0, -1):
-                if self.text.endswith(stop[:length]):
-                    safe = min(safe, len(self.text) - length)
+            for length in range(min(len(stop) - 1, len(whole)), 0, -1):
+                if whole.endswith(stop[:length]):
+                    safe = min(safe, len(whole) - length)
                     break
-        return self.text[:safe]
+        return whole[:safe]
 
     def _settle(self) -> None:
         """Keep the text of all but the last tokens, where decoding them apart gives the same."""
