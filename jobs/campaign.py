@@ -51,16 +51,21 @@ from jobs.common import bundled, option, run
 @option("--output-path", help="Folder or URI (s3://...) for the results.")
 @option("--fail-on-error", help="Share of a cell's samples whose failure counts as 0. [default: 0]")
 @option("--retry-failed", is_flag=True, help="Run the cells again that failed or lack samples.")
-def main(config: str | None, **flags: Any) -> int:
+@option("--print-submission-id", is_flag=True, help="Print an id for ray job submit, new for each attempt, and end.")
+def main(config: str | None, print_submission_id: bool, **flags: Any) -> int:
     # Torch and Ray take seconds to import, and --help needs neither.
     from shortv.workers.campaign.recipe import read_recipe
 
     given = {name: value for name, value in flags.items() if value not in (None, (), False)}
     recipe = read_recipe(config, given, {"models": [bundled("model")]}, environment=os.environ)
+    if print_submission_id:
+        from shortv.workers.submission import campaign_submission_id
 
-    from shortv.workers.campaign.runner import ReplicaRunner
+        click.echo(campaign_submission_id(recipe))
+        return 0
 
     from shortv.workers.campaign.driver import run_campaign
+    from shortv.workers.campaign.runner import ReplicaRunner
 
     return run_campaign(recipe, runner=ReplicaRunner())
 

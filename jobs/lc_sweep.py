@@ -4,6 +4,7 @@
     python jobs/lc_sweep.py --model llava-hf/llava-1.5-7b-hf --calibration gqa:20 --calibration flickr30k_test:20 \\
         --workers 4 --dtype bfloat16 --output-path /data/llava-lc
     ray job submit --working-dir . -- python jobs/lc_sweep.py ... --output-path /shared/llava-lc
+    ray job submit --submission-id $(python jobs/lc_sweep.py ... --print-submission-id) ...
 
 The same command on the same folder continues a sweep that was stopped, and repeats the result of a finished one.
 Exit status: 0 complete, 1 failed while working, 2 refused before work started, 3 finished but some samples failed.
@@ -56,6 +57,7 @@ from shortv.workers.request import DEFAULT_MODES, ModelSpec, SweepRequest, parse
 @option("--layers-per-unit", type=int, help="Layers that a worker ablates per unit. [default: by cost]")
 @option("--stack", type=int, help="Ablations run together. [default: what fits]")
 @option("--fail-on-error", type=float, default=0.0, show_default=True, help="Share of failed samples that counts as 0.")
+@option("--print-submission-id", is_flag=True, help="Print an id for ray job submit, new for each attempt, and end.")
 def main(
     model: str | None,
     revision: str | None,
@@ -77,6 +79,7 @@ def main(
     layers_per_unit: int | None,
     stack: int | None,
     fail_on_error: float,
+    print_submission_id: bool,
 ) -> int:
     if not calibration:
         if model:
@@ -107,6 +110,12 @@ def main(
         stack=stack,
         fail_on_error=fail_on_error,
     )
+    if print_submission_id:
+        from shortv.workers.submission import sweep_submission_id
+
+        request.check_numbers()
+        click.echo(sweep_submission_id(request))
+        return 0
     # Torch and Ray take seconds to import, and --help needs neither.
     from shortv.workers.sweep import run_sweep
 

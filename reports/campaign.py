@@ -18,7 +18,8 @@ class CampaignManifest:
 
     `models` hold name, revision, digest, config_digest and architecture; `plans` the model they are for, name, kind
     (full, plan, random, first, last), digest and modes; `tasks` name, digest, num_docs and main_metric. `counts` are
-    numbers of cells by state and of samples. Times are ISO 8601 in UTC, `wall_seconds` adds up all runs.
+    numbers of cells by state and of samples. `attempts` counts the runs that had work to do: 1 after the first start
+    of a driver. Times are ISO 8601 in UTC, `wall_seconds` adds up all runs.
     """
 
     schema_version: int = CAMPAIGN_SCHEMA_VERSION
@@ -31,6 +32,7 @@ class CampaignManifest:
     tasks: tuple[Mapping[str, Any], ...]
     seed: int
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    attempts: int = 0
     started: str
     finished: str | None = None
     wall_seconds: float | None = None
@@ -76,6 +78,7 @@ _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
         "tasks": list,
         "seed": int,
         "counts": dict,
+        "attempts": int,
         "started": str,
         "finished": str | None,
         "wall_seconds": int | float | None,

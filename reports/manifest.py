@@ -37,7 +37,8 @@ class Manifest:
     `arguments` are masked when the manifest is made. `counts` are numbers of samples by state (used, errors, ...)
     or of other things counted; `stability` is the share of bootstrap resamples choosing the same layers, by share
     of samples and mode; `details` holds further facts (device, processor class, ...). Times are ISO 8601 in UTC,
-    `wall_seconds` adds up all runs of the command. `noise_floor` is in nats.
+    `wall_seconds` adds up all runs of the command, `attempts` counts them: 1 after the first start of a driver, and a
+    finished sweep that is only shown again adds none. `noise_floor` is in nats.
     """
 
     schema_version: int = MANIFEST_SCHEMA_VERSION
@@ -58,6 +59,7 @@ class Manifest:
     noise_floor: float | None = None
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     stability: Mapping[str, Any] | None = None
+    attempts: int = 0
     started: str
     finished: str | None = None
     wall_seconds: float | None = None
@@ -118,6 +120,7 @@ _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
         "noise_floor": int | float | None,
         "counts": dict,
         "stability": dict | None,
+        "attempts": int,
         "started": str,
         "finished": str | None,
         "wall_seconds": int | float | None,

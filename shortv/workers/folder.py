@@ -9,6 +9,7 @@ from typing import Any
 from reports.manifest import MANIFEST_NAME, Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
+from shortv.workers.driver_lock import LOCK_NAME
 from shortv.workers.request import shown
 
 # Decide nothing: the digest of the samples stands for them, wherever they were read from.
@@ -34,7 +35,7 @@ def open_folder(folder: Folder, wanted: Manifest) -> Manifest | None:
             be written.
     """
     try:
-        names = folder.list()
+        names = [name for name in folder.list() if name != LOCK_NAME]
         found = Manifest.load(folder) if MANIFEST_NAME in names else None
     except Refused:
         raise

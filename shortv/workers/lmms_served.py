@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shortv.errors import Refused
+from shortv.errors import Refused, ShortVError
 from shortv.evals.remote import Connection
 from shortv.evals.served import ServedModel
 from shortv.evals.served_settings import ServedSettings
@@ -20,7 +20,10 @@ class ShortVServe(ServedModel):
         from shortv.workers.serving.client import ReplicaClient
 
         client = ReplicaClient(_handle(settings.app), patient=True)
-        plans = await client.plans()
+        try:
+            plans = await client.plans()
+        except TimeoutError:
+            raise ShortVError(f"no replica of {settings.app} answers; see `serve status`, and try again") from None
         if settings.plan and settings.plan not in plans:
             raise Refused(
                 f"{settings.app} serves no plan {settings.plan!r}; it has {', '.join(plans) or 'the full model alone'}"
@@ -44,6 +47,6 @@ def _handle(app: str) -> Any:
     join()
     try:
         return serve.get_deployment_handle(REPLICA, app_name=app)
-    except RayServeException as error:
+    except (KeyError, RayServeException) as error:
         running = ", ".join(serve.status().applications) or "none"
         raise Refused(f"Serve runs no application {app!r}; running: {running}") from error

@@ -85,7 +85,8 @@ def _pipeline(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Dataset:
         return units.map_batches(
             SweepWorker,
             fn_constructor_args=(setup,),
-            batch_size=None,
+            # One unit; with GPUs Ray Data insists on a number.
+            batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=pool.low, max_size=pool.high, max_tasks_in_flight_per_actor=1),
             num_cpus=pool.cpus,
@@ -110,7 +111,7 @@ def _free_sampling() -> Iterator[None]:
 
 @contextmanager
 def _quiet_context() -> Iterator[None]:
-    """Ray Data without its own progress bars, and with the reader whose tasks can be bound to a node."""
+    """Ray Data without its own progress bars, with a pool that grows and a reader whose tasks can be bound to a node."""
     context = DataContext.get_current()
     names = ("enable_progress_bars", "use_datasource_v2", "execution_no_progress_timeout_s", "print_on_execution_start")
     before = {name: getattr(context, name) for name in names if hasattr(context, name)}
@@ -118,6 +119,10 @@ def _quiet_context() -> Iterator[None]:
     # The newer reader lists files in tasks that take a CPU on any node.
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    scaling = context.autoscaling_config
+    threshold = scaling.actor_pool_util_upscaling_threshold
+    # Workers hold one unit each and are never busier than that: a pool that is all busy may grow.
+    scaling.actor_pool_util_upscaling_threshold = 1.0
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -125,5 +130,6 @@ def _quiet_context() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+        scaling.actor_pool_util_upscaling_threshold = threshold
         for name, value in before.items():
             setattr(context, name, value)

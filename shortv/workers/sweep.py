@@ -14,10 +14,10 @@ from reports.manifest import Manifest, State, arguments_digest, utc_now, version
 from reports.store import Folder
 from reports.tables import print_layers
 from shortv.architecture import Architecture
-from shortv.errors import Refused
 from shortv.plan import Plan
 from shortv.sample import Sample
 from shortv.workers.calibration import calibration_digest, resolve_calibration
+from shortv.workers.driver_lock import one_driver
 from shortv.workers.engine import Engine, ModelEngine
 from shortv.workers.finish import finish
 from shortv.workers.folder import NOT_DECIDING, check_output, open_folder
@@ -59,7 +59,8 @@ def run_sweep(request: SweepRequest, *, engine: Engine | None = None, console: C
     with stop_on_signal():
         prepared = prepare(request, engine or ModelEngine())
         if prepared.manifest.state is State.RUNNING:
-            prepared = replace(prepared, manifest=_measure(prepared, console))
+            with one_driver(prepared.folder):
+                prepared = _measured(prepared, console)
         else:
             # The run that finished may have been killed before this.
             Journal(prepared.folder).remove()
@@ -69,7 +70,7 @@ def run_sweep(request: SweepRequest, *, engine: Engine | None = None, console: C
 def prepare(request: SweepRequest, engine: Engine) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(request.output_path)
-    _check_numbers(request)
+    request.check_numbers()
     folder = Folder(request.output_path)
     samples = resolve_calibration(
         request.calibration, limit=request.limit, seed=request.seed, include_path=request.include_path
@@ -99,19 +100,6 @@ def exit_status(manifest: Manifest, fail_on_error: float) -> int:
     return 0 if share <= fail_on_error else PARTIAL_STATUS
 
 
-def _check_numbers(request: SweepRequest) -> None:
-    for name in ("batch_size", "layers_per_unit", "stack"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise Refused(f"--{name.replace('_', '-')} is {value}; give 1 or more")
-    if request.limit is not None and not (0 < request.limit < 1 or request.limit == int(request.limit) >= 1):
-        raise Refused(f"--limit is {request.limit:g}; give a number of samples, or a share between 0 and 1")
-    if not 0 <= request.fail_on_error <= 1:
-        raise Refused(f"--fail-on-error is {request.fail_on_error:g}; give a share of samples between 0 and 1")
-    if request.gpus_per_worker <= 0 or (request.gpus_per_worker > 1 and request.gpus_per_worker % 1):
-        raise Refused(f"--gpus-per-worker is {request.gpus_per_worker:g}; give a whole number, or a share below 1")
-
-
 def _manifest(
     request: SweepRequest, samples: Sequence[Sample], architecture: Architecture, model_digest: str | None
 ) -> Manifest:
@@ -139,6 +127,17 @@ def _manifest(
         started=utc_now(),
         details={"architecture": asdict(architecture)},
     )
+
+
+def _measured(prepared: Prepared, console: Console) -> Prepared:
+    """Start an attempt on the folder, which is this driver's alone, and end it with the final manifest."""
+    # Another driver may have been at work until the lock was had.
+    latest = open_folder(prepared.folder, prepared.manifest) or prepared.manifest
+    if latest.state is State.RUNNING:
+        latest = replace(latest, attempts=latest.attempts + 1)
+        latest.save(prepared.folder)
+        latest = _measure(replace(prepared, manifest=latest), console)
+    return replace(prepared, manifest=latest)
 
 
 def _measure(prepared: Prepared, console: Console) -> Manifest:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from reports.campaign import CampaignManifest
 from reports.manifest import MANIFEST_NAME
@@ -20,10 +16,10 @@ from shortv.errors import Refused, ShortVError
 from shortv.evals.scoring import Sample
 from shortv.workers.campaign.cells import Cell
 from shortv.workers.campaign.record import CellRecord
+from shortv.workers.driver_lock import LOCK_NAME, one_driver
 from shortv.workers.folder import check_output
 
 TABLES: Final = ("cells", "metrics", "comparisons", "speed")
-_LOCK: Final = ".driver.lock"
 
 
 class Found(NamedTuple):
@@ -104,7 +100,7 @@ def open_campaign(path: str) -> Iterator[CampaignFolder]:
     check_output(path)
     folder = Folder(path)
     try:
-        names = [name for name in folder.list() if name != _LOCK]
+        names = [name for name in folder.list() if name != LOCK_NAME]
         if names and MANIFEST_NAME not in names:
             raise Refused(
                 f"{folder.shown} holds {len(names)} files ({names[0]}) and no campaign; "
@@ -116,44 +112,8 @@ def open_campaign(path: str) -> Iterator[CampaignFolder]:
         raise
     except ShortVError as error:
         raise Refused(f"{error}; choose another --output-path") from error
-    with _one_driver(folder):
+    with one_driver(folder):
         yield CampaignFolder(folder)
-
-
-@contextmanager
-def _one_driver(folder: Folder) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends. Object stores have none."""
-    try:
-        file = _open_lock(folder)
-    except OSError:
-        # Where nothing can be written no cell will run, and a finished campaign can still be shown.
-        file = None
-    if file is None:
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            raise Refused(
-                f"{folder.shown} is in use by {holder}; wait until it has ended, or choose another --output-path"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise ShortVError(f"{folder.shown} could not be locked: {error.strerror}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def _open_lock(folder: Folder) -> IO[str] | None:
-    if folder.local_path is None:
-        return None
-    folder.local_path.mkdir(parents=True, exist_ok=True)
-    return (folder.local_path / _LOCK).open("a+")
 
 
 def _answer(cell: Cell, sample: Sample) -> dict[str, Any]:

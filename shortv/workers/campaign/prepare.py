@@ -62,6 +62,7 @@ def describe_run(prepared: Prepared, before: CampaignManifest | None) -> Campaig
         ),
         tasks=tuple(task._asdict() for task in prepared.tasks),
         seed=prepared.recipe.seed,
+        attempts=(before.attempts if before else 0) + 1,
         started=before.started if before else utc_now(),
         wall_seconds=before.wall_seconds if before else None,
     )
@@ -87,6 +88,7 @@ def final_manifest(
         running,
         state=State.COMPLETE if whole else State.PARTIAL,
         counts=counts,
+        attempts=before.attempts if before else running.attempts,
         finished=before.finished if before else utc_now(),
         wall_seconds=running.wall_seconds if before else seconds + (running.wall_seconds or 0.0),
     )

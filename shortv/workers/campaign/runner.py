@@ -29,6 +29,7 @@ from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import default_replicas, deploy, replica_app, resources_of, shipped
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.stopping import stop_on_signal
 
 QUESTION_S = 600.0
 """How long one question may take, waiting for replicas that come back included."""
@@ -63,7 +64,8 @@ class ReplicaRunner:
     @contextmanager
     def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
-        with connected():
+        # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
+        with connected(), stop_on_signal():
             nodes = living_nodes()
             resources = resources_of(
                 recipe.replicas or default_replicas(nodes, device=recipe.device, gpus=recipe.gpus_per_replica),

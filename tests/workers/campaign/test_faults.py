@@ -210,7 +210,7 @@ def test_a_finished_campaign_can_be_shown_where_nothing_can_be_written(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("shortv.workers.campaign.folder._open_lock", refuse)
+    monkeypatch.setattr("shortv.workers.driver_lock._open_lock", refuse)
     monkeypatch.setattr(Folder, "write_bytes", refuse)
     assert "3 cells, 3 finished" in campaign(small(tmp_path))
 

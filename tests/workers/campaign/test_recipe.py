@@ -38,7 +38,7 @@ def test_every_setting_has_a_reader_and_a_flag() -> None:
 
     names = {field.name for field in fields(Recipe)}
     assert set(READERS) == names
-    assert {parameter.name for parameter in main.params} - {"config"} == names
+    assert {parameter.name for parameter in main.params} - {"config", "print_submission_id"} == names
 
 
 def test_flags_read_like_lmms_eval() -> None:

@@ -1,0 +1,250 @@
+"""The files in cluster/: fields that KubeRay knows, secrets by name alone, and command lines that the jobs accept."""
+
+import importlib
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from shortv.plan import Plan
+from shortv.workers.campaign.recipe import read_recipe
+from shortv.workers.serving.arguments import EndpointArguments
+from tests.cluster.rules import KINDS, RAY_VERSION, SECRETS, cluster_of, cross_problems, pods_of, problems
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+MANIFESTS = ("rayjob-sweep.yaml", "rayjob-campaign.yaml", "rayservice-endpoint.yaml", "model-cache.yaml")
+IMAGE_FOLDER = "/opt/shortv/"
+README = (CLUSTER / "README.md").read_text()
+
+
+def objects(name: str) -> list[dict[str, Any]]:
+    """The objects of a file, without the sharing that YAML anchors leave."""
+    found: list[dict[str, Any]] = json.loads(json.dumps(list(yaml.safe_load_all((CLUSTER / name).read_text()))))
+    return found
+
+
+def found_in(manifest: Mapping[str, Any], where: str = "manifest") -> list[str]:
+    own = list(problems(manifest, KINDS[manifest["kind"]], where))
+    return own or list(cross_problems(manifest, where))
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_keep_the_rules(name: str) -> None:
+    assert [line for manifest in objects(name) for line in found_in(manifest, name)] == []
+
+
+def test_every_file_is_tested() -> None:
+    known = {*MANIFESTS, "serve.yaml", "ray-up.yaml", "Dockerfile", "README.md"}
+    assert {path.name for path in CLUSTER.iterdir()} == known
+    assert all(f"`{name}`" in README for name in known - {"README.md"})
+
+
+HEAD = "spec.rayClusterSpec.headGroupSpec"
+WORKER = "spec.rayClusterSpec.workerGroupSpecs.0"
+PLAIN = {"name": "AWS_SECRET_ACCESS_KEY", "value": "hunter2"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("spec.backoffLimit", 2, "not one of ['0']"),
+        ("spec.submissionMode", "K8sJob", "not one of"),
+        ("spec.retries", 1, "unknown key retries"),
+        ("spec.entrypoint", None, "not of type str"),
+        ("spec.rayClusterSpec.rayVersion", "2.59.0", f"not one of ['{RAY_VERSION}']"),
+        ("spec.rayClusterSpec.authOptions.mode", "disabled", "not one of ['token']"),
+        ("spec.rayClusterSpec.workerGroupSpecs", [], "not a list with something in it"),
+        (f"{HEAD}.rayStartParams", {}, "the head has work"),
+        (f"{HEAD}.rayStartParams", {"num-cpus": 0}, "not of type str"),
+        (f"{HEAD}.template.spec.containers.0.envFrom.0.secretRef.name", "mine", "not one of"),
+        (f"{HEAD}.template.spec.containers.0.env", [PLAIN], "AWS_SECRET_ACCESS_KEY in plain text"),
+        (f"{HEAD}.template.spec.containers.0.volumeMounts.0.name", "other", "no volume of its pod"),
+        (f"{HEAD}.template.spec.securityContext.runAsUser", 0, "runs as root"),
+        (f"{WORKER}.replicas", 99, "outside of minReplicas and maxReplicas"),
+        (f"{WORKER}.replicas", 0, "no worker group has replicas"),
+        (f"{WORKER}.replicas", True, "not of type int"),
+        (f"{WORKER}.groupName", "cpu", "two worker groups"),
+        (f"{WORKER}.template.spec.containers.0.resources.limits.nvidia.com/gpu", "2", "requests 1 of nvidia.com/gpu"),
+        (f"{WORKER}.template.spec.containers.0.resources.limits.cpu", 8, "not a quantity"),
+    ],
+)
+def test_the_rules_find_what_is_wrong(path: str, value: object, reason: str) -> None:
+    (manifest,) = objects("rayjob-sweep.yaml")
+    place: Any = manifest
+    *way, last = path.replace("nvidia.com", "nvidia com").split(".")
+    for name in way:
+        place = place[int(name) if name.isdigit() else name]
+    place[last.replace("nvidia com", "nvidia.com")] = value
+    assert reason in "; ".join(found_in(manifest))
+
+
+def test_versions_and_images_are_the_same_everywhere() -> None:
+    assert f"\nray=={RAY_VERSION} " in (ROOT / "requirements.lock").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pods = [pod for name in MANIFESTS for manifest in objects(name) for pod in pods_of(manifest)]
+    images = {container["image"] for pod in pods for container in pod["containers"]}
+    images.add(objects("ray-up.yaml")[0]["docker"]["image"])
+    assert images == {f"shortv:{project['version']}"}
+    assert f"-t shortv:{project['version']} ." in README
+
+
+def test_jobs_share_one_description_of_the_cluster() -> None:
+    sweep, campaign, endpoint = (cluster_of(objects(name)[0]) for name in MANIFESTS[:3])
+    assert sweep == campaign
+    assert sweep and endpoint
+    assert [pod_sizes(sweep), sweep["authOptions"]] == [pod_sizes(endpoint), endpoint["authOptions"]]
+
+
+def pod_sizes(cluster: Mapping[str, Any]) -> list[Any]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [
+        [container["resources"] for container in group["template"]["spec"]["containers"]] + [group.get("replicas")]
+        for group in groups
+    ]
+
+
+def test_secrets_are_documented_and_go_where_they_are_needed() -> None:
+    users = {
+        secret: {name for name in MANIFESTS if secret in (CLUSTER / name).read_text().partition("spec:")[2]}
+        for secret in SECRETS
+    }
+    assert users == {
+        "shortv-object-store": {"rayjob-sweep.yaml", "rayjob-campaign.yaml"},
+        "shortv-api-keys": {"rayservice-endpoint.yaml"},
+        "shortv-hub-token": {"model-cache.yaml"},
+    }
+    for secret in SECRETS:
+        assert f"| `{secret}` |" in README and f"kubectl create secret generic {secret}" in README
+    for name in MANIFESTS[:2]:
+        cluster = cluster_of(objects(name)[0]) or {}
+        assert "shortv-object-store" not in json.dumps(cluster["workerGroupSpecs"])
+
+
+@pytest.mark.parametrize("path", [*sorted(CLUSTER.iterdir()), ROOT / ".dockerignore"], ids=lambda path: path.name)
+def test_no_file_names_a_host_or_a_place_of_one_machine(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"index-url|find-links|trusted-host|pypi|/work/|/home/|/root/", text)
+    assert set(re.findall(r"https?://([^/:\s\"]+)", text)) <= {"127.0.0.1"}
+    assert not re.search(r"(?i)(password|secret|token|key)\w*\s*[=:]\s*['\"]?[A-Za-z0-9+/]{20,}", text)
+
+
+@pytest.mark.parametrize("name", [*MANIFESTS, "serve.yaml", "ray-up.yaml"])
+def test_values_to_change_are_marked_one_way(name: str) -> None:
+    text = (CLUSTER / name).read_text()
+    assert text.count("# CHANGE: ") >= 3
+    assert re.findall(r"(?i)todo|fixme|change[ -]?me|<[a-z-]+>", text) == []
+
+
+def accept(line: str) -> None:
+    """Parse a command line with the job's own parser; raises where the job would refuse it."""
+    words = shlex.split(line)
+    script = next(word for word in words if re.search(r"jobs/\w+\.py$", word))
+    assert words[words.index(script) - 1].endswith("python")
+    name = re.sub(r".*jobs/(\w+)\.py", r"\1", script)
+    assert (ROOT / "jobs" / f"{name}.py").is_file()
+    command = importlib.import_module(f"jobs.{name}").main
+    context = command.make_context(name, words[words.index(script) + 1 :])
+    if name == "campaign":
+        given = {key: value for key, value in context.params.items() if value not in (None, (), False)}
+        given.pop("print_submission_id", None)
+        read_recipe(given.pop("config", None), given, {"models": ["bundled"]}, environment={})
+
+
+@pytest.mark.parametrize("name", MANIFESTS[:2])
+def test_entrypoints_are_command_lines_of_the_jobs(name: str) -> None:
+    entrypoint = objects(name)[0]["spec"]["entrypoint"]
+    assert not re.search(r"[$`|&;<>]", entrypoint)
+    assert shlex.split(entrypoint)[1].startswith(f"{IMAGE_FOLDER}jobs/")
+    assert "://" in shlex.split(entrypoint)[shlex.split(entrypoint).index("--output-path") + 1]
+    accept(entrypoint)
+
+
+def test_what_the_jobs_refuse_is_found() -> None:
+    with pytest.raises(click.UsageError, match="No such option"):
+        accept("python jobs/lc_sweep.py --output-path /x --modus all")
+    with pytest.raises(click.UsageError, match="Missing parameter: output_path"):
+        accept("python jobs/lc_sweep.py --modes all")
+    with pytest.raises(click.UsageError, match="No such option"):
+        accept("python jobs/serve.py --plans a")
+
+
+def test_commands_of_the_readme() -> None:
+    text = README.replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if re.match(r"    .*python \S*jobs/\w+\.py", line)]
+    lines = [re.sub(r"^sweep=\"|\"$", "", line) for line in lines]
+    assert len(lines) >= 5
+    for line in lines:
+        accept(line)
+
+
+def serve_config() -> Any:
+    return yaml.safe_load(objects("rayservice-endpoint.yaml")[0]["spec"]["serveConfigV2"])
+
+
+def test_the_serve_config() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(serve_config())
+    (application,) = schema.applications
+    module, _, builder = application.import_path.partition(":")
+    assert (module, builder) == ("shortv.workers.serving.app", "endpoint")
+    assert re.search(rf"^def {builder}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.MULTILINE)
+    arguments = EndpointArguments.parse(application.args)
+    assert arguments.device != "auto" and arguments.cpus_per_replica and arguments.api_key_file
+    (replica,) = application.deployments
+    app_text = (ROOT / "shortv/workers/serving/app.py").read_text()
+    assert f'REPLICA = "{replica.name}"' in app_text
+    (plan,) = replica.user_config["plans"]
+    published = Plan.load("llava-1.5-7b")
+    assert Plan.from_json(json.dumps(plan)) == published and arguments.model == published.model
+
+
+def test_the_serve_config_is_the_same_with_and_without_kubernetes() -> None:
+    assert serve_config() == yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+
+
+def test_the_api_keys_are_mounted_where_the_endpoint_reads_them() -> None:
+    (manifest,) = objects("rayservice-endpoint.yaml")
+    file = Path(serve_config()["applications"][0]["args"]["api_key_file"])
+    for pod in pods_of(manifest):
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounts[str(file.parent)]["readOnly"] is True
+    assert f"--from-file={file.name}" in README
+
+
+def test_what_the_cache_is_filled_with_is_what_the_jobs_use() -> None:
+    script = objects("model-cache.yaml")[1]["spec"]["template"]["spec"]["containers"][0]["command"][-1]
+    sweep = shlex.split(objects("rayjob-sweep.yaml")[0]["spec"]["entrypoint"])
+    campaign = shlex.split(objects("rayjob-campaign.yaml")[0]["spec"]["entrypoint"])
+    tasks = [word.partition(":")[0] for flag, word in pairwise(sweep) if flag == "--calibration"]
+    tasks += campaign[campaign.index("--tasks") + 1].split(",")
+    assert all(f"'{task}:1'" in script for task in tasks)
+    models = {sweep[sweep.index("--model") + 1], campaign[campaign.index("--model") + 1]}
+    assert all(f"hf download {model}" in script for model in models)
+
+
+def test_the_ray_up_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import start
+
+    config = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
+    prepared: Callable[[Any], Any] = prepare_config
+    config = prepared(config)
+    validate_config(config)
+    options = " ".join(config["docker"]["run_options"])
+    assert "RAY_AUTH_MODE=token" in options and "RAY_AUTH_TOKEN_PATH=" in options
+    for kind in ("head", "worker"):
+        line = config[f"{kind}_start_ray_commands"][-1].rpartition("; ")[2]
+        context = start.make_context("start", shlex.split(line)[2:])
+        assert (context.params["num_cpus"] == 0) == (kind == "head")
+        if kind == "head":
+            assert context.params["dashboard_host"] == "127.0.0.1"

@@ -1,0 +1,180 @@
+"""--print-submission-id: one id per attempt on a folder, without work; and one driver at a time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import campaign, common, lc_sweep
+from reports.campaign import CampaignManifest
+from reports.manifest import Manifest, State
+from reports.store import Folder
+from shortv.errors import Refused, ShortVError
+from shortv.workers import running
+from shortv.workers.campaign.driver import run_campaign
+from shortv.workers.driver_lock import LOCK_NAME, one_driver
+from shortv.workers.outcome import UnitResult
+from shortv.workers.submission import campaign_submission_id, sweep_submission_id
+from shortv.workers.sweep import run_sweep
+from shortv.workers.units import plan_units
+from tests.workers.campaign.fakes import FakeRunner, recipe
+from tests.workers.fakes import FakeEngine, make_request
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = ("jobs/lc_sweep.py", "--model", "a/b", "--calibration", "gqa:20")
+CAMPAIGN = ("jobs/campaign.py", "--tasks", "shapes", "--plans", "first@3,last@3")
+
+
+def printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, job: Any, *arguments: object, status: int = 0
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["job.py", *map(str, arguments), "--print-submission-id"])
+    with pytest.raises(SystemExit) as ended:
+        common.run(job.main)
+    assert (ended.value.code or 0) == status
+    said = capsys.readouterr()
+    return said.out.strip() if status == 0 else said.err
+
+
+@pytest.mark.parametrize("command", [SWEEP, CAMPAIGN])
+def test_it_needs_neither_torch_nor_ray_and_writes_nothing(command: tuple[str, ...], tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended: assert not ended.code, ended.code\n"
+        "assert {'torch', 'ray', 'transformers'}.isdisjoint(sys.modules)"
+    )
+    job, *rest = command
+    arguments = [job, *rest, "--output-path", str(tmp_path / "out"), "--print-submission-id"]
+    script = f"import sys; sys.argv = {arguments!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    prefix = "lc" if command is SWEEP else "campaign"
+    name, digest, attempt = done.stdout.strip().split("-")
+    assert (name, len(digest), attempt) == (prefix, 12, "1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hash_is_of_what_decides_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(*more: object, out: str = "out") -> str:
+        return printed(capsys, monkeypatch, lc_sweep, *SWEEP[1:], "--output-path", tmp_path / out, *more)
+
+    assert sweep() == sweep("--workers", "1:4", "--device", "cpu", "--stack", 2, "--fail-on-error", "0.5")
+    others = {sweep("--seed", 1), sweep("--batch-size", 4), sweep("--modes", "all"), sweep(out="other")}
+    assert len({sweep(), *others}) == 5
+    monkeypatch.chdir(tmp_path)
+    assert printed(capsys, monkeypatch, lc_sweep, *SWEEP[1:], "--output-path", "out") == sweep()
+
+    def judge(*more: object) -> str:
+        return printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "out", *more)
+
+    assert judge() == judge("--replicas", 3, "-b", 2, "--retry-failed", "--device", "cpu", "--num-concurrent", 9)
+    assert len({judge(), judge("--seed", 1), judge("--limit", 5), judge("--plans", "first@2")}) == 4
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = (*SWEEP[1:], "--output-path", out)
+    assert "--batch-size is 0" in printed(capsys, monkeypatch, lc_sweep, *arguments, "-b", 0, status=2)
+    assert run_campaign(recipe(out), runner=FakeRunner()) == 0
+    assert "of kind 'campaign'" in printed(capsys, monkeypatch, lc_sweep, *arguments, status=2)
+    assert not printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "new").endswith("2")
+
+
+def measure_here(prepared: Any, journal: Any, scratch: Path, console: Any) -> dict[str, Any]:
+    """Measure every unit in this process."""
+    request = prepared.request
+    layers = prepared.architecture.num_layers
+    for unit in plan_units(
+        n_batches=len(prepared.batches), num_layers=layers, modes=request.modes, workers=1, finished=journal.finished()
+    ):
+        batch = prepared.batches[unit.batch]
+        found = prepared.engine.measure("loaded", batch, layers=unit.layers, modes=request.modes, stack=None)
+        journal.save(UnitResult(unit_id=unit.unit_id, measured=found).to_json(), unit.unit_id)
+    return {}
+
+
+def fail(*_: Any) -> dict[str, Any]:
+    raise ShortVError("the work on Ray failed")
+
+
+def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(tmp_path, samples=4)
+    first = sweep_submission_id(request)
+    assert first.endswith("-1")
+    monkeypatch.setattr(running, "run_units", fail)
+    for attempt in (2, 3):
+        with pytest.raises(ShortVError, match="on Ray failed"):
+            run_sweep(request, engine=FakeEngine())
+        assert sweep_submission_id(request) == f"{first[:-2]}-{attempt}"
+    monkeypatch.setattr(running, "run_units", measure_here)
+    assert run_sweep(request, engine=FakeEngine()) == 0
+    assert sweep_submission_id(replace(request, workers=None)) == f"{first[:-2]}-4"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert run_sweep(request, engine=FakeEngine()) == 0, "a finished sweep is shown"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert Manifest.load(Folder(request.output_path)).attempts == 3
+
+
+def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "out")
+    first = campaign_submission_id(asked)
+    assert first.endswith("-1")
+    assert run_campaign(asked, runner=FakeRunner()) == 0
+    assert campaign_submission_id(asked) == f"{first[:-2]}-2"
+    assert run_campaign(asked, runner=FakeRunner()) == 0, "a finished campaign is shown"
+    assert CampaignManifest.load(Folder(asked.output_path)).attempts == 1
+    more = replace(asked, plans=(*asked.plans, "first@2"))
+    assert run_campaign(more, runner=FakeRunner()) == 0
+    assert campaign_submission_id(more).endswith("-3") and campaign_submission_id(more)[:-2] != first[:-2]
+
+
+def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(tmp_path, samples=4)
+
+    def run_another(*arguments: Any) -> dict[str, Any]:
+        with pytest.raises(Refused, match=r"out is in use by process \d+ on .*; wait until it has ended"):
+            run_sweep(request, engine=FakeEngine())
+        return measure_here(*arguments)
+
+    monkeypatch.setattr(running, "run_units", run_another)
+    assert run_sweep(request, engine=FakeEngine()) == 0
+    assert Manifest.load(Folder(request.output_path)).attempts == 1
+
+
+def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortv.workers import sweep
+
+    request = make_request(tmp_path, samples=4)
+    monkeypatch.setattr(running, "run_units", measure_here)
+    prepare = sweep.prepare
+
+    def prepare_slowly(*arguments: Any) -> Any:
+        prepared = prepare(*arguments)
+        monkeypatch.setattr(sweep, "prepare", prepare)
+        assert run_sweep(request, engine=FakeEngine()) == 0
+        monkeypatch.setattr(running, "run_units", fail)
+        return prepared
+
+    monkeypatch.setattr(sweep, "prepare", prepare_slowly)
+    assert run_sweep(request, engine=FakeEngine()) == 0
+    manifest = Manifest.load(Folder(request.output_path))
+    assert manifest.state is State.COMPLETE and manifest.attempts == 1
+
+
+def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(tmp_path, samples=4)
+    with one_driver(Folder(request.output_path)):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
+    monkeypatch.setattr(running, "run_units", measure_here)
+    assert run_sweep(request, engine=FakeEngine()) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["attempts"] == 1
