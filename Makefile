@@ -32,8 +32,9 @@ page: demo ## Write the page of runs/demo, and its picture reports/page.png
 docs: .venv/.installed ## Write reports/TABLES.md from reports/fields.py
 	$(BIN)/python -m reports.documentation
 
-test: .venv/.installed ## Run the tests (no slow, gpu, browser)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+test: .venv/.installed ## Run the tests (no slow, gpu, browser); those that start Ray one by one
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not browser and not ray"
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu and not browser"
 
 test-slow: .venv/.installed ## Run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu and not browser" || test $$? -eq 5 # 5: no such test

@@ -1,4 +1,4 @@
-"""Speed of this project against the baseline, in one run: `python jobs/bench.py sweep`, `prefill` or `campaign`."""
+"""Speed of this project against the baseline, in one run: sweep, prefill, campaign or scheduling."""
 
 from __future__ import annotations
 
@@ -114,6 +114,24 @@ def campaign(limit: int, seconds: float, parts: Sequence[str]) -> int:
             click.echo(f"{way:28}{scores['exact_match,none']:.4f}")
         same = all(scores == next(iter(found.values())) for scores in found.values())
         click.echo(f"all metrics of all ways are {'equal' if same else 'NOT equal'}")
+    return 0
+
+
+@bench.command()
+@option("--workers", default="1,2,4,8,16", show_default=True, help="Numbers of workers, one sweep each.")
+@option("--units", default=20, show_default=True, type=click.IntRange(1), help="Units per worker.")
+@option("--unit-seconds", default=1.0, show_default=True, type=click.FloatRange(0.01), help="Length of a unit.")
+def scheduling(workers: str, units: int, unit_seconds: float) -> int:
+    """Sweeps by workers with GPUs in name only, whose units sleep: what handing out units costs."""
+    from shortv.errors import Refused
+    from shortv.workers.bench.scheduling import bench_scheduling
+
+    if not all(part.strip().isdecimal() and int(part) for part in workers.split(",")):
+        raise Refused(f"--workers is {workers!r}; give numbers such as 1,2,4")
+    click.echo(f"{'workers':>8}{'units':>7}{'seconds':>9}{'of ideal':>10}   (units of {unit_seconds:g} s)")
+    for count in map(int, workers.split(",")):
+        found = bench_scheduling(bundled("model"), count, units_each=units, unit_seconds=unit_seconds)
+        click.echo(f"{found.workers:>8}{found.units:>7}{found.seconds:>9.1f}{found.efficiency:>10.1%}")
     return 0
 
 

@@ -41,6 +41,8 @@ UNIT_SCHEMA = pa.schema(
         ),
     ]
 )
+# Units per worker from which on one that waits behind another costs less than it saves.
+_MANY_UNITS = 8
 # A unit of a large model may take long; Ray Data gives up when no unit ends for this time.
 NO_PROGRESS_SECONDS = 6 * 3600.0
 
@@ -88,11 +90,20 @@ def _pipeline(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Dataset:
             # One unit; with GPUs Ray Data insists on a number.
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=pool.low, max_size=pool.high, max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(
+                min_size=pool.low,
+                max_size=pool.high,
+                max_tasks_in_flight_per_actor=_in_flight(len(paths), pool),
+            ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             scheduling_strategy="SPREAD",
         )
+
+
+def _in_flight(units: int, pool: Pool) -> int:
+    """Units that a worker holds: a second one hides the driver's answer, but with few units others would lack it."""
+    return 2 if units >= _MANY_UNITS * pool.high else 1
 
 
 @contextmanager
@@ -111,7 +122,7 @@ def _free_sampling() -> Iterator[None]:
 
 @contextmanager
 def _quiet_context() -> Iterator[None]:
-    """Ray Data without its own progress bars, with a pool that grows and a reader whose tasks can be bound to a node."""
+    """Ray Data without progress bars of its own, with pools that grow, and a reader that can be bound to a node."""
     context = DataContext.get_current()
     names = ("enable_progress_bars", "use_datasource_v2", "execution_no_progress_timeout_s", "print_on_execution_start")
     before = {name: getattr(context, name) for name in names if hasattr(context, name)}

@@ -22,6 +22,7 @@ from shortv.workers.engine import Engine, ModelEngine
 from shortv.workers.finish import finish
 from shortv.workers.folder import NOT_DECIDING, check_output, open_folder
 from shortv.workers.journal import Journal
+from shortv.workers.page import write_report
 from shortv.workers.request import SweepRequest
 from shortv.workers.shipping import folder_digest
 from shortv.workers.stopping import stop_on_signal
@@ -58,13 +59,16 @@ def run_sweep(request: SweepRequest, *, engine: Engine | None = None, console: C
     console = console or Console()
     with stop_on_signal():
         prepared = prepare(request, engine or ModelEngine())
-        if prepared.manifest.state is State.RUNNING:
+        running = prepared.manifest.state is State.RUNNING
+        if running:
             with one_driver(prepared.folder):
                 prepared = _measured(prepared, console)
         else:
             # The run that finished may have been killed before this.
             Journal(prepared.folder).remove()
-        return _report(prepared, console)
+        status = _report(prepared, console)
+        write_report(prepared.folder, console, anew=running)
+        return status
 
 
 def prepare(request: SweepRequest, engine: Engine) -> Prepared:

@@ -23,6 +23,7 @@ from shortv.workers.campaign.results import RunCell, Runner
 from shortv.workers.campaign.scores import Scores
 from shortv.workers.campaign.summary import main_metric, print_summary
 from shortv.workers.campaign.tables import build_tables
+from shortv.workers.page import write_report
 from shortv.workers.stopping import Stopped, stop_on_signal
 
 PARTIAL_STATUS = 3
@@ -42,8 +43,10 @@ def run_campaign(recipe: Recipe, *, runner: Runner, console: Console | None = No
             _say(console, f"Warning: {warning}")
         with open_campaign(recipe.output_path) as folder:
             run = _Run(prepared=prepared, runner=runner, folder=folder, console=console)
-            run.run()
-            return run.report()
+            worked = run.run()
+            status = run.report()
+            write_report(folder.folder, console, anew=worked)
+            return status
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,8 +63,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.scores = Scores(self.folder, seed=self.prepared.recipe.seed)
 
-    def run(self) -> None:
-        """Run what is missing; a finished campaign of the same recipe is left as it is."""
+    def run(self) -> bool:
+        """Run what is missing and return True; a finished campaign of the same recipe is left as it is."""
         started = time.monotonic()
         before = self.folder.manifest()
         found = self.folder.find(self.prepared.cells)
@@ -73,7 +76,7 @@ class _Run:
         _say(self.console, f"{len(keys)} cells, {len(keys) - len(pending)} finished")
         wanted = describe_run(self.prepared, before)
         if not pending and before == final_manifest(wanted, self.records, before) and self.folder.has_tables():
-            return
+            return False
         self.folder.folder.check_writable()
         wanted.save(self.folder.folder)
         for model in dict.fromkeys(cell.model.name for cell in pending):
@@ -81,6 +84,7 @@ class _Run:
         self._write_tables()
         seconds = time.monotonic() - started
         final_manifest(wanted, self.records, None, seconds=seconds).save(self.folder.folder)
+        return True
 
     def report(self) -> int:
         """Print the tables and the failures; returns the exit status."""

@@ -1,0 +1,77 @@
+"""Write the HTML page of a sweep or campaign folder; one file, which opens offline.
+
+    python jobs/report.py runs/demo
+    python jobs/report.py runs/campaign --output /tmp/campaign.html
+    python jobs/report.py runs/new --against runs/old
+
+Without --output the page is FOLDER/report.html, with --against FOLDER/report-against.html; its links lead to the
+Parquet files beside it. A run that is not finished gets a page that says so.
+Exit status: 0 the page is there, 1 it could not be written, 2 refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+if not __package__:  # run as a script, perhaps in a Ray working directory where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import click
+
+from jobs.common import option, run
+from reports.page import PAGE_NAME
+from reports.store import Folder
+from shortv.errors import Refused, ShortVError
+from shortv.workers.folder import check_output
+
+AGAINST_NAME = "report-against.html"
+
+
+@click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
+@click.argument("folder")
+@option("--output", "--output-path", "--output_path", help="File or URI of the page.  [default: FOLDER/report.html]")
+@option("--against", help="Another folder of the same kind to compare with.")
+def main(folder: str, output: str | None, against: str | None) -> int:
+    check_output(output or folder, "--output" if output else "FOLDER")
+    source = Folder(folder)
+    target, name = place_of(source, output, PAGE_NAME if against is None else AGAINST_NAME)
+    # Plotting takes a second to import, and --help needs none of it.
+    from reports.page.building import build_page
+    from reports.page.rendering import render
+
+    try:
+        page = build_page(source, against=Folder(against) if against else None, links=links(source, target))
+    except ShortVError as error:
+        # No work has started: a folder that cannot be read is refused, whatever the reason.
+        raise Refused(str(error)) from error
+    target.write_bytes(name, render(page))
+    state = "" if page.state == "complete" else f", of a run that is {page.state}"
+    click.echo(f"written to {target.shown}/{name}{state}")
+    return 0
+
+
+def place_of(source: Folder, output: str | None, default: str) -> tuple[Folder, str]:
+    """Return the folder and the name of the page; a folder as output gets the default name."""
+    if output is None:
+        return source, default
+    if output.endswith("/") or Path(output).is_dir():
+        return Folder(output), default
+    parent, slash, name = output.rpartition("/")
+    return Folder(parent + slash or "."), name
+
+
+def links(source: Folder, target: Folder) -> str | None:
+    """Return the way from the page to the run's files, None where one of them is not a local folder."""
+    if source is target:
+        return ""
+    if source.local_path is None or target.local_path is None:
+        return None
+    way = os.path.relpath(source.local_path.resolve(), target.local_path.resolve())
+    return "" if way == "." else quote(way) + "/"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,184 @@
+"""What a page needs from a campaign folder, checked against itself."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from reports.campaign import CampaignManifest
+from reports.manifest import State
+from reports.store import Folder
+from shortv.errors import Refused
+
+Row = Mapping[str, Any]
+_NORMAL_95: Final = 1.96
+_LONGEST_REASON: Final = 300
+# What the page reads of each model, plan and task in the manifest.
+_ITEMS: Final = {"models": {"name"}, "plans": {"model", "name", "kind", "digest", "modes"}, "tasks": {"name"}}
+# What a plan is to the reader, in the order of the colours.
+KINDS: Final = ["LC plan", "random control", "first-layers control", "last-layers control", "full model", "plan file"]
+_LABELS: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3]}
+
+
+class Failures(NamedTuple):
+    """How many samples of a cell failed for one reason."""
+
+    model: str
+    plan: str
+    task: str
+    reason: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One plan on one model and task: its main metric with the half-width of a 95 % interval, and its speed."""
+
+    plan: str
+    kind: str
+    n: int
+    errors: int
+    flops_ratio: float | None
+    value: float | None
+    half_width: float | None = None
+    prefill_ms: float | None = None
+    prefill_ratio: float | None = None
+    latency_ms: float | None = None
+    samples_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All plans of one model on one task, and the metric that they are judged by."""
+
+    model: str
+    task: str
+    metric: str | None
+    points: Sequence[Point]
+    comparisons: Sequence[Row]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignData:
+    """A campaign folder: rows of its tables, and why samples failed."""
+
+    manifest: CampaignManifest
+    cells: Sequence[Row]
+    metrics: Sequence[Row]
+    comparisons: Sequence[Row]
+    speed: Sequence[Row]
+    failures: Sequence[Failures]
+
+    def groups(self) -> list[Group]:
+        """Return a group for each model and task, in the order of the cells."""
+        names = dict.fromkeys((str(row["model"]), str(row["task"])) for row in self.cells)
+        return [self._group(model, task) for model, task in names]
+
+    def _group(self, model: str, task: str) -> Group:
+        def own(rows: Sequence[Row]) -> list[Row]:
+            return [row for row in rows if (row["model"], row["task"]) == (model, task)]
+
+        metrics, speed = own(self.metrics), {row["plan"]: row for row in own(self.speed)}
+        named = next((item.get("main_metric") for item in self.manifest.tasks if item.get("name") == task), None)
+        metric = named or next((str(row["metric"]) for row in metrics), None)
+        # A task may have one metric under several filters; the first is the one that its configuration names first.
+        scores = {row["plan"]: row for row in reversed(metrics) if row["metric"] == metric}
+        kinds = {item["name"]: kind_of_plan(item) for item in self.manifest.plans if item["model"] == model}
+        base = (speed.get("full") or {}).get("prefill_ms_median")
+        points = [
+            _point(cell, kinds.get(cell["plan"], KINDS[5]), scores.get(cell["plan"]), speed.get(cell["plan"], {}), base)
+            for cell in own(self.cells)
+        ]
+        return Group(model=model, task=task, metric=metric, points=points, comparisons=own(self.comparisons))
+
+
+def kind_of_plan(plan: Row) -> str:
+    """Return what a plan of the manifest is to the reader; a plan file says itself how its layers were ordered."""
+    order = (plan.get("source") or {}).get("order")
+    if plan["kind"] == "plan" and order == "lc":
+        return KINDS[0]
+    return _LABELS.get(str(order if plan["kind"] == "plan" else plan["kind"]), KINDS[5])
+
+
+def half_width(row: Row) -> float | None:
+    """Return half of the 95 % interval of a metric, by the standard error that claims least."""
+    errors = [row[name] for name in ("stderr_clustered", "stderr", "stderr_clt")]
+    known = next((error for error in errors if error is not None and error == error), None)
+    return None if known is None else _NORMAL_95 * float(known)
+
+
+def _point(cell: Row, kind: str, score: Row | None, speed: Row, base_ms: float | None) -> Point:
+    own_ms = speed.get("prefill_ms_median")
+    return Point(
+        plan=cell["plan"],
+        kind=kind,
+        n=cell["n"],
+        errors=cell["errors"],
+        flops_ratio=cell["flops_ratio"],
+        value=score["value"] if score else None,
+        half_width=half_width(score) if score else None,
+        prefill_ms=own_ms,
+        prefill_ratio=own_ms / base_ms if own_ms is not None and base_ms else None,
+        latency_ms=speed.get("latency_ms_median"),
+        samples_per_second=speed.get("samples_per_second"),
+    )
+
+
+def read_campaign_data(folder: Folder) -> CampaignData:
+    """Read a campaign folder. Raises ShortVError when it is none, is damaged, or contradicts itself."""
+    manifest = CampaignManifest.load(folder)
+    finished = manifest.state is not State.RUNNING
+    tables = {name: _rows(folder, name, finished) for name in ("cells", "metrics", "comparisons", "speed")}
+    _check_items(manifest, folder)
+    if finished:
+        _check(manifest, tables, folder)
+    failures = [item for cell in tables["cells"] if cell["errors"] for item in _failures(folder, cell)]
+    return CampaignData(manifest=manifest, failures=failures, **tables)
+
+
+def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
+    if folder.exists(f"{name}.parquet"):
+        rows: list[dict[str, Any]] = folder.read_table(name).to_pylist()
+        return rows
+    if needed:
+        raise Refused(f"{folder.shown} lacks {name}.parquet although its run has ended; run the campaign again")
+    return []
+
+
+def _check_items(manifest: CampaignManifest, folder: Folder) -> None:
+    for name, keys in _ITEMS.items():
+        for item in getattr(manifest, name):
+            if not isinstance(item, Mapping) or not keys <= item.keys() or not isinstance(item.get("modes", []), list):
+                raise Refused(
+                    f"the manifest of {folder.shown} lists {name} without {', '.join(sorted(keys))}; it was changed by "
+                    "hand: run the campaign again"
+                )
+
+
+def _check(manifest: CampaignManifest, tables: Mapping[str, Sequence[Row]], folder: Folder) -> None:
+    keys = {row["cell"] for row in tables["cells"]}
+    said = manifest.counts.get("cells", 0)
+    strange = {row["cell"] for name in ("metrics", "speed") for row in tables[name]} - keys
+    if len(keys) != said or strange:
+        raise Refused(
+            f"the manifest of {folder.shown} counts {said} cells, cells.parquet holds {len(keys)} and other tables "
+            f"{len(strange)} that it lacks; the folder is damaged or being written: run the campaign again"
+        )
+
+
+def _failures(folder: Folder, cell: Row) -> Iterator[Failures]:
+    names = (cell["model"], cell["plan"], cell["task"])
+    answers = f"answers/{cell['cell']}.parquet"
+    # The other plan of the same modes tells of the same answers.
+    if cell["same_as"] is not None:
+        return
+    if not folder.exists(answers):
+        yield Failures(*names, _cut(cell["message"] or "no reason was recorded"), cell["errors"])
+        return
+    counts = Counter(_cut(error) for error in folder.read_table(answers)["error"].drop_null().to_pylist())
+    for reason, count in counts.most_common():
+        yield Failures(*names, reason, count)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"

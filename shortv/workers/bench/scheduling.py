@@ -1,0 +1,127 @@
+"""What handing out units costs: workers with GPUs that exist in name only, and units that sleep."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from rich.console import Console
+
+from shortv.architecture import Architecture
+from shortv.families import load_architecture
+from shortv.plan import Mode
+from shortv.records import LcRecord, UsedSample
+from shortv.sample import Sample
+from shortv.workers.outcome import Measured
+from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+from shortv.workers.sweep import run_sweep
+
+
+class Scheduling(NamedTuple):
+    """Of a sweep by so many workers: its units, and the share of the workers' time that was spent in them.
+
+    Counted from the moment when the last worker began its first unit, so without the start of workers.
+    """
+
+    workers: int
+    units: int
+    seconds: float
+    efficiency: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SleepEngine:
+    """An engine without a model: each unit takes its time, and is written down."""
+
+    architecture: Architecture
+    unit_seconds: float
+    trace: Path
+
+    def describe(self, spec: ModelSpec) -> Architecture:
+        """The sizes of the bundled model."""
+        return self.architecture
+
+    def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
+        """Nothing to load."""
+        return "nothing"
+
+    def measure(
+        self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
+    ) -> Measured:
+        """Sleep, and give every sample and layer a divergence."""
+        started = time.monotonic()
+        time.sleep(self.unit_seconds)
+        # One machine has one monotonic clock for all processes.
+        span = {"worker": os.getpid(), "started": started, "ended": time.monotonic()}
+        (self.trace / f"{os.getpid()}-{started}.json").write_text(json.dumps(span))
+        return Measured(
+            records=tuple(
+                LcRecord(
+                    sample_id=sample.sample_id,
+                    mode=mode,
+                    layer=layer,
+                    kl_full_ablated=1.0 + layer,
+                    kl_ablated_full=1.0 + layer,
+                    top1_changed=False,
+                )
+                for sample in samples
+                for mode in modes
+                for layer in layers
+            ),
+            used=tuple(
+                UsedSample(sample_id=one.sample_id, dataset=None, prompt=one.prompt, answer=None, n_text=1, n_visual=1)
+                for one in samples
+            ),
+            noise_floor=0.0,
+        )
+
+
+def bench_scheduling(model: str, workers: int, *, units_each: int, unit_seconds: float) -> Scheduling:
+    """Sweep with so many workers, each with a GPU in name, `units_each` units for each."""
+    with tempfile.TemporaryDirectory(prefix="shortv-bench-") as folder:
+        trace = Path(folder, "trace")
+        trace.mkdir()
+        engine = SleepEngine(architecture=load_architecture(model), unit_seconds=unit_seconds, trace=trace)
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address="local", num_cpus=1, num_gpus=workers, **quiet)
+        try:
+            request = _request(Path(folder), workers, workers * units_each)
+            run_sweep(request, engine=engine, console=Console(file=io.StringIO()))
+        finally:
+            ray.shutdown()
+        spans = [json.loads(path.read_text()) for path in trace.iterdir()]
+    return _scheduling(workers, spans)
+
+
+def _request(folder: Path, workers: int, units: int) -> SweepRequest:
+    calibration = folder / "calibration.parquet"
+    rows = [{"sample_id": f"s{number:04d}", "images": [b"-"], "prompt": "?"} for number in range(units)]
+    schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), calibration)
+    return SweepRequest(
+        model=ModelSpec(name="sleep"),
+        calibration=(str(calibration),),
+        output_path=str(folder / "out"),
+        modes=(Mode.FREEZE_VISUAL,),
+        batch_size=1,
+        workers=WorkerRange(workers, workers),
+    )
+
+
+def _scheduling(workers: int, spans: Sequence[dict[str, float]]) -> Scheduling:
+    first: dict[float, float] = {}
+    for span in spans:
+        first[span["worker"]] = min(span["started"], first.get(span["worker"], span["started"]))
+    begin, end = max(first.values()), max(span["ended"] for span in spans)
+    busy = sum(max(0.0, span["ended"] - max(span["started"], begin)) for span in spans)
+    return Scheduling(workers, len(spans), end - begin, busy / (workers * (end - begin)))
