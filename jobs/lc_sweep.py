@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script, perhaps in a Ray working directory where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +24,14 @@ import click
 from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.records import KlDirection
-from shortv.workers.request import DEFAULT_MODES, ModelSpec, SweepRequest, parse_modes, parse_workers
+from shortv.workers.request import (
+    DEFAULT_MODES,
+    ModelSpec,
+    SweepRequest,
+    parse_modes,
+    parse_workers,
+    read_chat_template,
+)
 
 
 @click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
@@ -74,12 +82,8 @@ def main(
     trust_remote_code: bool,
     chat_template: str | None,
     workers: str | None,
-    gpus_per_worker: float,
-    device: str,
-    layers_per_unit: int | None,
-    stack: int | None,
-    fail_on_error: float,
     print_submission_id: bool,
+    **how: Any,
 ) -> int:
     if not calibration:
         if model:
@@ -91,7 +95,7 @@ def main(
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
-        chat_template=_text(chat_template),
+        chat_template=read_chat_template(chat_template),
     )
     request = SweepRequest(
         model=spec,
@@ -104,11 +108,7 @@ def main(
         seed=seed,
         include_path=include_path,
         workers=parse_workers(workers) if workers else None,
-        gpus_per_worker=gpus_per_worker,
-        device=device,
-        layers_per_unit=layers_per_unit,
-        stack=stack,
-        fail_on_error=fail_on_error,
+        **how,
     )
     if print_submission_id:
         from shortv.workers.submission import sweep_submission_id
@@ -120,13 +120,6 @@ def main(
     from shortv.workers.sweep import run_sweep
 
     return run_sweep(request)
-
-
-def _text(path: str | None) -> str | None:
-    try:
-        return Path(path).read_text() if path else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"chat template {path} cannot be read: {error}; give a Jinja text file") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortv.errors import Refused
@@ -86,6 +87,14 @@ class SweepRequest:
             raise Refused(f"--fail-on-error is {self.fail_on_error:g}; give a share of samples between 0 and 1")
         if self.gpus_per_worker <= 0 or (self.gpus_per_worker > 1 and self.gpus_per_worker % 1):
             raise Refused(f"--gpus-per-worker is {self.gpus_per_worker:g}; give a whole number, or a share below 1")
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The text of a Jinja file; raises Refused when it cannot be read."""
+    try:
+        return Path(path).read_text() if path else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"chat template {path} cannot be read: {error}; give a Jinja text file") from error
 
 
 def parse_workers(text: str, option: str = "--workers") -> WorkerRange:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from shortv.errors import Refused
-from shortv.workers.request import ModelSpec, WorkerRange, parse_workers
+from shortv.workers.request import ModelSpec, WorkerRange, parse_workers, read_chat_template
 
 BUNDLED_NAME = "shortv-tiny"
 """The name under which the bundled model is served unless another is given."""
@@ -98,7 +98,7 @@ class EndpointArguments:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
-            chat_template=_text(self.chat_template),
+            chat_template=read_chat_template(self.chat_template),
         )
 
 
@@ -123,10 +123,3 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         return kind(value)
     except (TypeError, ValueError):
         raise Refused(f"{name} is {value!r}; give a {'whole number' if kind is int else 'number'}") from None
-
-
-def _text(path: str | None) -> str | None:
-    try:
-        return Path(path).read_text() if path else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"chat template {path} cannot be read: {error}; give a Jinja text file") from error

@@ -111,7 +111,7 @@ class Engine:
                 self._turn()
         except BaseException as error:
             self._lost = f"the engine failed: {type(error).__name__}"
-            LOG.exception("the engine failed")
+            LOG.critical("the engine failed: %s\n%s", type(error).__name__, _frames(error))
         finally:
             self._applied.close()
             self._ended = True
@@ -249,5 +249,9 @@ def _fail(row: Row, error: Exception) -> None:
         row.fail(Reason.INVALID, str(error))
         return
     # The message of a foreign error may hold a piece of the conversation; where it happened does not.
-    LOG.error("a request failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    LOG.error("a request failed: %s\n%s", type(error).__name__, _frames(error))
     row.fail(Reason.INTERNAL, f"the request failed with {type(error).__name__}; the replica goes on")
+
+
+def _frames(error: BaseException) -> str:
+    return "".join(traceback.format_tb(error.__traceback__))
