@@ -1,12 +1,15 @@
-"""Write the HTML page of a sweep or campaign folder; one file, which opens offline.
+"""Write the HTML page of a sweep or campaign folder, which opens offline; or serve a folder of such folders.
 
     python jobs/report.py runs/demo
     python jobs/report.py runs/campaign --output /tmp/campaign.html
     python jobs/report.py runs/new --against runs/old
+    python jobs/report.py --serve runs
 
 Without --output the page is FOLDER/report.html, with --against FOLDER/report-against.html; its links lead to the
 Parquet files beside it. A run that is not finished gets a page that says so.
-Exit status: 0 the page is there, 1 it could not be written, 2 refused.
+With --serve FOLDER is the folder, or object-store URI, above the runs: their list, pages and tables are served until
+SIGTERM or Ctrl-C. A key is sent as `Authorization: Bearer KEY`, or by a browser as the password to any name.
+Exit status: 0 the page is there or serving has ended, 1 it could not be written, 2 refused.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 if not __package__:  # run as a script, perhaps in a Ray working directory where nothing is installed
@@ -34,7 +38,15 @@ AGAINST_NAME = "report-against.html"
 @click.argument("folder")
 @option("--output", "--output-path", "--output_path", help="File or URI of the page.  [default: FOLDER/report.html]")
 @option("--against", help="Another folder of the same kind to compare with.")
-def main(folder: str, output: str | None, against: str | None) -> int:
+@option("--serve", is_flag=True, help="Serve the runs below FOLDER instead.")
+@option("--host", help="With --serve: [default: 127.0.0.1 without --api-key-file, 0.0.0.0 with it]")
+@option("--port", type=click.IntRange(1, 65535), help="With --serve: [default: 8080]")
+@option("--api-key-file", help="With --serve: file with one accepted API key per line.")
+def main(folder: str, output: str | None, against: str | None, serve: bool, **serving: Any) -> int:
+    if serve:
+        return serve_runs(folder, output or against, **serving)
+    if any(value is not None for value in serving.values()):
+        raise click.UsageError("--host, --port and --api-key-file need --serve.")
     check_output(output or folder, "--output" if output else "FOLDER")
     source = Folder(folder)
     target, name = place_of(source, output, PAGE_NAME if against is None else AGAINST_NAME)
@@ -51,6 +63,15 @@ def main(folder: str, output: str | None, against: str | None) -> int:
     state = "" if page.state == "complete" else f", of a run that is {page.state}"
     click.echo(f"written to {target.shown}/{name}{state}")
     return 0
+
+
+def serve_runs(root: str, other: str | None, *, host: str | None, port: int | None, api_key_file: str | None) -> int:
+    """Serve the runs below a root until a signal comes. Raises Refused, or click's error where a page is asked for."""
+    if other is not None:
+        raise click.UsageError("--output and --against write a page; leave them out with --serve.")
+    from reports.service.run import run_service
+
+    return run_service(root, host=host, port=port or 8080, api_key_file=api_key_file, say=click.echo)
 
 
 def place_of(source: Folder, output: str | None, default: str) -> tuple[Folder, str]:

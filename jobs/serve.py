@@ -29,6 +29,7 @@ from shortv.workers.serving.arguments import BUNDLED_NAME, EndpointArguments
 @option("--host", help="Address to bind to. [default: 127.0.0.1 without --api-key-file, 0.0.0.0 with it]")
 @option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @option("--api-key-file", help="File with one accepted API key per line.")
+@option("--reports", help="Folder or URI above sweeps and campaigns, whose pages and tables are served at /reports/.")
 @option("--replicas", default="1", show_default=True, help="N, or MIN:MAX to follow the load.")
 @option("--gpus-per-replica", type=float, default=1, show_default=True, help="Above 1 spreads the model over them.")
 @option("--cpus-per-replica", type=float, help="[default: an even share, less one for everything else]")

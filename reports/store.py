@@ -126,11 +126,7 @@ class Folder:
             table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ShortVError(f"{shown} is not a whole Parquet file: {one_line(error)}") from error
-        version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-        if version != str(SCHEMA_VERSION):
-            raise ShortVError(f"{shown} has schema version {version}, expected {SCHEMA_VERSION}; run the sweep again")
-        if not table.schema.equals(schema_of(name)):
-            raise ShortVError(f"{shown} has columns {table.schema.names}, expected {schema_of(name).names}")
+        check_schema(table.schema, name, shown)
         return table
 
     def read_tables(self, name: str) -> pa.Table:
@@ -178,6 +174,15 @@ class Folder:
 
     def _shown(self, name: str) -> str:
         return f"{self.shown}/{name}" if name else self.shown
+
+
+def check_schema(schema: pa.Schema, name: str, shown: str) -> None:
+    """Raise ShortVError when a file's schema is not that of its table, or of another version."""
+    version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise ShortVError(f"{shown} has schema version {version}, expected {SCHEMA_VERSION}; run the sweep again")
+    if not schema.equals(schema_of(name)):
+        raise ShortVError(f"{shown} has columns {schema.names}, expected {schema_of(name).names}")
 
 
 def _parquet(name: str) -> str:

@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from shortv.api_keys import key_digests_of
 from shortv.errors import ShortVError
 from shortv.plan import Plan
 from shortv.workers.cluster import first_line, living_nodes
@@ -28,7 +29,6 @@ from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.face import Endpoint
 from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
-from shortv.workers.serving.security import key_digests_of
 from shortv.workers.serving.settings import EndpointSettings
 from shortv.workers.shipping import ShippedFolder, folder_digest, ship
 from shortv.workers.worker import Environment
@@ -148,7 +148,7 @@ def build(arguments: EndpointArguments) -> Any:
         ray_actor_options={"num_cpus": 0},
         logging_config=_LOGGING,
     )
-    return face.bind(replicas_of(arguments), arguments.served_name, settings)
+    return face.bind(replicas_of(arguments), arguments, settings)
 
 
 def replicas_of(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) -> Any:

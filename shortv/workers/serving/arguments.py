@@ -22,6 +22,7 @@ class EndpointArguments:
 
     `plans` are files, folders or published names, as a list or as text parted by commas. `replicas` is `N` or
     `MIN:MAX`. Times are in seconds. `max_queued` bounds the questions that wait in a replica.
+    `reports` is the folder or object-store URI above runs to serve below /reports/.
     """
 
     model: str = ""
@@ -42,6 +43,7 @@ class EndpointArguments:
     max_body_mb: float = 20.0
     max_image_megapixels: float = 36.0
     api_key_file: str | None = None
+    reports: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_queued", "timeout", "max_body_mb", "max_image_megapixels", "gpus_per_replica"):

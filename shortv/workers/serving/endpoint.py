@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from shortv.chat import Answer, Failure, Piece, Question
 from shortv.workers.serving.event_stream import EventStream
@@ -22,6 +23,7 @@ from shortv.workers.serving.settings import EndpointSettings
 from shortv.workers.serving.waiting import read_body, unless_gone
 
 __all__ = ["EndpointSettings", "Replicas", "make_endpoint"]
+REPORTS_PATH = "/reports"
 # Smaller bodies are read where they are: handing them to a thread costs more.
 _SMALL_BODY = 64 * 2**10
 # How long a look at the replicas may take that asks them nothing.
@@ -48,9 +50,12 @@ class Replicas(Protocol):
         ...
 
 
-def make_endpoint(model_name: str, replicas: Replicas, settings: EndpointSettings) -> FastAPI:
+def make_endpoint(
+    model_name: str, replicas: Replicas, settings: EndpointSettings, *, reports: ASGIApp | None = None
+) -> FastAPI:
     """Build the application: /v1/models, /v1/chat/completions and /healthz, errors in OpenAI's form.
 
+    `reports` is what answers below /reports/, behind the same keys.
     Names: `model_name` is the full model, `model_name@PLAN` the model under that plan.
     """
     face = _Face(model_name, replicas, settings)
@@ -59,6 +64,10 @@ def make_endpoint(model_name: str, replicas: Replicas, settings: EndpointSetting
     app.add_api_route("/v1/models", face.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", face.model, methods=["GET"], response_model=None)
     app.add_api_route(HEALTH_PATH, face.health, methods=["GET"], response_model=None)
+    if reports is not None:
+        # Links on the list of runs are relative to its folder.
+        app.add_api_route(REPORTS_PATH, _to_reports, methods=["GET"], response_model=None)
+        app.mount(REPORTS_PATH, reports)
     app.add_exception_handler(HTTPException, _route_problem)
     app.add_middleware(Gate, settings=settings)
     return app
@@ -146,6 +155,10 @@ class _Face:
         plans = await self._plans()
         names = model_names(self._model_name, plans)
         return {name: model_card(name, plan or "full", plans.get(plan), self._created) for name, plan in names.items()}
+
+
+async def _to_reports() -> Response:
+    return Response(status_code=308, headers={"location": f".{REPORTS_PATH}/"})
 
 
 def _form(question: Question, asked: Asked) -> AnswerForm:

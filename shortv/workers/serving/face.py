@@ -6,7 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 
+from reports.service import make_service
+from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.settings import EndpointSettings
@@ -15,9 +18,17 @@ from shortv.workers.serving.settings import EndpointSettings
 class Endpoint:
     """The HTTP face of the replicas of one model."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], model_name: str, settings: EndpointSettings) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle[Any], arguments: EndpointArguments, settings: EndpointSettings
+    ) -> None:
         """Take the handle of the replicas."""
-        self._app = make_endpoint(model_name, ReplicaClient(replicas), settings)
+        client, reports = ReplicaClient(replicas), reports_of(arguments)
+        self._app = make_endpoint(arguments.served_name, client, settings, reports=reports)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+
+def reports_of(arguments: EndpointArguments) -> Starlette | None:
+    """The runs to serve beside the model, if any. Raises Refused for a folder that is not there."""
+    return make_service(arguments.reports, key_digests=None) if arguments.reports else None

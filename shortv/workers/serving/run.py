@@ -7,7 +7,6 @@ refusal pays too (see jobs/bench.py campaign). Behind proxies runs `app.endpoint
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import socket
 import threading
@@ -25,18 +24,20 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
+from reports.locations import masked_uri
 from shortv.errors import Refused
 from shortv.families import load_architecture, load_processor
+from shortv.listening import address_of, bound, check_host
 from shortv.workers.cluster import connected
 from shortv.workers.serving.app import deploy, endpoint_settings, replicas_of, shipped
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
+from shortv.workers.serving.face import reports_of
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.stopping import Stopped, stop_on_signal
 
 APP = "shortv"
-_LOOPBACK = "127.0.0.1"
 
 
 def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, console: Console) -> int:
@@ -48,19 +49,19 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
     """
     host = check_host(host, with_key=arguments.api_key_file is not None)
     check_model(arguments, console)
-    settings = endpoint_settings(arguments)
+    settings, reports = endpoint_settings(arguments), reports_of(arguments)
     # The endpoint has a limit of its own, and an answer for images beyond it.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with bound(host, port) as listening, connected(), suppress(Stopped), stop_on_signal():
         others = _applications()
         if APP in others:
-            raise Refused(f"this cluster serves {APP} already; change it with `serve deploy`, or end that job first")
+            raise Refused(f"this cluster serves {APP} already; end that job or application first")
         serve.start(proxy_location="Disabled")
         try:
             replicas = deploy(replicas_of(arguments, folder=shipped(arguments.model_path)), name=APP, route_prefix=None)
-            face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings)
+            face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings, reports=reports)
             with _watched(console):
-                asyncio.run(_listen(face, listening, partial(_say, arguments, host, port, console)))
+                asyncio.run(_listen(face, listening, partial(_say, arguments, address_of(listening), console)))
         finally:
             _end(alone=not others)
     console.print("stopped", highlight=False)
@@ -87,32 +88,6 @@ async def _listen(face: FastAPI, listening: socket.socket, say: Callable[[], Non
     await serving
 
 
-def check_host(host: str | None, *, with_key: bool) -> str:
-    """The address to bind to. Raises Refused for any but loopback where no key guards the endpoint."""
-    if host is None:
-        return "0.0.0.0" if with_key else _LOOPBACK
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not with_key:
-        raise Refused(f"--host {host} would answer anybody; give --api-key-file, or leave --host out for {_LOOPBACK}")
-    return host
-
-
-@contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that holds the address, so that nobody takes it while replicas start. Raises Refused."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise Refused(f"{host}:{port} cannot be bound: {error.strerror}; choose another address") from error
-        yield listening
-
-
 def _applications() -> list[str]:
     """The applications that Serve runs on this cluster."""
     try:
@@ -133,11 +108,12 @@ def check_model(arguments: EndpointArguments, console: Console) -> None:
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _say(arguments: EndpointArguments, host: str, port: int, console: Console) -> None:
+def _say(arguments: EndpointArguments, address: str, console: Console) -> None:
     names = [arguments.served_name, *(f"{arguments.served_name}@{plan.name}" for plan in read_plans(arguments.plans))]
-    shown = _LOOPBACK if host == "0.0.0.0" else host
     console.print(f"serving {', '.join(names)}", highlight=False, soft_wrap=True)
-    console.print(f"http://{shown}:{port}/v1 is ready; Ctrl-C stops it", highlight=False, soft_wrap=True)
+    if arguments.reports:
+        console.print(f"{masked_uri(arguments.reports)} is at {address}/reports/", highlight=False, soft_wrap=True)
+    console.print(f"{address}/v1 is ready; Ctrl-C stops it", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shortv.api_keys import bearer_key, is_accepted, is_local, is_loopback, key_digests_of
+from shortv.api_keys import CHALLENGES, is_accepted, is_local, key_in
 from shortv.workers.serving.rejection import Rejected
-
-__all__ = ["check_key", "check_local", "is_loopback", "key_digests_of"]
 
 
 def check_key(authorization: bytes | None, digests: Sequence[str]) -> None:
@@ -16,7 +14,7 @@ def check_key(authorization: bytes | None, digests: Sequence[str]) -> None:
     Raises:
         Rejected: there is no key, or a wrong one.
     """
-    key = bearer_key(authorization)
+    key = key_in(authorization)
     if not key:
         raise _unauthorized("an API key is needed; send it as 'Authorization: Bearer KEY'")
     if not is_accepted(key, digests):
@@ -24,7 +22,7 @@ def check_key(authorization: bytes | None, digests: Sequence[str]) -> None:
 
 
 def _unauthorized(message: str) -> Rejected:
-    headers = [(b"www-authenticate", b"Bearer")]
+    headers = [(b"www-authenticate", challenge.encode()) for challenge in CHALLENGES]
     return Rejected(401, message, code="invalid_api_key", headers=headers)
 
 

@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 
+from shortv.api_keys import key_digests_of
 from shortv.chat import Failure, Reason
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
-from shortv.workers.serving.security import key_digests_of
 from tests.workers.serving.endpoint_fakes import KEY, MODEL, FakeReplicas, image_part, picture, uri
 
 QUESTION: Any = [{"role": "user", "content": [image_part(uri(picture())), {"type": "text", "text": "What?"}]}]

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from shortv.api_keys import key_digests_of
 from shortv.errors import Refused
-from shortv.workers.serving.security import is_loopback, key_digests_of
+from shortv.listening import is_loopback
 from tests.workers.serving.endpoint_fakes import (
     KEY,
     MODEL,
@@ -57,7 +58,7 @@ def test_a_wrong_key_is_refused_and_never_named(key: str | None) -> None:
     headers = {} if key is None else {"authorization": key.encode()}
     response = get("/v1/models", headers=headers, key_digests=DIGESTS)
     error = problem(response, 401)
-    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["www-authenticate"].startswith("Bearer, Basic ")
     assert error["code"] == "invalid_api_key" and KEY not in response.text
 
 

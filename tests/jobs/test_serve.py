@@ -1,0 +1,292 @@
+"""jobs/serve.py as its users meet it: OpenAI's own client, bad input, overload, and what it leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from jobs.common import run
+from jobs.serve import main
+from shortv.evals.generation import Decoding, generate
+from shortv.evals.prompts import NamedPrompt
+from shortv.families import load_architecture
+from shortv.families.encoding import turn_of
+from shortv.families.prompts import prompt_of
+from shortv.layers.apply import executing
+from shortv.plan import Mode, Plan
+from shortv.sample import Sample
+from tests.tiny_model import bundled, calibration
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "shortv/tiny/model"
+KEY, WORD = secrets.token_hex(16), secrets.token_hex(12)
+MODES = {"last-3": (Mode.FREEZE_VISUAL, (5, 6, 7)), "exit-4": (Mode.DROP_VISUAL, (4, 5, 6, 7))}
+FULL = (Mode.FULL,) * 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A running endpoint: where it is, and where its cluster and it itself write."""
+
+    url: str
+    output: Path
+    logs: Path
+    plans: dict[str, Plan]
+    client: openai.OpenAI
+
+    def ask(self, asked: Sample | str | list[Any] = "how many?", model: str = "shortv-tiny", **more: Any) -> Any:
+        return self.client.chat.completions.create(model=model, messages=messages(asked), **more)
+
+
+def messages(asked: Sample | str | list[Any]) -> Any:
+    """A sample or the content of a message as the messages of a request."""
+    if not isinstance(asked, Sample):
+        return [{"role": "user", "content": asked}]
+    images = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in asked.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": asked.prompt}]}]
+
+
+def data_uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture(form: str, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, form)
+    return stream.getvalue()
+
+
+def write_plans(folder: Path) -> dict[str, Plan]:
+    architecture = load_architecture(str(ROOT / MODEL))
+    plans = {}
+    for name, (mode, layers) in MODES.items():
+        plans[name] = Plan.of_layers(
+            mode,
+            layers,
+            num_layers=architecture.num_layers,
+            name=name,
+            model=MODEL,
+            config_digest=architecture.config_digest,
+        )
+        plans[name].save(folder / f"{name}.json")
+    return plans
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    folder = tmp_path_factory.mktemp("endpoint")
+    plans = write_plans(folder)
+    (folder / "keys").write_text(f"# of the tests\n{secrets.token_hex(16)}\n{KEY}\n")
+    port, output = free_port(), folder / "output"
+    command = [sys.executable, "jobs/serve.py", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--api-key-file", str(folder / "keys"), "--batch-size", "2", "--max-queued", "4"]
+    command += [part for name in plans for part in ("--plan", str(folder / f"{name}.json"))]
+    with output.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+    own = psutil.Process(process.pid)
+    try:
+        wait_until_ready(process, output)
+        started = own.children(recursive=True)
+        found = re.search(r"--log_dir=(\S+)", " ".join(part for one in started for part in one.cmdline()))
+        assert found is not None
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=90) as client:
+            url = str(client.base_url).rstrip("/")
+            yield Endpoint(url=url, output=output, logs=Path(found[1]), plans=plans, client=client)
+        started = own.children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 0
+        assert still_running(started, 20) == []
+        # All that its user has read.
+        lines = output.read_text().splitlines()
+        assert [line for line in lines if "revision unknown" not in line] == [
+            "serving shortv-tiny, shortv-tiny@last-3, shortv-tiny@exit-4",
+            f"http://127.0.0.1:{port}/v1 is ready; Ctrl-C stops it",
+            "stopped",
+        ]
+    finally:
+        left = [own, *own.children(recursive=True)] if process.poll() is None else []
+        for one in left:
+            one.kill()
+        process.wait(10)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + 150
+    while "is ready" not in output.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+
+
+def still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_process(sample: Sample, modes: tuple[Mode, ...]) -> tuple[str, int, int]:
+    """Text, tokens of the prompt and of the answer as transformers' generate has them."""
+    loaded = bundled()
+    settings = Decoding(arguments={"do_sample": False, "max_new_tokens": 24}, stops=())
+    with executing(loaded.model, modes):
+        prompt = NamedPrompt(name="it", prompt=prompt_of(loaded, (turn_of(sample),)))
+        return tuple(generate(loaded, [prompt], settings)[0])
+
+
+def test_openais_client_lists_the_models_and_asks_under_every_plan(endpoint: Endpoint) -> None:
+    names = {"shortv-tiny": FULL} | {f"shortv-tiny@{name}": plan.modes for name, plan in endpoint.plans.items()}
+    assert {model.id for model in endpoint.client.models.list()} == set(names)
+    assert endpoint.client.models.retrieve("shortv-tiny@last-3").shortv["plan"] == "last-3"
+    texts = set()
+    for name, modes in names.items():
+        for sample in calibration()[3:6]:
+            answer = endpoint.ask(sample, name, max_tokens=24)
+            choice, usage, digest = answer.choices[0], answer.usage, answer.shortv["plan_digest"]
+            found = (choice.message.content, usage.prompt_tokens, usage.completion_tokens)
+            assert found == in_process(sample, modes)
+            assert 0 < usage.visual_tokens < usage.prompt_tokens
+            plan = endpoint.plans.get(name.partition("@")[2])
+            assert digest == (plan.digest if plan else None) and answer.shortv["prefill_ms"] > 0
+            texts.add((sample.sample_id, found[0]))
+    # The plans do change answers.
+    assert len(texts) > 3
+
+
+def test_openais_client_streams_and_asks_for_log_probabilities(endpoint: Endpoint) -> None:
+    sample = calibration()[3]
+    whole = endpoint.ask(sample, "shortv-tiny@last-3", max_tokens=24)
+    chunks = list(
+        endpoint.ask(sample, "shortv-tiny@last-3", max_tokens=24, stream=True, stream_options={"include_usage": True})
+    )
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content and sum(map(bool, pieces)) > 3
+    assert chunks[-1].usage == whole.usage
+    settings: dict[str, Any] = {"temperature": 1.5, "seed": 7, "logprobs": True, "top_logprobs": 3, "max_tokens": 8}
+    first, second = (endpoint.ask(sample, **settings, extra_body={"shortv": {"min_tokens": 8}}) for _ in range(2))
+    assert first.choices == second.choices
+    tokens = first.choices[0].logprobs.content
+    assert len(tokens) == 8 and all(one.logprob < 0 and len(one.top_logprobs) == 3 for one in tokens)
+    texts = {endpoint.ask(sample, **{**settings, "seed": seed}).choices[0].message.content for seed in range(8)}
+    assert len(texts) > 1
+
+
+def bad_images() -> list[tuple[str, str]]:
+    """URLs of images that are refused, and a part of what is said."""
+    whole = picture("JPEG", size=(512, 512))
+    return [
+        (data_uri(WORD.encode()), "not a readable image"),
+        (data_uri(picture("PNG", "1", (10_000, 10_000))), "10000 x 10000"),
+        (data_uri(whole[: len(whole) // 2], "jpeg"), "image"),
+        (f"http://127.0.0.1:1/{WORD}.png", "never fetched"),
+    ]
+
+
+def test_bad_input_is_answered_in_openais_form_and_the_service_goes_on(endpoint: Endpoint) -> None:
+    for url, said in bad_images():
+        content = [{"type": "text", "text": WORD}, {"type": "image_url", "image_url": {"url": url}}]
+        with pytest.raises(openai.BadRequestError, match=said):
+            endpoint.ask(content)
+    for model in ("gpt-4", "shortv-tiny@none"):
+        with pytest.raises(openai.NotFoundError, match="shortv-tiny, shortv-tiny@exit-4, shortv-tiny@last-3"):
+            endpoint.ask(model=model)
+    with pytest.raises(openai.BadRequestError, match="1000000 are allowed"):
+        endpoint.ask("a" * 10_000_000)
+    with pytest.raises(openai.BadRequestError, match="context"):
+        endpoint.ask("red " * 5000)
+    with pytest.raises(openai.AuthenticationError):
+        endpoint.client.with_options(api_key="0" * 32).models.list()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    torn = httpx.post(f"{endpoint.url}/chat/completions", content=f'{{"model": "{WORD}"', headers=headers)
+    assert torn.status_code == 400 and torn.json()["error"]["code"] == "invalid_json"
+    assert endpoint.ask(calibration()[3], max_tokens=4).choices[0].message.content
+
+
+def test_a_client_that_leaves_its_stream_frees_its_place(endpoint: Endpoint) -> None:
+    long: dict[str, Any] = {"max_tokens": 600, "extra_body": {"shortv": {"min_tokens": 600}}}
+    started = time.monotonic()
+    assert endpoint.ask(**long).usage.completion_tokens == 600
+    seconds = time.monotonic() - started
+    started = time.monotonic()
+    # More than there are places, in batches and in the queue together.
+    for _ in range(12):
+        stream = endpoint.ask(**long, stream=True)
+        next(iter(stream))
+        stream.close()
+    assert endpoint.ask(max_tokens=2).choices
+    assert time.monotonic() - started < 6 * seconds
+
+
+def test_overload_is_turned_away_and_nobody_hangs(endpoint: Endpoint) -> None:
+    def ask(_: int) -> int:
+        try:
+            endpoint.ask(max_tokens=200, extra_body={"shortv": {"min_tokens": 200}})
+        except openai.APIStatusError as error:
+            assert int(error.response.headers["retry-after"]) >= 1
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(40) as pool:
+        found = Counter(pool.map(ask, range(40)))
+    assert found.keys() <= {200, 429, 503} and found.total() == 40
+    assert 2 <= found[200] < 40
+    assert endpoint.ask(max_tokens=2).choices
+
+
+def test_nothing_of_a_request_reaches_output_or_logs(endpoint: Endpoint) -> None:
+    endpoint.ask(f"{WORD} what is there?", max_tokens=4)
+    with pytest.raises(openai.NotFoundError):
+        endpoint.ask(WORD, model=WORD)
+    with pytest.raises(openai.BadRequestError):
+        endpoint.ask(f"{WORD} " * 2000)
+    with pytest.raises(openai.BadRequestError):
+        endpoint.ask(WORD, logit_bias={WORD: 1})
+    files = [path for path in [endpoint.output, *endpoint.logs.rglob("*")] if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        data = path.read_bytes()
+        assert WORD.encode() not in data and KEY.encode() not in data, path
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the job says when it refuses to start."""
+    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.err.count("\n") == 1
+    return said.err
+
+
+def test_what_cannot_be_right_is_refused_before_work_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "give --api-key-file" in refusal(monkeypatch, capsys, "--host", "0.0.0.0")
+    assert "none.json" in refusal(monkeypatch, capsys, "--plan", tmp_path / "none.json")
+    assert "cannot be read" in refusal(monkeypatch, capsys, "--api-key-file", tmp_path / "none")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be bound" in refusal(monkeypatch, capsys, "--port", port)

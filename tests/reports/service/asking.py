@@ -1,0 +1,62 @@
+"""Clients of a service in the same process."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+
+from reports.service import make_service
+
+KEY = "a-key-of-24-characters-x"
+HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+def ask(
+    root: "Path | str",
+    path: str,
+    *,
+    method: str = "GET",
+    keys: tuple[str, ...] | None = (),
+    address: str = "127.0.0.1",
+    headers: Any = None,
+) -> httpx.Response:
+    """Ask once for a path that is sent as it stands."""
+    return ask_all(root, [(method, path, headers or {})], keys=keys, address=address)[0]
+
+
+def ask_all(
+    root: "Path | str",
+    asked: list[tuple[str, str, Any]],
+    *,
+    keys: tuple[str, ...] | None = (),
+    address: str = "127.0.0.1",
+) -> list[httpx.Response]:
+    """Ask one service several times: method, path, headers."""
+    app = make_service(str(root), key_digests=keys)
+    sent = ""
+
+    async def as_it_stands(scope: Any, receive: Any, send: Any) -> None:
+        # httpx tidies paths up; a server decodes them once and leaves them alone.
+        raw = sent.partition("?")[0].encode()
+        await app({**scope, "path": unquote(raw.decode("latin-1")), "raw_path": raw}, receive, send)
+
+    async def run() -> list[httpx.Response]:
+        nonlocal sent
+        transport = httpx.ASGITransport(as_it_stands, client=(address, 4711))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            found = []
+            for method, path, headers in asked:
+                sent = path
+                found.append(await client.request(method, "/", headers=headers))
+            return found
+
+    return asyncio.run(run())
+
+
+def listed(root: "Path | str") -> dict[str, Any]:
+    """The runs of the list by id."""
+    response = ask(root, "/runs.json")
+    assert response.status_code == 200, response.text
+    return {run["id"]: run for run in response.json()["runs"]}

@@ -1,0 +1,210 @@
+"""Tables and plans as downloads: whole, in ranges, only once, and with their digest."""
+
+import base64
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet as pq
+
+from reports.schemas import SCHEMAS
+from reports.service import files
+from reports.service.conditions import Span, names_tag, span_of
+from tests.reports.runs import make_campaign, make_sweep
+from tests.reports.service.asking import ask, ask_all
+
+TABLE = "/runs/a/tables/samples.parquet"
+
+
+@pytest.fixture(name="root")
+def _root(tmp_path: Path) -> Path:
+    make_sweep(tmp_path / "a")
+    return tmp_path
+
+
+def test_a_table_comes_whole_with_its_digest(root: Path) -> None:
+    data = (root / "a" / "samples.parquet").read_bytes()
+    response = ask(root, TABLE)
+    digest = hashlib.sha256(data)
+    assert response.status_code == 200 and response.content == data
+    assert response.headers["etag"] == f'"{digest.hexdigest()}"'
+    encoded = base64.b64encode(digest.digest()).decode()
+    assert response.headers["repr-digest"] == f"sha-256=:{encoded}:"
+    assert response.headers["digest"] == f"sha-256={encoded}"
+    assert response.headers["content-length"] == str(len(data))
+    assert response.headers["accept-ranges"] == "bytes"
+    assert response.headers["content-disposition"].startswith('attachment; filename="a-samples.parquet"')
+    assert response.headers["content-type"] == "application/vnd.apache.parquet"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert pq.read_table(io.BytesIO(response.content)).schema.equals(SCHEMAS["samples"])
+
+
+def test_head_says_the_same_without_the_file(root: Path) -> None:
+    get, head = ask_all(root, [("GET", TABLE, {}), ("HEAD", TABLE, {"range": "bytes=0-3"})])
+    assert head.status_code == 200 and not head.content
+    assert {**head.headers} == {**get.headers}
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=4-9", 4, 10),
+        ("bytes=10-", 10, None),
+        ("bytes=-8", -8, None),
+        ("bytes=5-99999999", 5, None),
+        ("bytes=-99999999", 0, None),
+        ("Bytes = 2 - 3", 2, 4),
+    ],
+)
+def test_a_range_comes_alone(root: Path, asked: str, start: int, stop: int | None) -> None:
+    data = (root / "a" / "samples.parquet").read_bytes()
+    response = ask(root, TABLE, headers={"range": asked})
+    places = range(len(data))[start:stop]
+    assert response.status_code == 206 and response.content == data[start:stop]
+    assert response.headers["content-range"] == f"bytes {places[0]}-{places[-1]}/{len(data)}"
+    assert response.headers["content-length"] == str(len(response.content))
+    assert response.headers["repr-digest"] == ask(root, TABLE).headers["repr-digest"]
+
+
+@pytest.mark.parametrize("asked", ["bytes=99999999-", "bytes=-0", "bytes=99999999-999999999"])
+def test_a_range_beyond_the_end_is_refused(root: Path, asked: str) -> None:
+    response = ask(root, TABLE, headers={"range": asked})
+    size = (root / "a" / "samples.parquet").stat().st_size
+    assert response.status_code == 416 and response.headers["content-range"] == f"bytes */{size}"
+    assert response.json()["error"]["code"] == "no_such_range"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["bytes=0-1,3-4", "lines=0-1", "bytes=", "bytes=-", "bytes=a-b", "bytes=5-2", "0-1", "bytes=" + "9" * 5000 + "-"],
+)
+def test_other_ranges_are_ignored(root: Path, asked: str) -> None:
+    response = ask(root, TABLE, headers={"range": asked})
+    assert response.status_code == 200 and response.content == (root / "a" / "samples.parquet").read_bytes()
+
+
+def test_conditions(root: Path) -> None:
+    etag = ask(root, TABLE).headers["etag"]
+    expected: list[tuple[dict[str, str], int]] = [
+        ({"if-none-match": etag}, 304),
+        ({"if-none-match": f'"x", W/{etag}'}, 304),
+        ({"if-none-match": "*"}, 304),
+        ({"if-none-match": '"x"'}, 200),
+        ({"if-none-match": etag, "range": "bytes=0-3"}, 304),
+        ({"if-range": etag, "range": "bytes=0-3"}, 206),
+        ({"if-range": f"W/{etag}", "range": "bytes=0-3"}, 200),
+        ({"if-range": '"x"', "range": "bytes=0-3"}, 200),
+        ({"if-range": "Wed, 21 Oct 2026 07:28:00 GMT", "range": "bytes=0-3"}, 200),
+        ({"if-match": etag}, 200),
+        ({"if-match": '"x"'}, 412),
+        ({"if-match": f"W/{etag}"}, 412),
+    ]
+    for method in ("GET", "HEAD"):
+        found = ask_all(root, [(method, TABLE, headers) for headers, _ in expected])
+        wanted = [status if (method, status) != ("HEAD", 206) else 200 for _, status in expected]
+        assert [response.status_code for response in found] == wanted
+        assert all(not response.content for response in found if response.status_code == 304)
+
+
+def test_the_digest_is_found_once_and_again_after_a_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "a" / "samples.parquet"
+    os.utime(path, (1e9, 1e9))
+    counted: list[int] = []
+    digest = files._digest
+    monkeypatch.setattr(files, "_digest", lambda opened: counted.append(opened.size) or digest(opened))
+    first, second = ask_all(root, [("GET", TABLE, {})] * 2)
+    assert len(counted) == 1 and first.headers["etag"] == second.headers["etag"]
+    # One that was written a moment ago may be written again with the same time.
+    os.utime(path)
+    ask_all(root, [("GET", TABLE, {})] * 2)
+    assert len(counted) == 3
+
+
+def test_parts_of_a_table_are_listed_and_come_one_by_one(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "a", rows_per_part=10)
+    found = ask(tmp_path, "/runs/a/tables/lc_samples").json()["files"]
+    assert [item["path"] for item in found] == [f"tables/lc_samples/part-0000{part}.parquet" for part in range(3)]
+    assert [item["rows"] for item in found] == [10, 10, 10]
+    for item in found:
+        data = (tmp_path / "a" / item["path"].removeprefix("tables/")).read_bytes()
+        assert ask(tmp_path, f"/runs/a/{item['path']}").content == data
+        # The page links to the files where they lie.
+        assert ask(tmp_path, f"/runs/a/{item['path'].removeprefix('tables/')}").content == data
+    assert ask(tmp_path, "/runs/a/tables/lc_samples.parquet").status_code == 404
+    assert len(ask(tmp_path, "/runs/a/tables").json()["files"]) == 6
+
+
+def test_every_table_of_a_campaign_can_be_had(tmp_path: Path) -> None:
+    make_campaign(tmp_path / "c", failed=1)
+    found = ask(tmp_path, "/runs/c/tables").json()["files"]
+    assert {item["table"] for item in found} == {"cells", "metrics", "comparisons", "speed", "answers"}
+    for item in found:
+        assert pq.read_table(io.BytesIO(ask(tmp_path, f"/runs/c/{item['path']}").content)).num_rows == item["rows"]
+
+
+def test_a_damaged_table_is_not_handed_out(root: Path) -> None:
+    path = root / "a" / "samples.parquet"
+    for data in (path.read_bytes()[:-9], b"PAR1", b"", b"not parquet at all" * 10):
+        path.write_bytes(data)
+        for method in ("GET", "HEAD"):
+            response = ask(root, TABLE, method=method, headers={"range": "bytes=0-3"})
+            assert response.status_code == 422 and "etag" not in response.headers
+        assert "not a whole Parquet file" in ask(root, TABLE).json()["error"]["message"]
+    (item,) = [item for item in ask(root, "/runs/a/tables").json()["files"] if item["table"] == "samples"]
+    assert "not a whole Parquet file" in item["problem"] and item["rows"] is None
+
+
+def test_a_plan_and_the_manifest_come_as_json(root: Path) -> None:
+    for path in ("plans/two.json", "manifest.json"):
+        response = ask(root, f"/runs/a/{path}")
+        assert response.status_code == 200 and response.content == (root / "a" / path).read_bytes()
+        assert response.headers["content-type"] == "application/json" and response.headers["etag"]
+    (root / "a" / "plans" / "two.json").write_text('{"schema": 9}')
+    assert ask(root, "/runs/a/plans/two.json").status_code == 422
+
+
+def test_a_file_that_shrinks_while_it_is_sent_breaks_the_answer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reports.service.local_tree import LocalFile
+
+    monkeypatch.setattr(LocalFile, "changed", lambda self: True)
+    with pytest.raises(ConnectionAbortedError):
+        ask(root, TABLE)
+
+
+def test_other_methods_are_refused(root: Path) -> None:
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        response = ask(root, TABLE, method=method)
+        assert response.status_code == 405 and response.headers["allow"]
+
+
+def test_spans_and_tags() -> None:
+    assert span_of("bytes=0-", 0) == Span(0, 0) and span_of("bytes=-5", 0) == Span(0, 0)
+    assert span_of(None, 5) is None and span_of("bytes=1-1", 5) == Span(1, 2)
+    for header, etag, weak, answer in (('"a"', '"a"', False, True), ("", '"a"', True, False)):
+        assert names_tag(header, etag, weak=weak) is answer
+
+
+def test_descriptors_are_given_back(root: Path) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    ask(root, TABLE)
+    before = count()
+    asked: list[tuple[str, str, Any]] = [
+        ("GET", TABLE, {}),
+        ("HEAD", TABLE, {}),
+        ("GET", TABLE, {"range": "bytes=99999999-"}),
+        ("GET", TABLE, {"if-match": '"x"'}),
+        ("GET", TABLE, {"if-none-match": "*"}),
+        ("GET", "/runs/a/../b", {}),
+        ("GET", "/runs.json", {}),
+        ("GET", "/runs/a/tables", {}),
+        ("GET", "/runs/a/tables/cells.parquet", {}),
+    ]
+    for _ in range(5):
+        ask_all(root, asked)
+    assert count() <= before + 1

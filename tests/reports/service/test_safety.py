@@ -1,0 +1,224 @@
+"""Nobody reaches a file outside the root, a hidden one, or anything without a right to it."""
+
+import base64
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reports.runs import make_sweep
+from tests.reports.service.asking import HTML, KEY, ask, ask_all, listed
+
+DIGESTS = tuple(hashlib.sha256(key.encode()).hexdigest() for key in ("another-key-of-some-length", KEY))
+SECRET = "Hildegard"
+
+
+@pytest.fixture(name="root")
+def _root(tmp_path: Path) -> Path:
+    """A root with one run, and beside the root another run that nobody may see."""
+    make_sweep(tmp_path / "root" / "a")
+    make_sweep(tmp_path / "outside")
+    (tmp_path / "secret.parquet").write_bytes((tmp_path / "outside" / "samples.parquet").read_bytes())
+    (tmp_path / "root" / "a" / ".driver.lock").write_text(SECRET)
+    (tmp_path / "root" / "a" / "progress").mkdir()
+    (tmp_path / "root" / "a" / "progress" / "samples.parquet").write_bytes(b"x")
+    (tmp_path / "root" / "a" / ".samples.parquet.0123456789abcdef.shortv-tmp").write_text(SECRET)
+    (tmp_path / "root" / "a" / "notes.parquet").write_text(SECRET)
+    (tmp_path / "root" / "loose.json").write_text(SECRET)
+    return tmp_path / "root"
+
+
+DOTS = ("..", "%2e%2e", ".%2e", "%2E.", "%252e%252e", "%c0%ae%c0%ae", "..%00", "...", "%2e%2e%5c", "..\\..", "%5c..")
+TAILS = ("outside/manifest.json", "outside/tables/samples.parquet", "secret.parquet", "outside/")
+
+
+@pytest.mark.parametrize("dots", DOTS)
+def test_no_way_leads_up(root: Path, dots: str) -> None:
+    heads = ("/runs/", "/runs/a/", "/runs/a/tables/", "/runs/a/tables/lc_samples/", "/runs/a/plans/", "/")
+    paths = [f"{head}{'/'.join([dots] * depth)}/{tail}" for head in heads for depth in (1, 2, 3) for tail in TAILS]
+    for path, response in zip(paths, ask_all(root, [("GET", path, {}) for path in paths]), strict=True):
+        assert response.status_code == 404, path
+        assert response.json()["error"]["code"] in ("not_found", "no_route")
+
+
+@pytest.mark.parametrize("slash", ["/", "%2f", "%2F", "//", "%252f", "\\", "%5c"])
+def test_no_absolute_path_is_one(root: Path, slash: str) -> None:
+    outside = str(root.parent / "outside").replace("/", slash)
+    asked = [f"/runs/{outside}/manifest.json", f"/runs/a/tables/{outside}/samples.parquet", f"/runs/a/{slash}/samples"]
+    asked += [f"/{outside}/manifest.json", "/runs//etc/passwd", f"/runs{slash}{slash}a/manifest.json"]
+    asked += ["/runs/file:%2f%2f/etc/passwd", "/runs/a/tables//etc/passwd", "/runs/C:%5cWindows/manifest.json"]
+    for path, response in zip(asked, ask_all(root, [("GET", path, {}) for path in asked]), strict=True):
+        assert response.status_code == 404, path
+
+
+NO_RESULTS = [
+    ".driver.lock",
+    "progress",
+    "progress/",
+    "progress/samples.parquet",
+    "tables/progress/samples.parquet",
+    "tables/notes.parquet",
+    "notes.parquet",
+    "tables/nothing",
+    "samples",
+    "tables/",
+    "plans",
+    "plans/",
+    "plans/x",
+    ".samples.parquet.0123456789abcdef.shortv-tmp",
+    "tables/.samples.parquet",
+    "plans/.two.json",
+    "plans/two%00.json",
+    "plans/two.json/",
+    "tables/samples.parquet/",
+    "plans/two.json%00",
+    "tables/lc_samples/x/part-00000.parquet",
+    "tables/lc_samples/part-00000",
+    "tables/lc_samples/.part-00000.parquet",
+    "manifest.json/x",
+    "tables/%0d%0ax:y",
+]
+LONG = ("x" * 3000 + ".parquet", "tables/lc_samples/" + "%c3%a9" * 200 + ".parquet", "plans/" + "x" * 300 + ".json")
+
+
+@pytest.mark.parametrize("path", [*NO_RESULTS, *LONG])
+def test_what_is_no_result_is_not_there(root: Path, path: str) -> None:
+    response = ask(root, f"/runs/a/{path}")
+    assert response.status_code == 404 and SECRET not in response.text and "x:y" not in str(response.headers)
+
+
+def test_links_are_named_and_never_followed(root: Path) -> None:
+    outside = root.parent / "outside"
+    (root / "linked-run").symlink_to(outside)
+    (root / "inside-run").symlink_to(root / "a")
+    make_sweep(root / "b")
+    make_sweep(root / "c")
+    (root / "c" / "manifest.json").unlink()
+    (root / "c" / "manifest.json").symlink_to(outside / "manifest.json")
+    for name in ("samples.parquet", "plans/two.json", "report.html"):
+        (root / "b" / name).unlink(missing_ok=True)
+        (root / "b" / name).symlink_to(outside / name)
+    (root / "b" / "answers").symlink_to(outside / "lc_samples")
+    (root / "b" / "lc_samples" / "part-00009.parquet").symlink_to(outside / "lc_samples" / "part-00000.parquet")
+    runs = listed(root)
+    assert "symbolic link" in runs["linked-run"]["problems"][0] and "symbolic link" in runs["inside-run"]["problems"][0]
+    assert "symbolic link" in runs["c"]["problems"][0] and "models" not in runs["c"]
+    assert sum("symbolic link" in problem for problem in runs["b"]["problems"]) == 2
+    asked = ["linked-run/", "linked-run/manifest.json", "inside-run/manifest.json", "linked-run/tables/samples.parquet"]
+    asked += ["b/tables/samples.parquet", "b/tables/answers/part-00000.parquet", "b/tables/answers", "b/report.html"]
+    asked += ["b/", "b/tables/lc_samples/part-00009.parquet", "b/plans/two.json", "c/manifest.json", "c/tables"]
+    for path, response in zip(asked, ask_all(root, [("GET", f"/runs/{path}", {}) for path in asked]), strict=True):
+        assert response.status_code == 404, path
+
+
+def test_the_root_itself_may_be_a_link(root: Path) -> None:
+    (root.parent / "link").symlink_to(root)
+    assert ask(root.parent / "link", "/runs/a/manifest.json").status_code == 200
+    assert ask(f"file://{root}", "/runs/a/manifest.json").status_code == 200
+    # fsspec would follow links; a local path is a local path through any library.
+    (root / "x").symlink_to(root.parent / "outside")
+    assert ask(f"local://{root}", "/runs/a/manifest.json").status_code == 200
+    assert ask(f"local://{root}", "/runs/x/manifest.json").status_code == 404
+
+
+def test_pipes_and_folders_are_no_files(root: Path) -> None:
+    (root / "a" / "errors.parquet").unlink()
+    os.mkfifo(root / "a" / "errors.parquet")
+    (root / "a" / "plans" / "folder.json").mkdir()
+    assert ask(root, "/runs/a/tables/errors.parquet").status_code == 404
+    assert ask(root, "/runs/a/plans/folder.json").status_code == 404
+    problems = listed(root)["a"]["problems"]
+    assert any("special file" in problem for problem in problems) and any("no regular" in item for item in problems)
+
+
+def test_names_that_no_address_has_are_named(root: Path) -> None:
+    make_sweep(root / "new\nline")
+    os.mkdir(os.fsencode(root) + b"/\xff\xfe")
+    found = listed(root)
+    assert "rename it" in found["new\nline"]["problems"][0] and "rename it" in found["??"]["problems"][0]
+    assert ask(root, "/runs/new%0aline/manifest.json").status_code == 404
+    assert ask(root, "/", headers=HTML).status_code == 200
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+WRONG = (None, "", KEY, "Bearer", "Bearer ", f"Bearer {KEY}x", "Bearer ä", f"Basic {KEY}", f"Digest {KEY}", "Basic")
+WRONG_BASIC = ("Basic !!!", basic(KEY, ""), basic("", KEY[:-1]), basic("", "ä"), basic(KEY, "").replace("6", ""))
+
+
+@pytest.mark.parametrize("given", [*WRONG, *WRONG_BASIC])
+def test_a_wrong_key_is_refused_and_never_named(root: Path, given: str | None) -> None:
+    headers = {} if given is None else {"authorization": given.encode()}
+    for path in ("/", "/runs.json", "/runs/a/manifest.json", "/nothing", "/runs/../x"):
+        response = ask(root, path, keys=DIGESTS, headers=headers)
+        assert response.status_code == 401 and KEY not in response.text
+        assert response.headers.get_list("www-authenticate")[0] == "Bearer"
+        assert response.headers.get_list("www-authenticate")[1].startswith("Basic realm=")
+
+
+@pytest.mark.parametrize("given", [f"Bearer {KEY}", f"bearer {KEY}", basic("", KEY), basic("me", KEY)])
+def test_each_key_opens_from_anywhere(root: Path, given: str) -> None:
+    response = ask(root, "/runs/a/manifest.json", keys=DIGESTS, address="10.0.0.9", headers={"authorization": given})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "headers", "status"),
+    [
+        ("127.0.0.1", {}, 200),
+        ("::1", {"host": "[::1]:8000"}, 200),
+        ("10.0.0.9", {}, 403),
+        ("127.0.0.1", {"host": "evil.example"}, 403),
+        ("127.0.0.1", {"x-forwarded-for": "127.0.0.1"}, 403),
+    ],
+)
+def test_without_keys_only_this_machine_is_answered(root: Path, address: str, headers: Any, status: int) -> None:
+    assert ask(root, "/runs.json", address=address, headers=headers).status_code == status
+    # Somebody in front has checked already.
+    assert ask(root, "/runs.json", address=address, headers=headers, keys=None).status_code == 200
+
+
+def test_every_answer_is_guarded(root: Path) -> None:
+    for path in ("/", "/runs.json", "/runs/a/", "/nothing", "/runs/a/tables/samples.parquet", "/runs/a"):
+        for headers in ({}, HTML):
+            response = ask(root, path, headers=headers)
+            assert response.headers["x-content-type-options"] == "nosniff"
+            assert response.headers["referrer-policy"] == "no-referrer"
+            assert response.headers["x-frame-options"] == "DENY"
+            if response.headers.get("content-type", "").startswith("text/html"):
+                assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+def test_errors_are_one_line_or_a_page(root: Path) -> None:
+    path = "/runs/%3Cscript%3Ealert(1)%3C/script%3E"
+    plain, page = ask(root, path), ask(root, path, headers=HTML)
+    assert plain.json()["error"]["code"] == "not_found" and plain.text.count("\n") == 1
+    assert page.headers["content-type"].startswith("text/html") and "<script" not in page.text
+
+
+def test_the_log_holds_no_content(root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    ask(root, f"/runs/a/{SECRET}?{SECRET}", headers={"authorization": f"Bearer {SECRET}"})
+    ask(root, "/runs/a/tables/samples.parquet")
+    ask(root, "/", keys=DIGESTS, headers={"authorization": f"Bearer {SECRET}"})
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr("reports.service.app.find_runs", fail)
+    response = ask(root, "/runs.json")
+    assert response.status_code == 500 and SECRET not in response.text
+    lines = [record.getMessage() for record in caplog.records if record.name == "shortv.reports"]
+    assert [line.split()[1] for line in lines if line.startswith("GET")] == [
+        "status=404",
+        "status=200",
+        "status=401",
+        "status=500",
+    ]
+    assert "kind=table" in lines[1] and any("RuntimeError" in line for line in lines)
+    assert not any(SECRET in line for line in lines)

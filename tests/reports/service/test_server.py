@@ -1,0 +1,180 @@
+"""The service over a real socket, in a process of its own, ended by a signal."""
+
+import asyncio
+import hashlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import httpx
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+from jobs.report import main
+from reports.schemas import SCHEMAS
+from reports.service import make_service
+from reports.service.run import run_service
+from shortv.errors import Refused
+from shortv.listening import check_host
+from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from tests.reports.runs import make_sweep
+from tests.workers.serving.endpoint_fakes import FakeReplicas
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+GIGABYTE = 10**9
+CODE = """
+import sys
+from reports.service.run import run_service
+say = lambda text: print(text, flush=True)
+sys.exit(run_service(sys.argv[1], host=None, port=0, api_key_file=None, say=say))
+"""
+
+
+@contextmanager
+def served(root: Path) -> Iterator[tuple[int, "subprocess.Popen[str]"]]:
+    """A service of a root: its port and process."""
+    command = [sys.executable, "-c", CODE, str(root)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            said = child.stdout.readline()
+            assert "http://127.0.0.1:" in said, said + child.stdout.read()
+            yield int(said.partition("127.0.0.1:")[2].partition("/")[0]), child
+        finally:
+            child.kill()
+
+
+def resident(child: "subprocess.Popen[str]", field: str = "VmRSS") -> int:
+    """Bytes that a process holds, or held at most (VmHWM)."""
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
+
+
+def test_a_socket_a_download_and_a_signal(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "a")
+    with served(tmp_path) as (port, child):
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        client.request("GET", "/runs/a/tables/samples.parquet")
+        answer = client.getresponse()
+        assert answer.read() == (tmp_path / "a" / "samples.parquet").read_bytes()
+        assert answer.getheader("server") is None
+        client.request("HEAD", "/runs/a/tables/samples.parquet")
+        head = client.getresponse()
+        assert head.read() == b"" and head.getheader("etag") == answer.getheader("etag")
+        for path in ("/../../etc/passwd", "/runs/../../etc/passwd", "/runs/%2e%2e/%2e%2e/etc/passwd", "/runs/a/%00"):
+            client.putrequest("GET", path)
+            client.endheaders()
+            found = client.getresponse()
+            assert found.status == 404 and b"root:" not in found.read()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+            raw.sendall(b"GET /runs/\xff\xfe\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 400")
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0
+        assert child.stdout is not None and child.stdout.read().endswith("stopped\n")
+
+
+def test_an_address_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    assert check_host(None, with_key=False) == "127.0.0.1" and check_host(None, with_key=True) == "0.0.0.0"
+    assert check_host("0.0.0.0", with_key=True) == "0.0.0.0" and check_host("::1", with_key=False) == "::1"
+    for host in ("0.0.0.0", "10.0.0.1", "example.org", "::"):
+        with pytest.raises(Refused, match="would answer anybody"):
+            check_host(host, with_key=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Refused, match="cannot be bound"):
+        port = taken.getsockname()[1]
+        run_service(str(tmp_path), host=None, port=port, api_key_file=None, say=print)
+    with pytest.raises(Refused, match="cannot be read"):
+        run_service(str(tmp_path), host=None, port=1, api_key_file=str(tmp_path / "gone"), say=print)
+
+
+def write_large(path: Path, size: int) -> None:
+    """Write a samples table of about that many bytes: random prompts, which do not compress."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, group = 64, SCHEMAS["samples"]
+    prompts = [os.urandom(2**17).hex() for _ in range(rows)]
+    columns = {"sample_id": [f"s{row}" for row in range(rows)], "dataset": [None] * rows, "prompt": prompts}
+    columns |= {"answer": [None] * rows, "n_text": [1] * rows, "n_visual": [1] * rows}
+    table = pa.table(columns, schema=group)
+    with pq.ParquetWriter(path, group, compression="none", use_dictionary=False) as writer:
+        for _ in range(size // (rows * 2**18)):
+            writer.write_table(table)
+
+
+def fetch(port: int, path: str) -> tuple[int, str]:
+    """Read a download in small pieces: its size and digest."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    client.request("GET", path)
+    answer, digest, size = client.getresponse(), hashlib.sha256(), 0
+    while piece := answer.read(2**18):
+        digest.update(piece)
+        size += len(piece)
+    assert answer.status == 200 and answer.getheader("etag") == f'"{digest.hexdigest()}"'
+    return size, digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_a_gigabyte_comes_in_constant_memory(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "a")
+    path = tmp_path / "a" / "samples.parquet"
+    write_large(path, GIGABYTE)
+    try:
+        with served(tmp_path) as (port, child):
+            fetch(port, "/runs/a/tables/errors.parquet")
+            idle = resident(child)
+            size, _ = fetch(port, "/runs/a/tables/samples.parquet")
+            assert size == path.stat().st_size > 0.95 * GIGABYTE
+            assert resident(child, "VmHWM") - idle < 100e6
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--serve", "ROOT", "--output", "x"], "leave them out with --serve"),
+        (["--serve", "ROOT", "--against", "x"], "leave them out with --serve"),
+        (["ROOT", "--port", "8080"], "need --serve"),
+        (["--serve", "ROOT/a"], "is a run itself"),
+        (["--serve", "ROOT/gone"], "is not there"),
+        (["--serve", "ROOT", "--host", "0.0.0.0"], "would answer anybody"),
+        (["--serve", "ROOT", "--api-key-file", "ROOT/gone"], "cannot be read"),
+    ],
+)
+def test_the_job_refuses_what_cannot_be(tmp_path: Path, arguments: list[str], why: str) -> None:
+    make_sweep(tmp_path / "a")
+    with pytest.raises((Refused, click.UsageError), match=why):
+        main.main([item.replace("ROOT", str(tmp_path)) for item in arguments], standalone_mode=False)
+
+
+def test_the_endpoint_mounts_the_service_behind_its_gate(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "a")
+    key = "a-key-of-24-characters-x"
+    settings = EndpointSettings(key_digests=(hashlib.sha256(key.encode()).hexdigest(),))
+    app = make_endpoint("m", FakeReplicas(), settings, reports=make_service(str(tmp_path), key_digests=None))
+
+    async def run(path: str, **headers: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app, client=("10.0.0.9", 4711))
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+            return await client.get(path, headers=headers)
+
+    held = {"authorization": f"Bearer {key}"}
+    table = "/reports/runs/a/tables/samples.parquet"
+    assert asyncio.run(run(table)).status_code == 401
+    found = asyncio.run(run(table, **held, range="bytes=0-3"))
+    assert (found.status_code, found.content) == (206, b"PAR1") and found.headers["x-request-id"]
+    assert [item["id"] for item in asyncio.run(run("/reports/runs.json", **held)).json()["runs"]] == ["a"]
+    assert 'href="runs/a/"' in asyncio.run(run("/reports/", **held)).text
+    assert asyncio.run(run("/reports", **held)).headers["location"] == "./reports/"
+    assert asyncio.run(run("/reports/runs/a", **held)).headers["location"] == "./a/"
+    assert asyncio.run(run("/reports/runs/x/", **held)).json()["error"]["code"] == "not_found"
+    assert asyncio.run(run("/v1/models", **held)).status_code == 200

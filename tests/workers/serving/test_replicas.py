@@ -1,0 +1,201 @@
+"""Replicas on a real Ray Serve: their plans change while they run, they die, and every question has its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from shortv.chat import Answer, Decoding, Failure, Question, Reason, Turn
+from shortv.evals.asking import answer_all
+from shortv.families import load_architecture
+from shortv.families.encoding import turn_of
+from shortv.plan import Mode, Plan
+from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.replica import Replica, ReplicaSetup
+from tests.tiny_model import TINY, calibration
+
+pytestmark = pytest.mark.ray
+
+MODEL = str(TINY / "model")
+APP = "replicas"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    serve.start(proxy_location="Disabled")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def handle() -> Iterator[Any]:
+    """Two replicas of the bundled model with the plans `a` and `b`, behind an endpoint."""
+    serve_deploy(plan("a", 5, 6, 7), plan("b", 3, 4))
+    yield serve.get_deployment_handle(REPLICA, app_name=APP)
+    serve.delete(APP)
+
+
+def serve_deploy(*plans: Plan) -> None:
+    """Do what `serve deploy` does with a config file, and wait until it is done."""
+    user_config = {"plans": [json.loads(plan.to_json()) for plan in plans]}
+    application = {
+        "name": APP,
+        "import_path": "shortv.workers.serving.app:endpoint",
+        "args": {"model": MODEL, "replicas": "2", "batch_size": 4, "cpus_per_replica": 0},
+        "deployments": [{"name": REPLICA, "user_config": user_config}],
+    }
+    config = ServeDeploySchema.parse_obj({"proxy_location": "Disabled", "applications": [application]})
+    _get_global_client().deploy_apps(config, _blocking=True)
+    deadline = time.monotonic() + 120
+    while (found := serve.status().applications[APP]).status != "RUNNING":
+        assert found.status != "DEPLOY_FAILED" and time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def app_of_one() -> Any:
+    return replica_app(
+        ModelSpec(name=MODEL),
+        (),
+        ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0),
+        engine=EngineSettings(batch_size=4, max_queued=64),
+    )
+
+
+def plan(name: str, *layers: int) -> Plan:
+    found = load_architecture(MODEL)
+    return Plan.of_layers(
+        Mode.FREEZE_VISUAL,
+        layers,
+        num_layers=found.num_layers,
+        name=name,
+        model=MODEL,
+        config_digest=found.config_digest,
+    )
+
+
+def processes(app: str) -> dict[int, psutil.Process]:
+    """The replica processes of an application of this test's own cluster, by process id."""
+    children = psutil.Process().children(recursive=True)
+    return {one.pid: one for one in children if f"ServeReplica:{app}:{REPLICA}" in " ".join(one.cmdline())}
+
+
+def ask(handle: Any, questions: Sequence[Question], told: Callable[[Any], None] | None = None) -> list[Any]:
+    client = ReplicaClient(handle, patient=True)
+    makers = [lambda question=question: question for question in questions]
+    return asyncio.run(answer_all(client, makers, concurrency=24, told=told))
+
+
+def question(plan: str = "", text: str = "how many?", **more: Any) -> Question:
+    return Question(**{"request_id": text, "plan": plan, "turns": (Turn(role="user", parts=(text,)),)} | more)
+
+
+def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
+    before = processes(APP)
+    assert len(before) == 2
+    first = ask(handle, [question(name) for name in ("a", "b", "")])
+    assert [found.plan_digest for found in first] == [plan("a", 5, 6, 7).digest, plan("b", 3, 4).digest, None]
+    new = plan("c", 6, 7)
+    serve_deploy(new, plan("b", 3, 4))
+    assert processes(APP).keys() == before.keys()
+    for _ in range(4):  # both replicas
+        removed, added, kept = ask(handle, [question(name) for name in ("a", "c", "b")])
+        assert isinstance(removed, Failure) and removed.reason is Reason.UNKNOWN_PLAN
+        assert "the plans are: c, b" in removed.message
+        assert (added.plan_digest, kept.text) == (new.digest, first[1].text)
+    client = ReplicaClient(handle)
+    assert asyncio.run(client.plans()) == {"c": new.digest, "b": plan("b", 3, 4).digest}
+
+
+def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
+    decoding = Decoding(max_tokens=40, min_tokens=40)
+    questions = [
+        Question(
+            request_id=sample.sample_id, plan="b" if number % 2 else "", turns=(turn_of(sample),), decoding=decoding
+        )
+        for number, sample in enumerate(calibration()[:60])
+    ]
+    wanted = ask(handle, questions)
+    victims = list(processes(APP))
+    assert len(victims) == 2
+    answered: list[Any] = []
+
+    def kill(found: Any) -> None:
+        answered.append(found)
+        if len(answered) == 8:
+            os.kill(victims[0], signal.SIGKILL)
+
+    found = ask(handle, questions, kill)
+    assert len(answered) == 60 and not psutil.pid_exists(victims[0])
+    assert [(one.text, one.plan_digest) for one in found] == [(one.text, one.plan_digest) for one in wanted]
+    assert len({one.text for one in wanted}) > 10
+
+
+def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with_it() -> None:
+    # Defined here, so that it travels by value and its processes need not import this module, and torch with it.
+    class Deadly:
+        async def plans(self) -> dict[str, str]:
+            return {}
+
+        async def answer(self, question: Question) -> Answer:
+            await asyncio.sleep(0.1)
+            if question.request_id == "deadly":
+                os._exit(1)
+            counts = {"prompt_tokens": 1, "visual_tokens": 0, "completion_tokens": 1}
+            times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
+            return Answer(text=question.request_id, finish="stop", plan_digest=None, **counts, **times)
+
+    deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
+    handle = deploy(deployment.bind(), name="deadly", route_prefix=None)
+    names = [*map(str, range(30)), "deadly", *map(str, range(30, 60))]
+    found = ask(handle, [question(text=name) for name in names])
+    for name, one in zip(names, found, strict=True):
+        if name == "deadly":
+            assert isinstance(one, Failure) and one.reason is Reason.LOST and one.message.startswith("5 replicas")
+        else:
+            assert isinstance(one, Answer) and one.text == name
+    serve.delete("deadly")
+
+
+def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = tmp_path / "lost"
+
+    class AcceleratorError(RuntimeError):
+        pass
+
+    class Losing(Replica):
+        def __init__(self, setup: ReplicaSetup) -> None:
+            Replica.__init__(self, setup)
+            prefill = self._engine._prefill
+
+            def failing(rows: Any) -> None:
+                if not lost.exists():
+                    lost.touch()
+                    raise AcceleratorError("an illegal memory access was encountered")
+                prefill(rows)
+
+            self._engine._prefill = failing  # type: ignore[method-assign]
+
+    monkeypatch.setattr("shortv.workers.serving.app.Replica", Losing)
+    handle = deploy(app_of_one(), name="losing", route_prefix=None)
+    before = processes("losing")
+    found = ask(handle, [question(text=text) for text in ("how many?", "what is red?")])
+    assert lost.exists() and all(isinstance(one, Answer) and one.text for one in found)
+    assert len(before) == 1 and processes("losing").keys().isdisjoint(before)
+    serve.delete("losing")

@@ -1,0 +1,131 @@
+"""The bundled benchmark has the same scores in process, through `shortv_serve` both ways, and by `async_openai`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import uvicorn
+from ray import serve
+
+from shortv.chat import Answer, Question
+from shortv.errors import Refused
+from shortv.evals.asking import replies_to
+from shortv.evals.benchmark import Benchmark
+from shortv.evals.generation import Decoding, generate
+from shortv.evals.prompts import NamedPrompt
+from shortv.families.prompts import prompt_of
+from shortv.layers.apply import executing
+from shortv.plan import Mode, Plan
+from shortv.workers.lmms_served import ShortVServe
+from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from shortv.workers.serving.engine import EngineSettings
+from tests.tiny_model import TINY, bundled
+
+pytestmark = pytest.mark.ray
+
+APP, NAME, LIMIT = "lmms", "exit-2", 40
+MODEL = str(TINY / "model")
+
+
+def plan() -> Plan:
+    """A plan under which the bundled model is clearly worse."""
+    found = bundled().architecture
+    return Plan.of_layers(
+        Mode.DROP_VISUAL,
+        range(2, found.num_layers),
+        num_layers=found.num_layers,
+        name=NAME,
+        model=MODEL,
+        config_digest=found.config_digest,
+    )
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The address of an endpoint in this process before a replica on Serve, the application `lmms`."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    serve.start(proxy_location="Disabled")
+    resources = ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0)
+    app = replica_app(ModelSpec(name=MODEL), [plan()], resources, engine=EngineSettings())
+    client = ReplicaClient(deploy(app, name=APP, route_prefix=None))
+    face = make_endpoint("shortv-tiny", client, EndpointSettings())
+    server = uvicorn.Server(uvicorn.Config(face, log_level="warning", access_log=False))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+    ray.shutdown()
+
+
+class InProcess:
+    """Answers with transformers' generate, one question at a time."""
+
+    async def answer(self, question: Question) -> Answer:
+        loaded, decoding = bundled(), question.decoding
+        prompt = NamedPrompt(name=question.request_id, prompt=prompt_of(loaded, question.turns))
+        arguments = {"do_sample": False, "max_new_tokens": decoding.max_tokens}
+        with executing(loaded.model, plan().modes if question.plan else (Mode.FULL,) * 8):
+            (found,) = generate(loaded, [prompt], Decoding(arguments=arguments, stops=decoding.stops))
+        counts = {"prompt_tokens": found.input_tokens, "visual_tokens": 0, "completion_tokens": found.output_tokens}
+        times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
+        return Answer(text=found.text, finish="stop", plan_digest=None, **counts, **times)
+
+
+def in_process(name: str) -> Mapping[str, float]:
+    benchmark = Benchmark("shapes_vqa", limit=LIMIT)
+    replies = asyncio.run(replies_to(InProcess(), benchmark.asks(), plan=name, concurrency=1))
+    return {f"{row.metric},{row.filter}": row.value for row in benchmark.score(replies).metrics}
+
+
+def lmms_eval(model: str, model_args: str, output: Path) -> Mapping[str, float]:
+    """What `python -m lmms_eval` computes, in this process."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    tags = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+    arguments = SimpleNamespace(process_with_media=False, reasoning_tags=tags, output_path=str(output))
+    manager = TaskManager(include_path=[str(TINY / "task")], include_defaults=False)
+    found = simple_evaluate(
+        model, model_args=model_args, tasks=["shapes_vqa"], task_manager=manager, limit=LIMIT, cli_args=arguments
+    )["results"]["shapes_vqa"]
+    return {name: value for name, value in found.items() if "," in name and "stderr" not in name}
+
+
+def test_scores_are_identical_whichever_way_the_questions_go(url: str, tmp_path: Path) -> None:
+    wanted = in_process(NAME)
+    assert wanted["exact_match,none"] < in_process("")["exact_match,none"]
+    key = "key-of-nobody-0123456789"
+    for model, model_args in (
+        ("shortv_serve", f"url={url},model=shortv-tiny,plan={NAME}"),
+        ("shortv_serve", f"app={APP},plan={NAME},plan_digest={plan().digest[:12]},num_concurrent=8"),
+        ("async_openai", f"base_url={url},model_version=shortv-tiny@{NAME},api_key={key},num_cpus=4"),
+    ):
+        assert lmms_eval(model, model_args, tmp_path) == wanted, model_args
+
+
+@pytest.mark.usefixtures("url")
+def test_an_application_or_plan_that_does_not_run_is_refused() -> None:
+    with pytest.raises(Refused, match=f"no plan 'other'; it has {NAME}"):
+        ShortVServe(app=APP, plan="other")
+    with pytest.raises(Refused, match=f"no application 'other'; running: {APP}"):
+        ShortVServe(app="other")
+    with pytest.raises(Refused, match="has digest"):
+        ShortVServe(app=APP, plan=NAME, plan_digest="0" * 12)
