@@ -1,7 +1,5 @@
 """The page in headless Chromium: drawn, quiet, sortable, and loading nothing."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +12,6 @@ from reports.store import Folder
 from tests.reports.runs import MODES, make_campaign, make_sweep, sweep_manifest
 
 pytestmark = pytest.mark.browser
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 class Opened(NamedTuple):
@@ -25,18 +20,6 @@ class Opened(NamedTuple):
     page: Any
     said: list[str]
     asked: list[str]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    # Only `make test-browser` installs it, and other test runs collect this file too.
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "no Chromium here; `make test-browser` installs it"
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def open_page(

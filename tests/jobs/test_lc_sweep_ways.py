@@ -84,6 +84,7 @@ def nodes() -> Iterator[str]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_on_several_nodes(tmp_path: Path, nodes: str, embedded: Path, workers: int) -> None:
     done = sweep(tmp_path / "out", "--workers", str(workers), env={"RAY_ADDRESS": nodes})

@@ -147,6 +147,7 @@ def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
     assert len({one.text for one in wanted}) > 10
 
 
+@pytest.mark.slow
 def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with_it() -> None:
     # Defined here, so that it travels by value and its processes need not import this module, and torch with it.
     class Deadly:
@@ -173,6 +174,7 @@ def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with
     serve.delete("deadly")
 
 
+@pytest.mark.slow
 def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = tmp_path / "lost"
 
