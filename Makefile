@@ -8,11 +8,11 @@ LOCK_FLAGS := -q --python-version 3.11 --python-platform x86_64-manylinux_2_28 -
 # The oldest transformers that pyproject.toml allows, and the newest hub client it works with.
 OLDEST := transformers==5.17.0\nhuggingface-hub<2\n
 
-.PHONY: help install demo campaign page docs test test-slow test-browser test-compat check format lock clean
+.PHONY: help install demo campaign campaign-seeds page docs test test-slow test-browser test-compat check format lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 install: .venv/.installed ## Set up .venv from requirements.lock
 
@@ -21,6 +21,9 @@ demo: .venv/.installed ## Sweep the bundled model into runs/demo
 
 campaign: demo ## Judge the demo's plans against random, first and last layers, into runs/campaign
 	$(BIN)/python jobs/campaign.py --config shortv/tiny/campaign.toml
+
+campaign-seeds: demo ## Judge ShortV, its neighbours and the learned systems in one table, into runs/campaign-seeds
+	$(BIN)/python jobs/campaign.py --config shortv/tiny/seeds.toml
 
 page: demo ## Write the page of runs/demo, and its picture reports/page.png
 	$(BIN)/python jobs/report.py runs/demo

@@ -1,11 +1,11 @@
-"""Speed of this project against the baseline, in one run: sweep, prefill, campaign or scheduling."""
+"""Speed of this project against the baseline, in one run: sweep, prefill, sizing, campaign or scheduling."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shortv.layers.bench import Prefill, Workload
     from shortv.sweep.bench import BenchRow
     from shortv.workers.bench.campaign import LoadResult, SpeedResult
+    from shortv.workers.bench.sizing import Case, Sizing
 
 
 @click.group()
@@ -90,6 +91,28 @@ def prefill(
     pixels = known.pixels(work.batch, work.visual_tokens) if vision_tower else None
     result = bench_prefill(model, modes, work, pairs=pairs, pixels=pixels)
     _print_prefill(result, shape, depth, count, work, f"{dtype} on {device}")
+    return 0
+
+
+@bench.command()
+@option("--shape", default="tinyllama-1.1b", show_default=True, help="A real model's sizes, with random weights.")
+@option("--layers", default=4, show_default=True, type=click.IntRange(2), help="Its depth here.")
+@option("--batch-size", default=2, show_default=True, type=click.IntRange(1))
+@option("--text-tokens", default=64, show_default=True, type=click.IntRange(2))
+@option("--visual-tokens", default=576, show_default=True, type=click.IntRange(1))
+@option("--stack", type=click.IntRange(1), help="Ablations that run together.  [default: the engine's choice]")
+@option("--repeats", default=2, show_default=True, type=click.IntRange(1), help="Sweeps; the fastest counts.")
+@option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def sizing(shape: str, **sizes: Any) -> int:
+    """Memory and time of a sweep by the default modes, against what cluster/README.md reckons with."""
+    from shortv.errors import Refused
+    from shortv.workers.bench.sizing import BUILDS, Case, bench_sizing
+
+    if shape not in BUILDS:
+        raise Refused(f"unknown shape {shape!r}; the shapes are {', '.join(BUILDS)}")
+    case = Case(shape=shape, batch=sizes.pop("batch_size"), **sizes)
+    _print_sizing(bench_sizing(case), case)
     return 0
 
 
@@ -181,6 +204,26 @@ def _print_prefill(result: Prefill, shape: str, depth: int, count: int, work: Wo
         click.echo(f"vision tower {1e3 * result.tower:.1f} ms; with it fast takes {result.tower_ratio:.3f} of full")
     if result.peak_full:
         click.echo(f"peak memory {result.peak_full / 2**30:.2f} GiB full, {result.peak_fast / 2**30:.2f} GiB fast")
+
+
+def _print_sizing(result: Sizing, case: Case) -> None:
+    """Weights were counted after loading, the rest is the sweep's peak on top of them."""
+    memory, gib = result.memory, 2**30
+    rows = {
+        "weights, GiB": (memory.weights / gib, result.weights / gib),
+        "work of the sweep, GiB": ((memory.total - memory.weights) / gib, result.work / gib),
+        "in all, GiB": (memory.total / gib, (result.weights + result.work) / gib),
+        "seconds": (result.predicted_seconds, result.seconds),
+    }
+    click.echo(
+        f"{case.shape}, {case.layers} layers, batch {case.batch}, t = {case.text_tokens}, v = {case.visual_tokens}, "
+        f"{case.dtype} on {case.device}\n"
+        f"stacked ablations: {memory.stack} predicted, {result.stack} run; {result.flops / 1e12:.2f} TFLOP "
+        f"at the measured {result.rate / 1e9:.0f} GFLOP/s\n"
+        f"{'':24}{'predicted':>11}{'measured':>11}{'of predicted':>14}"
+    )
+    for name, (predicted, measured) in rows.items():
+        click.echo(f"{name:24}{predicted:>11.3f}{measured:>11.3f}{measured / predicted:>14.2f}")
 
 
 def _print(rows: Sequence[BenchRow]) -> None:

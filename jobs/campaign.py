@@ -5,10 +5,11 @@
     python jobs/campaign.py --config recipe.toml --retry-failed
     ray job submit --working-dir . -- python jobs/campaign.py ... --output-path /shared/campaign
 
-A recipe is a TOML file with the settings below, underscores for hyphens; flags go before it. A plan is a file, a
-published plan's name, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (a FLOPs ratio), or a control: random:SEED@LAYERS,
-random:0..4@LAYERS, first@LAYERS, last@LAYERS. /MODE after it names another mode than freeze-visual. The full model is
-always among the plans.
+A recipe is a TOML file with the settings below, underscores for hyphens; flags go before it. A plan is a file (several
+by *), a published plan's name, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (a FLOPs ratio), all (layers), or a control:
+random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS, last@LAYERS. /MODE after it names another mode than
+freeze-visual; last@LAYERS/drop-visual, the exit at a fixed layer, is no control. The full model is always among the
+plans.
 
 The same command on the same folder continues a campaign that was stopped, and repeats the result of a finished one;
 a changed recipe runs only the cells that are missing.

@@ -17,9 +17,9 @@ class CampaignManifest:
     """What a campaign was asked to do and what came of it; it describes the last recipe that ran in the folder.
 
     `models` hold name, revision, digest, config_digest and architecture; `plans` the model they are for, name, kind
-    (full, plan, random, first, last), digest and modes; `tasks` name, digest, num_docs and main_metric. `counts` are
-    numbers of cells by state and of samples. `attempts` counts the runs that had work to do: 1 after the first start
-    of a driver. Times are ISO 8601 in UTC, `wall_seconds` adds up all runs.
+    (full, plan, random, first, last), digest, modes, learned parts and what their training took; `tasks` name, digest,
+    num_docs and main_metric. `counts` are numbers of cells by state and of samples. `attempts` counts the runs that had
+    work to do: 1 after the first start of a driver. Times are ISO 8601 in UTC, `wall_seconds` adds up all runs.
     """
 
     schema_version: int = CAMPAIGN_SCHEMA_VERSION

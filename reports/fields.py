@@ -28,10 +28,18 @@ _LAYER = Field("layer", "int32", "Decoder layer, counted from 0.")
 _CELL = Field("cell", "string", "Key of the cell, one model under one plan on one task.")
 _MODEL = Field("model", "string", "Model as the campaign names it.")
 _PLAN = Field("plan", "string", "Name of the plan; `full` is the unmodified model.")
-_PLAN_DIGEST = Field("plan_digest", "string", "SHA-256 of the plan's architecture and modes.")
+_PLAN_DIGEST = Field("plan_digest", "string", "SHA-256 of the plan's architecture, modes and learned parts.")
 _TASK = Field("task", "string", "lmms-eval task.")
 _METRIC = Field("metric", "string", "Metric, as lmms-eval names it.")
-_FLOPS = Field("flops_ratio", "double?", "Predicted FLOPs of the prefill at (t, v), as a share of the full model's.")
+_FLOPS = Field(
+    "flops_ratio",
+    "double?",
+    "FLOPs of the prefill, as a share of the full model's: predicted at (t, v), or as the exit layers tell.",
+)
+_EXIT = (
+    "Layer after which the visual tokens left, where the plan decides that for each sample (DyVTE); the number of "
+    "layers is never."
+)
 _MODE = Field("mode", "string", "Mode of the ablation: freeze-visual, freeze-text, no-visual-queries, ...")
 
 TABLES: Final[Mapping[str, TableDoc]] = {
@@ -77,12 +85,25 @@ TABLES: Final[Mapping[str, TableDoc]] = {
     ),
     "errors": TableDoc(
         "errors.parquet",
-        "One calibration sample that could not be used in a sweep.",
+        "One calibration or training sample that could not be used.",
         (
             _SAMPLE,
             Field("stage", "string", "Where it failed: decode, prompt, tokenise or measure."),
             Field("error", "string", "Kind of the error, for counting."),
             Field("message", "string", "What was found."),
+        ),
+    ),
+    "training": TableDoc(
+        "training.parquet",
+        "One optimizer step of a training of learned parts.",
+        (
+            Field("step", "int32", "Step, counted from 1."),
+            Field("samples", "int64", "Samples that were trained on so far, repetitions counted."),
+            Field("loss", "double", "Mean loss of the step's batch, as the recipe defines it."),
+            Field("learning_rate", "double?", "Learning rate of the step."),
+            Field("samples_per_second", "double?", "Samples of the step by its duration, over all workers."),
+            Field("seconds", "double", "How long the step took, without waiting for data."),
+            Field("metrics", "scores", "Further metrics of the step, by name."),
         ),
     ),
     "calibration": TableDoc(
@@ -115,6 +136,8 @@ TABLES: Final[Mapping[str, TableDoc]] = {
             Field("errors", "int32", "Samples that failed; they are never scored."),
             Field("message", "string?", "Why the cell or its samples failed."),
             _FLOPS,
+            Field("learned_parameters", "int64?", "Parameters of the plan's learned parts; null for a plan without."),
+            Field("train_seconds", "double?", "How long their training took; null for a plan without."),
             Field("started", "string", "ISO 8601 in UTC."),
             Field("finished", "string", "ISO 8601 in UTC."),
             Field("wall_seconds", "double", "How long the cell took."),
@@ -132,6 +155,7 @@ TABLES: Final[Mapping[str, TableDoc]] = {
             _TASK,
             Field("prediction", "string?", "The model's answer as text; null after an error."),
             Field("target", "string?", "The task's reference."),
+            Field("kind", "string?", "Kind of the question, where the task's documents have a `kind`."),
             Field("scores", "scores", "Per-sample scores, a list of metric and value; empty after an error."),
             Field("error", "string?", "Why the sample has no answer; null where it has one."),
             Field("latency_ms", "double?", "From the question to the whole answer."),
@@ -141,6 +165,7 @@ TABLES: Final[Mapping[str, TableDoc]] = {
             Field("prompt_tokens", "int32?", "Tokens of the prompt, visual ones included."),
             Field("visual_tokens", "int32?", "Visual tokens of the prompt."),
             Field("completion_tokens", "int32?", "Tokens of the answer."),
+            Field("exit_layer", "int32?", _EXIT),
         ),
     ),
     "metrics": TableDoc(

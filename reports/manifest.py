@@ -130,7 +130,9 @@ _TYPES: Final[Mapping[str, Any]] = MappingProxyType(
 
 
 # The job that writes each kind of result folder.
-_JOBS: Final = MappingProxyType({"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py"})
+_JOBS: Final = MappingProxyType(
+    {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py", "training": "jobs/train.py"}
+)
 
 
 def read_manifest(folder: Folder, kind: str) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class Answer:
     """A whole answer, what it was made of, and what it cost.
 
     `prompt_tokens` counts visual tokens too; `finish` is "stop" (the model or a stop text ended it) or "length".
+    `exit_layer` is the layer after which its visual tokens left, under a plan that decides it for each sample; the
+    number of layers stands for never, None for other plans and for prompts without an image.
     Milliseconds: waiting for a place, the prefill of the batch it was in, and all decode steps until it ended.
     """
 
@@ -83,6 +85,7 @@ class Answer:
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    exit_layer: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

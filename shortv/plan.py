@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,42 @@ class Mode(StrEnum):
     NO_VISUAL_FFN = "no-visual-ffn"
     SKIP_ATTENTION = "skip-attention"
     DROP_VISUAL = "drop-visual"
+
+
+class PartsKind(StrEnum):
+    """Which learned system parts belong to."""
+
+    SAISA = "saisa"
+    DYVTE = "dyvte"
+    EAS = "eas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedParts:
+    """Parts that a plan needs beside its modes: a folder with parts.json and parts.safetensors, and its digest.
+
+    `threshold` is the exit probability from which DyVTE drops a sample's visual tokens; no other kind has one.
+    Raises Refused on construction when the fields contradict each other.
+    """
+
+    kind: PartsKind
+    path: str
+    digest: str
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise Refused("the plan names no folder for its learned parts; make the plan again")
+        if not _HEX_DIGEST.fullmatch(self.digest):
+            raise Refused(f"the digest of the learned parts, {self.digest!r}, is no SHA-256 in hex; train them again")
+        if (self.threshold is not None) != (self.kind is PartsKind.DYVTE):
+            needs = "need a threshold" if self.kind is PartsKind.DYVTE else "have no threshold"
+            raise Refused(f"{self.kind} parts {needs}, found {self.threshold}; correct the plan")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise Refused(f"the exit threshold is {self.threshold:g}; give a probability, 0 to 1")
+        if self.threshold is not None:
+            # 1 and 1.0 are the same plan, whose digest is made of the text.
+            object.__setattr__(self, "threshold", float(self.threshold))
 
 
 # Modes that change nothing for a prompt without visual tokens.
@@ -68,6 +104,14 @@ def modes_of_ablation(mode: Mode, layer: int, num_layers: int) -> tuple[Mode, ..
     return modes_of_layers(mode, layers, num_layers)
 
 
+def modes_of_exit(layer: int, num_layers: int) -> tuple[Mode, ...]:
+    """Return the modes of a model whose visual tokens leave after `layer` (DyVTE): drop-visual in all later ones.
+
+    After the last layer nothing is left to leave; `num_layers` itself means never.
+    """
+    return modes_of_layers(Mode.DROP_VISUAL, range(layer + 1, num_layers), num_layers)
+
+
 def modes_of_layers(mode: Mode, layers: Collection[int], num_layers: int) -> tuple[Mode, ...]:
     """Return `num_layers` modes, `mode` in `layers` and full elsewhere; raises Refused for bad layers."""
     _check_layers(layers, num_layers)
@@ -83,6 +127,7 @@ class Plan:
     `config_digest` decides which models it fits. `ranking` lists layers, the first to replace first
     (it may stop early: published lists do). `source` is free: sweep, samples, seed, KL direction.
     `flops_ratio` is the prefill cost against the full model at `flops_t` text and `flops_v` visual tokens.
+    `parts` are learned ones, without which the plan does not run.
     Raises Refused on construction when the fields contradict each other.
     """
 
@@ -98,6 +143,7 @@ class Plan:
     flops_ratio: float | None = None
     flops_t: float | None = None
     flops_v: float | None = None
+    parts: LearnedParts | None = None
 
     def __post_init__(self) -> None:
         _check_header(self)
@@ -114,8 +160,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the configuration digest and the modes: the plan's identity."""
-        return digest_of(self.config_digest, self.modes)
+        """SHA-256, in hex, of the configuration digest, the modes and the learned parts: the plan's identity."""
+        return digest_of(self.config_digest, self.modes, self.parts)
 
     @classmethod
     def full(cls, *, num_layers: int, name: str = "full", **rest: Any) -> "Plan":
@@ -157,6 +203,7 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan as the text of a plan file."""
         content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        content["parts"] = asdict(self.parts) if self.parts else None
         return json.dumps(content | {"digest": self.digest}, indent=2) + "\n"
 
     @staticmethod
@@ -181,9 +228,11 @@ class Plan:
         return read_plan(path)
 
 
-def digest_of(config_digest: str, modes: Iterable[str]) -> str:
-    """Return a plan's digest from the two things it covers."""
-    content = {"config_digest": config_digest, "modes": [str(mode) for mode in modes]}
+def digest_of(config_digest: str, modes: Iterable[str], parts: LearnedParts | None = None) -> str:
+    """Return a plan's digest from the things it covers."""
+    content: dict[str, Any] = {"config_digest": config_digest, "modes": [str(mode) for mode in modes]}
+    if parts is not None:
+        content["parts"] = {"kind": parts.kind, "digest": parts.digest, "threshold": parts.threshold}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -4,12 +4,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shortv.errors import Refused, ShortVError
-from shortv.plan import SCHEMA, Mode, Plan, digest_of, parse_mode
+from shortv.plan import SCHEMA, LearnedParts, Mode, PartsKind, Plan, parse_mode
 
 PLAN_FILE = "shortv_plan.json"
 _AGAIN = "make the plan again or restore the file"
@@ -31,7 +32,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         source = source / PLAN_FILE
     try:
         if not source.exists() and str(path) in published_plans():
-            text = (resources.files("shortv") / "plans" / f"{path}.json").read_text("utf-8")
+            source = Path(str(resources.files("shortv") / "plans" / f"{path}.json"))
+            text = source.read_text("utf-8")
         else:
             text = source.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +43,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
             f"or one of {', '.join(published_plans())}"
         ) from error
     try:
-        return parse_plan(text)
+        return _with_parts_below(parse_plan(text), source.parent)
     except Refused as error:
         raise Refused(f"{path}: {error}") from error
 
@@ -54,10 +56,28 @@ def write_plan(plan: Plan, path: Path) -> Path:
     target = path if path.suffix == ".json" and not path.is_dir() else path / PLAN_FILE
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomic(target, plan.to_json().encode())
+        _write_atomic(target, _with_parts_relative_to(plan, target.parent).to_json().encode())
     except OSError as error:
         raise ShortVError(f"cannot write plan file {target}: {error.strerror}; choose a writable path") from error
     return target
+
+
+def _with_parts_below(plan: Plan, folder: Path) -> Plan:
+    """A plan file names parts from where it stands, so that both can be moved together."""
+    if plan.parts is None:
+        return plan
+    return replace(plan, parts=replace(plan.parts, path=str((folder / plan.parts.path).resolve())))
+
+
+def _with_parts_relative_to(plan: Plan, folder: Path) -> Plan:
+    if plan.parts is None:
+        return plan
+    path, folder = Path(plan.parts.path).resolve(), folder.resolve()
+    # A result folder is moved as a whole, and keeps its plans in plans/.
+    whole = folder.parent if folder.name == "plans" else folder
+    if path.is_relative_to(whole):
+        path = Path(os.path.relpath(path, folder))
+    return replace(plan, parts=replace(plan.parts, path=path.as_posix()))
 
 
 def _write_atomic(target: Path, content: bytes) -> None:
@@ -91,9 +111,9 @@ def parse_plan(text: str) -> Plan:
         raise Refused(f"the key {missing[0]!r} is missing; {_AGAIN}")
     known: dict[str, Any] = {key: read(key, content[key]) for key, read in _READERS.items() if key in content}
     plan = Plan(**known)
-    if content["digest"] != digest_of(plan.config_digest, plan.modes):
+    if content["digest"] != plan.digest:
         raise Refused(
-            f"the digest does not match the modes: the file says {str(content['digest'])[:12]}, they give "
+            f"the digest does not match the modes and parts: the file says {str(content['digest'])[:12]}, they give "
             f"{plan.digest[:12]}, so somebody edited it; {_AGAIN}"
         )
     return plan
@@ -168,6 +188,22 @@ def _optional_mapping(key: str, value: object) -> Mapping[str, Any] | None:
     raise _mistyped(key, "an object or null", value)
 
 
+def _parts(key: str, value: object) -> LearnedParts | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"kind", "path", "digest", "threshold"}:
+        raise _mistyped(key, "an object with kind, path, digest and threshold, or null", value)
+    kind = _text("kind", value["kind"])
+    if kind not in set(PartsKind):
+        raise Refused(f"unknown kind of learned parts {kind!r}; the kinds are {', '.join(PartsKind)}")
+    return LearnedParts(
+        kind=PartsKind(kind),
+        path=_text("path", value["path"]),
+        digest=_text("digest", value["digest"]),
+        threshold=_optional_number("threshold", value["threshold"]),
+    )
+
+
 _READERS: Mapping[str, Callable[[str, object], object]] = {
     "schema": _whole,
     "name": _text,
@@ -181,5 +217,6 @@ _READERS: Mapping[str, Callable[[str, object], object]] = {
     "flops_ratio": _optional_number,
     "flops_t": _optional_number,
     "flops_v": _optional_number,
+    "parts": _parts,
 }
 _REQUIRED = frozenset({"schema", "name", "model", "config_digest", "num_layers", "modes", "digest"})

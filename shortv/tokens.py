@@ -106,13 +106,21 @@ class Selection:
     valid_BS: Tensor
 
     @classmethod
-    def of(cls, mask_BT: Tensor) -> Selection:
-        """Select the True positions of each row, in order."""
+    def of(cls, mask_BT: Tensor, *, width: int | None = None) -> Selection:
+        """Select the True positions of each row, in order.
+
+        Args:
+            width: the most positions of a row, where it is known; without it the device has to be waited for.
+        """
         counts_B = mask_BT.sum(1)
-        width = int(counts_B.max())
+        width = int(counts_B.max()) if width is None else width
         index_BS = mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :width]
         valid_BS = torch.arange(width, device=mask_BT.device) < counts_B[:, None]
         return cls(index_BS=index_BS, valid_BS=valid_BS)
+
+    def of_rows(self, rows_R: Tensor) -> Selection:
+        """The selection of some of the samples."""
+        return Selection(index_BS=self.index_BS[rows_R], valid_BS=self.valid_BS[rows_R])
 
     def rows(self, values_BTD: Tensor) -> Tensor:
         """Gather the selected rows of (B or 1, T, D) values into (B, S, D)."""

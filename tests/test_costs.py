@@ -7,9 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shortv.architecture import Architecture
-from shortv.costs import Passes, ablation_passes, flops_ratio, layer_flops, plan_flops, sweep_passes
+from shortv.costs import (
+    Passes,
+    ablation_passes,
+    exit_flops,
+    flops_ratio,
+    layer_flops,
+    measured_exit_ratio,
+    plan_flops,
+    saisa_flops,
+    saisa_flops_ratio,
+    sweep_passes,
+)
 from shortv.errors import Refused
-from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
+from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation, modes_of_exit
 from tests.architectures import architecture
 
 SMALL = architecture(
@@ -128,6 +139,45 @@ def test_baselines(model: str, fastv: float, vtw: float, exit_layer: int) -> Non
 def test_dyvte_exit_ratios(first: int, ratio: float) -> None:
     modes = replaced(SMALL, 32 - first, Mode.DROP_VISUAL)
     assert 100 * flops_ratio(SMALL, modes, T, 576) == pytest.approx(ratio, abs=0.051)
+
+
+@pytest.mark.parametrize(("t", "percent"), [(64, 33.5), (40, 31.0), (100, 37.0)])
+def test_saisa_with_a_projector_per_layer(t: int, percent: float) -> None:
+    """The abstract's -66 % at 64 text tokens; a quarter of what is left is projectors (`reference/saisa.md`, 3)."""
+    weights = 1024 * 4096 + 4096**2
+    modes = replaced(SMALL, 32)
+    assert round(100 * saisa_flops_ratio(SMALL, modes, t, 576, projector_weights=weights), 1) == percent
+
+
+def test_saisa_in_teraflops() -> None:
+    weights = 1024 * 4096 + 4096**2
+    modes = replaced(SMALL, 32)
+    assert round(saisa_flops(SMALL, modes, T, 576, projector_weights=weights) / 1e12, 3) == 2.860
+    assert round(saisa_flops(SMALL, modes, T, 576, projector_weights=0) / 1e12, 3) == 2.087
+    assert round(100 * saisa_flops_ratio(SMALL, modes, T, 576, projector_weights=0), 1) == 24.5
+    assert saisa_flops(SMALL, modes, T, 0, projector_weights=weights) == plan_flops(SMALL, [Mode.FULL] * 32, T, 0)
+    with pytest.raises(Refused, match="at least one token"):
+        saisa_flops_ratio(SMALL, modes, 0, 0, projector_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("first", "ratio"), [(8, 32.3), (12, 43.6), (14, 49.2), (15, 52.1), (16, 54.9), (20, 66.2), (24, 77.4)]
+)
+def test_exits_of_samples_cost_what_their_fixed_plans_do(first: int, ratio: float) -> None:
+    for exits in ([first - 1], [first - 3, first + 1], [first - 1] * 3):
+        found = measured_exit_ratio(SMALL, [(layer, T, 576) for layer in exits])
+        assert found is not None and 100 * found == pytest.approx(ratio, abs=0.051)
+    assert exit_flops(SMALL, first - 1, T, 576) == plan_flops(SMALL, modes_of_exit(first - 1, 32), T, 576)
+
+
+def test_exits_at_the_end_and_none() -> None:
+    """The last layer's exit leaves nothing out; samples count with the tokens they have."""
+    assert measured_exit_ratio(SMALL, [(31, T, 576), (32, T, 2880)]) == 1
+    large, small = (31, T, 2880), (0, T, 1)
+    assert (measured_exit_ratio(SMALL, [large, small]) or 0) > 0.98
+    assert measured_exit_ratio(SMALL, []) is None
+    with pytest.raises(Refused, match="counted from 0"):
+        exit_flops(SMALL, -1, T, 576)
 
 
 def test_neighbours_of_shortv() -> None:

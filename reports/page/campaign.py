@@ -7,8 +7,9 @@ from typing import Any
 from reports.campaign import CampaignManifest
 from reports.manifest import State
 from reports.page.campaign_charts import accuracy_chart, difference_chart
-from reports.page.campaign_data import CampaignData, half_width, kind_of_plan
+from reports.page.campaign_data import CampaignData, Training, half_width, kind_of_plan
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
+from reports.page.exit_chart import exit_charts
 from reports.page.ran import command_of, run_facts, state_warnings
 from reports.page.speed_chart import speed_chart
 from reports.page.sweep_charts import plan_strips
@@ -58,6 +59,8 @@ def _results(data: CampaignData) -> list[Section]:
         pairs += [chart for draw in (difference_chart, speed_chart) if (chart := draw(group, str(index)))]
     if pairs:
         sections.append(Section(title="Differences and speed", charts=pairs))
+    if data.exits:
+        sections.append(Section(title="Exit layers", charts=exit_charts(data.exits)))
     if data.comparisons:
         sections.append(Section(title="All differences", grids=[_differences(data)]))
     if data.metrics:
@@ -67,8 +70,9 @@ def _results(data: CampaignData) -> list[Section]:
 
 def _differences(data: CampaignData) -> Grid:
     names = ("model", "task", "metric", "plan", "against", "value", "against_value", "difference", "ci_low", "ci_high")
+    training = Training(data.cells)
     return shortened(
-        [[row[name] for name in (*names, "n", "share_changed")] for row in data.comparisons],
+        [[*(row[name] for name in (*names, "n", "share_changed")), *training.values(row)] for row in data.comparisons],
         caption="Every metric of every plan against the full model and its random controls",
         columns=(
             "model",
@@ -81,8 +85,9 @@ def _differences(data: CampaignData) -> Grid:
             *_INTERVAL,
             "samples",
             "answers changed",
+            *training.columns,
         ),
-        files=["comparisons.parquet"],
+        files=["comparisons.parquet", *(["cells.parquet"] if training.columns else [])],
     )
 
 

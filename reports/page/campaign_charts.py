@@ -153,9 +153,12 @@ def difference_chart(group: Group, key: str) -> Chart | None:
         data={"rows": rows, "zero": [{"difference": 0.0}]},
         numbers=Grid(
             caption=f"Differences of {group.metric}",
-            columns=("plan", "against", "difference", "95 % from", "to", "samples", "answers changed"),
-            rows=[[row[name] for name in names] for row in rows],
-            files=["comparisons.parquet"],
+            columns=(
+                *("plan", "against", "difference", "95 % from", "to", "samples", "answers changed"),
+                *group.training.columns,
+            ),
+            rows=[[*(row[name] for name in names), *group.training.values(row)] for row in chosen],
+            files=["comparisons.parquet", *(["cells.parquet"] if group.training.columns else [])],
         ),
         half=True,
     )

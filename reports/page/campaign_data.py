@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from reports.campaign import CampaignManifest
 from reports.manifest import State
+from reports.page.exit_data import Exits, read_exits
 from reports.store import Folder
 from shortv.errors import Refused
 
@@ -16,7 +17,9 @@ _LONGEST_REASON: Final = 300
 # What the page reads of each model, plan and task in the manifest.
 _ITEMS: Final = {"models": {"name"}, "plans": {"model", "name", "kind", "digest", "modes"}, "tasks": {"name"}}
 # What a plan is to the reader, in the order of the colours.
-KINDS: Final = ["LC plan", "random control", "first-layers control", "last-layers control", "full model", "plan file"]
+KINDS: Final = ["LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"]
+# What was learned for a plan, as its table and as the page call it.
+TRAINING: Final = {"learned_parameters": "learned parameters", "train_seconds": "training seconds"}
 _LABELS: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3]}
 
 
@@ -28,6 +31,25 @@ class Failures(NamedTuple):
     task: str
     reason: str
     samples: int
+
+
+class Training:
+    """The columns of what was learned for each plan; there are none where no plan has learned parts."""
+
+    def __init__(self, cells: Sequence[Row]) -> None:
+        """Take rows of the table of cells."""
+        found = {(row["model"], row["plan"]): [row[name] for name in TRAINING] for row in cells}
+        self._known = any(value is not None for values in found.values() for value in values)
+        self._found = found
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(TRAINING.values()) if self._known else ()
+
+    def values(self, row: Row) -> list[Any]:
+        """Their values in a row that names a model and a plan."""
+        return self._found.get((row["model"], row["plan"]), [None] * len(TRAINING)) if self._known else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +78,7 @@ class Group:
     metric: str | None
     points: Sequence[Point]
     comparisons: Sequence[Row]
+    training: Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +91,7 @@ class CampaignData:
     comparisons: Sequence[Row]
     speed: Sequence[Row]
     failures: Sequence[Failures]
+    exits: Sequence[Exits] = ()
 
     def groups(self) -> list[Group]:
         """Return a group for each model and task, in the order of the cells."""
@@ -89,7 +113,14 @@ class CampaignData:
             _point(cell, kinds.get(cell["plan"], KINDS[5]), scores.get(cell["plan"]), speed.get(cell["plan"], {}), base)
             for cell in own(self.cells)
         ]
-        return Group(model=model, task=task, metric=metric, points=points, comparisons=own(self.comparisons))
+        return Group(
+            model=model,
+            task=task,
+            metric=metric,
+            points=points,
+            comparisons=own(self.comparisons),
+            training=Training(own(self.cells)),
+        )
 
 
 def kind_of_plan(plan: Row) -> str:
@@ -133,7 +164,8 @@ def read_campaign_data(folder: Folder) -> CampaignData:
     if finished:
         _check(manifest, tables, folder)
     failures = [item for cell in tables["cells"] if cell["errors"] for item in _failures(folder, cell)]
-    return CampaignData(manifest=manifest, failures=failures, **tables)
+    exits = read_exits(folder, manifest, tables["cells"])
+    return CampaignData(manifest=manifest, failures=failures, exits=exits, **tables)
 
 
 def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def campaign_headline(files: Files, manifest: CampaignManifest, contents: Conten
         held = len({row["cell"] for row in tables["cells"]})
         if said != held:
             raise Refused(f"the manifest counts {said} cells, {shown((*contents.run, 'cells.parquet'))} holds {held}")
-        data = CampaignData(manifest=manifest, comparisons=(), speed=(), failures=(), **tables)
+        data = CampaignData(manifest=manifest, comparisons=(), speed=(), failures=(), exits=(), **tables)
         values["best"] = [_best(group) for group in data.groups()]
 
     problems = list(_problems(best))

@@ -10,7 +10,8 @@ from shortv.chat import Likelihood
 from shortv.errors import ShortVError
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
-from shortv.families.prompts import adds_special_tokens
+from shortv.families.prompted import prompted
+from shortv.families.supervised import continuation_ids
 
 
 def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Likelihood]:
@@ -30,20 +31,16 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Lik
     if loaded.decoder.family.positions_from_mask:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     keep = max(map(len, labels)) + 1
-    with torch.inference_mode():
+    prompt_BT = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    for row_T, label in zip(prompt_BT, labels, strict=True):
+        row_T[-len(label) :] = False
+    with torch.inference_mode(), prompted(loaded.decoder, prompt_BT):
         logits_BTV = loaded.model(**inputs, use_cache=False, logits_to_keep=keep).logits
     return [_score(logits_TV, label) for logits_TV, label in zip(logits_BTV, labels, strict=True)]
 
 
 def _labels(loaded: LoadedModel, prompt: NamedPrompt) -> list[int]:
-    tokenizer = loaded.processor.tokenizer
-    text = prompt.prompt.text
-    special = adds_special_tokens(loaded, text)
-    before, whole = (
-        tokenizer(whole, add_special_tokens=special)["input_ids"] for whole in (text, text + prompt.continuation)
-    )
-    same = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
-    labels: list[int] = whole[same:]
+    labels = continuation_ids(loaded, prompt.prompt.text, prompt.continuation)
     if not labels:
         raise ShortVError(f"{prompt.name} asks for the likelihood of an empty continuation; correct the task's choices")
     return labels

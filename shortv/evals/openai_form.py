@@ -80,6 +80,7 @@ def answer_of(body: Any) -> Answer | Failure:
             queue_ms=float(own.get("queue_ms", 0.0)),
             prefill_ms=float(own.get("prefill_ms", 0.0)),
             decode_ms=float(own.get("decode_ms", 0.0)),
+            exit_layer=None if own.get("exit_layer") is None else int(own["exit_layer"]),
             logprobs=_logprobs(choice.get("logprobs")),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -20,6 +20,8 @@ class Sample:
     prediction: str | None
     """The answer, one line per round or repeat; of a multiple choice, the likeliest one."""
     target: str | None
+    kind: str | None = None
+    """Kind of the question, where the task's document has one."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Values by metric under the first filter; under further filters by "metric,filter"."""
     error: str | None = None
@@ -31,6 +33,8 @@ class Sample:
     prompt_tokens: int | None = None
     visual_tokens: int | None = None
     completion_tokens: int | None = None
+    exit_layer: int | None = None
+    """After which layer its visual tokens left, where its answers agree on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,7 @@ def _sample(task: Any, doc_id: int, name: str, document: _Document, marked: Mark
         sample_id=name,
         prediction=None if document.failure else _prediction(document),
         target=_target(task, doc_id),
+        kind=_kind(task, doc_id),
         scores=dict(_scores(task, marked)) if isinstance(marked, Marked) else {},
         error=failure,
         latency_ms=sum(reply.latency_ms for reply in replies),
@@ -156,7 +161,19 @@ def _target(task: Any, doc_id: int) -> str | None:
     return target if isinstance(target, str) else json.dumps(target, default=str)
 
 
+def _kind(task: Any, doc_id: int) -> str | None:
+    try:
+        kind = task.eval_docs_no_media[doc_id].get("kind")
+    except Exception:  # third-party data, for a column that groups questions
+        return None
+    return kind if isinstance(kind, str) else None
+
+
 def _costs(replies: Sequence[Reply]) -> dict[str, Any]:
     answers = [answer for reply in replies for answer in reply.answers]
     names = ("queue_ms", "prefill_ms", "decode_ms", "prompt_tokens", "visual_tokens", "completion_tokens")
-    return {name: sum(getattr(answer, name) for answer in answers) for name in names} if answers else {}
+    if not answers:
+        return {}
+    exits = {answer.exit_layer for answer in answers}
+    sums = {name: sum(getattr(answer, name) for answer in answers) for name in names}
+    return sums | {"exit_layer": exits.pop() if len(exits) == 1 else None}

@@ -54,6 +54,21 @@ class Decoder:
         return hidden_BTD + _normed(layer, self.parts.ffn_post_norm, output_BTD)
 
     @property
+    def projector(self) -> nn.Module:
+        """The module that makes visual rows of vision features.
+
+        Raises:
+            Refused: visual rows are not the rows of such a module in this family.
+        """
+        if self.family.projector is None:
+            known = ", ".join(family.label for family in FAMILIES.values() if family.projector)
+            raise Refused(
+                f"layers of {self.family.label} cannot have projectors of their own: {self.family.unprojected}; "
+                f"families that can: {known}"
+            )
+        return self.backbone.get_submodule(self.family.projector)
+
+    @property
     def num_deepstack(self) -> int:
         """After so many first layers the model adds vision features to visual rows (Qwen3-VL's DeepStack)."""
         vision = getattr(self.config, "vision_config", None)

@@ -46,8 +46,11 @@ class Batch:
         return Batch(inputs=moved, types=types)
 
 
-def prompt_of(loaded: LoadedModel, turns: Sequence[Turn]) -> Prompt:
+def prompt_of(loaded: LoadedModel, turns: Sequence[Turn], *, generation_prompt: bool = True) -> Prompt:
     """Apply the chat template to a conversation and decode its images.
+
+    Args:
+        generation_prompt: end where the model is to answer; without it the conversation ends with its last turn.
 
     Raises:
         SampleError: an image cannot be decoded, or the template cannot write the conversation.
@@ -56,7 +59,7 @@ def prompt_of(loaded: LoadedModel, turns: Sequence[Turn]) -> Prompt:
     messages = [{"role": turn.role, "content": [_part(part, images) for part in turn.parts]} for turn in turns]
     try:
         text = loaded.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, chat_template=loaded.chat_template
+            messages, add_generation_prompt=generation_prompt, tokenize=False, chat_template=loaded.chat_template
         )
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
         message = f"the chat template cannot write the conversation: {one_line(error)}"

@@ -64,6 +64,12 @@ class Family:
     """Whether positions are one per token, counted over the attention mask (else the model makes its own)."""
     pixels: Literal["rows", "tiles", "grid", "nested"]
     """How the images of a batch lie in `pixel_values` (`vision.LAYOUTS`)."""
+    projector: str | None
+    """Dotted path, from `backbone`, to the module whose rows become the visual rows, one for one."""
+    unprojected: str = ""
+    """Why there is no such module."""
+    reorders: str | None = None
+    """Dotted path, from `backbone`, to the module around the projector that gives its rows in another order."""
 
 
 _LLAVA = Family(
@@ -74,16 +80,24 @@ _LLAVA = Family(
     visual_id_fields=("image_token_id",),
     positions_from_mask=True,
     pixels="rows",
+    projector="multi_modal_projector",
 )
-_LLAVA_NEXT = replace(_LLAVA, label="LLaVA-NeXT", pixels="tiles")
+_LLAVA_NEXT = replace(
+    _LLAVA,
+    label="LLaVA-NeXT",
+    pixels="tiles",
+    projector=None,
+    unprojected="projected rows are cut to the image's shape and newline embeddings stand between them",
+)
 _QWEN = replace(
     _LLAVA,
     label="Qwen2-VL",
     visual_id_fields=("image_token_id", "video_token_id"),
     positions_from_mask=False,
     pixels="grid",
+    projector="visual.merger",
 )
-_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model", pixels="nested")
+_IDEFICS = replace(_LLAVA, label="Idefics3", decoder="model.text_model", pixels="nested", projector="connector")
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
@@ -92,8 +106,13 @@ FAMILIES: dict[str, Family] = {
         _LLAVA_NEXT, label="LLaVA-OneVision", visual_id_fields=("image_token_id", "video_token_id")
     ),
     "qwen2_vl": _QWEN,
-    "qwen2_5_vl": replace(_QWEN, label="Qwen2.5-VL"),
-    "qwen3_vl": replace(_QWEN, label="Qwen3-VL"),
+    "qwen2_5_vl": replace(_QWEN, label="Qwen2.5-VL", reorders="visual"),
+    "qwen3_vl": replace(
+        _QWEN,
+        label="Qwen3-VL",
+        projector=None,
+        unprojected="further vision features are added to visual rows between its first layers (DeepStack)",
+    ),
     "internvl": replace(_LLAVA, label="InternVL3"),
     "idefics3": _IDEFICS,
     "smolvlm": replace(_IDEFICS, label="SmolVLM"),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
-from shortv.layers.fast import EXECUTORS, RUNS, PlannedLayer
+from shortv.families.parts import Learned, load_parts
+from shortv.layers.fast import RUNS, PlannedLayer
+from shortv.layers.learned import run_of
 from shortv.layers.progress import Progress
 from shortv.plan import Mode, Plan, parse_mode, validate_modes
 
@@ -33,7 +37,8 @@ def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]
 
     Raises:
         Refused: the plan does not fit the model, the model is in training mode or already under a plan, or its
-            attention implementation has no mask whose rows can be selected.
+            attention implementation has no mask whose rows can be selected; or learned parts that the plan names are
+            not there or not for this model.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     architecture = Architecture.from_config_dict(model.config.to_dict())
@@ -43,30 +48,37 @@ def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]
         model=getattr(model.config, "_name_or_path", "") or "this model",
         revision=getattr(model.config, "_commit_hash", None),
     )
-    with executing(model, plan.modes):
+    decoder, learned = decoder_of(model), None
+    if plan.parts is not None:
+        parts = load_parts(plan.parts, decoder, architecture)
+        learned = Learned(parts=parts, threshold=plan.parts.threshold)
+    with executing(model, plan.modes, learned):
         yield warnings
 
 
 @contextmanager
-def executing(model: Any, modes: Sequence[Mode]) -> Iterator[None]:
-    """The same for bare modes, one per layer."""
+def executing(model: Any, modes: Sequence[Mode], learned: Learned | None = None) -> Iterator[None]:
+    """The same for bare modes, one per layer, and learned parts that are loaded already."""
     decoder = decoder_of(model)
     modes = tuple(parse_mode(mode) for mode in modes)
     _check(model, decoder, modes)
     with ExitStack() as undo:
         _claim(decoder, undo)
-        if set(modes) != {Mode.FULL}:
-            _follow(model, decoder, modes, undo)
+        if learned is not None or set(modes) != {Mode.FULL}:
+            _follow(model, decoder, modes, learned, undo)
         yield
 
 
-def _follow(model: Any, decoder: Decoder, modes: Sequence[Mode], undo: ExitStack) -> None:
-    progress = Progress(decoder, model.config, modes)
+def _follow(model: Any, decoder: Decoder, modes: Sequence[Mode], learned: Learned | None, undo: ExitStack) -> None:
+    run = run_of(decoder, modes, learned)
+    progress = Progress(decoder, model.config, modes, learned)
     for handle in progress.attach(model):
         undo.callback(handle.remove)
-    for index, mode in enumerate(modes):
-        if mode is not Mode.FULL:
-            _patch(decoder, index, modes, progress, undo)
+    run.attach(model, progress, undo)
+    for index in range(len(modes)):
+        executor = run.executor(index)
+        if executor is not None:
+            _patch(decoder, index, modes, executor, progress, undo)
 
 
 def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
@@ -91,7 +103,14 @@ def _claim(decoder: Decoder, undo: ExitStack) -> None:
     undo.callback(decoder.text.__dict__.pop, _MARK)
 
 
-def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progress, undo: ExitStack) -> None:
+def _patch(
+    decoder: Decoder,
+    index: int,
+    modes: Sequence[Mode],
+    executor: Callable[..., Tensor],
+    progress: Progress,
+    undo: ExitStack,
+) -> None:
     layer, mode = decoder.layers[index], modes[index]
     # accelerate puts a forward that moves tensors between devices around the layer's own.
     name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
@@ -106,7 +125,7 @@ def _patch(decoder: Decoder, index: int, modes: Sequence[Mode], progress: Progre
         first=alone or index == decoder.num_deepstack or modes[index - 1] is not mode,
         last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
     )
-    ours = partial(EXECUTORS[mode], planned)
+    ours = partial(executor, planned)
     setattr(layer, name, ours)
     undo.callback(_restore, layer, ours)
 

@@ -59,13 +59,13 @@ def freeze_visual(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Te
     """Visual tokens give K and V alone (ShortV, section 3.2)."""
     if not planned.progress.has_visual:
         return planned.own(hidden, **arguments)
-    return _frozen(planned, planned.progress.text, hidden, **arguments)
+    return frozen(planned, planned.progress.text, hidden, **arguments)
 
 
 def freeze_text(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
     """Text tokens, generated ones too, give K and V alone (for analysis)."""
     if planned.progress.has_visual:
-        return _frozen(planned, planned.progress.visual, hidden, **arguments)
+        return frozen(planned, planned.progress.visual, hidden, **arguments)
     cache = arguments.get("past_key_values")
     if cache is not None:
         attention = planned.decoder.attention(planned.layer)
@@ -75,15 +75,26 @@ def freeze_text(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tens
     return hidden
 
 
-def _frozen(planned: PlannedLayer, split: Split, hidden: Tensor, **arguments: Any) -> Tensor:
+def frozen(
+    planned: PlannedLayer, split: Split, hidden: Tensor, visual_1ND: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """The rows of `split` attend to all rows and pass the FFN; the others give K and V alone.
+
+    Args:
+        visual_1ND: what stands in the visual rows from this layer on, in place of what they held.
+    """
     decoder, layer, progress = planned.decoder, planned.layer, planned.progress
     updated_1ND = planned.given(split.flat, hidden)
+    ours = not planned.starts
+    if visual_1ND is not None:
+        progress.rows_BTD = progress.visual.put(progress.rows_BTD, visual_1ND, in_place=ours)
+        ours = True
     normed_BTD = decoder.attention_norm(layer)(progress.rows_BTD)
     output_1ND = _attended(planned, split, normed_BTD, **arguments)
     updated_1ND = decoder.ffn_half(layer, decoder.add_attention(layer, updated_1ND, output_1ND))
     # Kept up to date in every layer, so that keys and values of all rows are one product each, in order. A run's
     # first layer makes the copy that the others write into: what it was given is the model's own.
-    progress.rows_BTD = split.put(progress.rows_BTD, updated_1ND, in_place=not planned.starts)
+    progress.rows_BTD = split.put(progress.rows_BTD, updated_1ND, in_place=ours)
     return progress.rows_BTD if planned.ends else updated_1ND
 
 

@@ -11,17 +11,18 @@ from transformers import StaticCache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
+from shortv.families.parts.base import Learned
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
 from shortv.plan import Mode
-from shortv.tokens import may_attend
+from shortv.tokens import Selection, may_attend
 
 
 class Progress(SequenceState):
     """The current forward, as the fast executors need it."""
 
-    def __init__(self, decoder: Decoder, config: Any, modes: Sequence[Mode]) -> None:
-        super().__init__(decoder, modes)
+    def __init__(self, decoder: Decoder, config: Any, modes: Sequence[Mode], learned: Learned | None = None) -> None:
+        super().__init__(decoder, modes, learned)
         self._configs = (config, config.get_text_config())
         self.length = 0
         """Positions of this forward."""
@@ -34,7 +35,7 @@ class Progress(SequenceState):
         """All rows, as the current run of layers found them or left them."""
         self._text: Split | None = None
         self._visual: Split | None = None
-        self._columns: dict[tuple[int, int | None], tuple[Tensor | None, Tensor]] = {}
+        self._columns: dict[tuple[int, int | None, int], tuple[Tensor | None, Tensor]] = {}
 
     def observe(self, call: dict[str, Any]) -> None:
         """Begin a forward with these arguments."""
@@ -70,18 +71,24 @@ class Progress(SequenceState):
             self._visual = Split(self.types.visual_BT)
         return self._visual
 
-    def kept_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
+    def kept_columns(
+        self, attention: nn.Module, mask: Tensor | None, device: torch.device, prompt: Selection | None = None
+    ) -> Tensor:
         """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept).
 
+        `prompt` are the positions that such a layer keeps of the prompt where these are not its text alone.
         Layers of one kind are given the same mask, and what was made of it serves them all.
         """
-        key = (id(mask), getattr(attention, "sliding_window", None))
+        prompt = self.history.prompt if prompt is None else prompt
+        key = (id(mask), getattr(attention, "sliding_window", None), id(prompt))
         if key not in self._columns:
-            self._columns[key] = (mask, self._left_columns(attention, mask, device))
+            self._columns[key] = (mask, self._left_columns(attention, mask, device, prompt))
         return self._columns[key][1]
 
-    def _left_columns(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
-        kept_BS, valid_BS = self._kept(device)
+    def _left_columns(
+        self, attention: nn.Module, mask: Tensor | None, device: torch.device, prompt: Selection
+    ) -> Tensor:
+        kept_BS, valid_BS = self._kept(device, prompt)
         full = self.mask_of(attention, mask, device)
         column_BS = kept_BS - (self.visual_BK.shape[1] - full.shape[3])
         seen_BS = valid_BS & (column_BS >= 0)
@@ -92,9 +99,8 @@ class Progress(SequenceState):
             return allowed
         return columns.masked_fill(~allowed, torch.finfo(columns.dtype).min)
 
-    def _kept(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _kept(self, device: torch.device, prompt: Selection) -> tuple[Tensor, Tensor]:
         """Original positions of the K and V that such a layer keeps, in the order it keeps them, and which are real."""
-        prompt = self.history.prompt
         index_BS, valid_BS = prompt.index_BS.to(device), prompt.valid_BS.to(device)
         batch, keys = self.visual_BK.shape
         generated = torch.arange(self.history.prompt_length, keys, device=device).expand(batch, -1)

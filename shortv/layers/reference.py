@@ -15,13 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
+from shortv.families.parts.base import Learned
+from shortv.layers.learned import LEARNED
 from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, validate_modes
 from shortv.tokens import TokenTypes, hide_keys
 
 
 @contextmanager
-def reference(model: nn.Module, modes: Sequence[Mode]) -> Iterator[None]:
+def reference(model: nn.Module, modes: Sequence[Mode], learned: Learned | None = None) -> Iterator[None]:
     """Run a transformers model with one mode per decoder layer, for `model(...)` and `model.generate(...)`.
 
     Visual tokens are told apart by the placeholder ids in `input_ids`; tokens that follow the prompt are text.
@@ -35,12 +37,15 @@ def reference(model: nn.Module, modes: Sequence[Mode]) -> Iterator[None]:
     validate_modes(modes)
     if len(modes) != len(decoder.layers):
         raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
-    sequence = SequenceState(decoder, modes)
+    sequence = SequenceState(decoder, modes, learned)
     with ExitStack() as hooks:
         for handle in sequence.attach(model):
             _attach(hooks, handle)
-        for layer, mode in zip(decoder.layers, modes, strict=True):
-            _HOOKS[mode](hooks, decoder, layer, sequence)
+        if learned is not None:
+            LEARNED[learned.parts.kind](decoder, modes, learned).attach_reference(model, sequence, hooks)
+        else:
+            for layer, mode in zip(decoder.layers, modes, strict=True):
+                REFERENCE[mode](hooks, decoder, layer, sequence)
         yield
 
 
@@ -101,7 +106,7 @@ def _nothing(*_: Any) -> None:
     """The full layer."""
 
 
-_HOOKS: dict[Mode, Callable[[ExitStack, Decoder, nn.Module, SequenceState], None]] = {
+REFERENCE: dict[Mode, Callable[[ExitStack, Decoder, nn.Module, SequenceState], None]] = {
     Mode.FULL: _nothing,
     Mode.FREEZE_VISUAL: _keep_rows(lambda types: types.visual_BT),
     Mode.FREEZE_TEXT: _keep_rows(lambda types: types.text_BT),

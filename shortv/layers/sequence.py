@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from transformers import Cache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.plan import Mode
+from shortv.families.parts.base import Learned
+from shortv.families.prompted import prompt_rows
+from shortv.plan import Mode, PartsKind
 from shortv.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
 
 SHORTENING = frozenset({Mode.SKIP_ATTENTION, Mode.DROP_VISUAL})
@@ -31,17 +33,41 @@ class History:
     """What a plan has seen of the sequences in a KV cache; it is kept on the cache and travels with it."""
 
     modes: tuple[Mode, ...]
+    learned: Learned | None
     visual_BK: Tensor
     has_visual: bool
     prompt: Selection
     """Text of the prompt."""
     prompt_length: int
+    exits_B: Tensor | None = None
+    """The layer after which each sample's visual tokens left, or the number of layers; None where nothing decides."""
+    kept: tuple[Selection | None, ...] = ()
+    """Positions of the prompt that each layer has K and V of, where exits have left it with fewer than all."""
+    carried: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    """What the learned parts of a layer gathered from each prompt (B first), filled while the prompts pass it."""
 
     def of_rows(self, rows_R: Tensor) -> History:
         """The history of some of the sequences."""
         rows_R = rows_R.to(self.visual_BK.device)
-        prompt = Selection(index_BS=self.prompt.index_BS[rows_R], valid_BS=self.prompt.valid_BS[rows_R])
-        return replace(self, visual_BK=self.visual_BK[rows_R], prompt=prompt)
+        # Layers between two exits share a selection, and what is made of it later.
+        narrowed = {id(kept): kept.of_rows(rows_R) for kept in self.kept if kept is not None}
+        return replace(
+            self,
+            visual_BK=self.visual_BK[rows_R],
+            prompt=self.prompt.of_rows(rows_R),
+            exits_B=None if self.exits_B is None else self.exits_B[rows_R],
+            kept=tuple(narrowed.get(id(kept)) for kept in self.kept),
+            carried={
+                layer: tuple(value[rows_R.to(value.device)] for value in values)
+                for layer, values in self.carried.items()
+            },
+        )
+
+
+def history_of(cache: Cache) -> History | None:
+    """What a plan has seen of the sequences in a KV cache; None where it was filled outside of any."""
+    history: History | None = getattr(cache, _HISTORY, None)
+    return history
 
 
 def keep_rows(cache: Cache, rows_R: Tensor) -> None:
@@ -51,7 +77,7 @@ def keep_rows(cache: Cache, rows_R: Tensor) -> None:
         # A model may be spread over several devices.
         if layer.is_initialized:
             layer.batch_select_indices(rows_R.to(layer.keys.device))
-    history: History | None = getattr(cache, _HISTORY, None)
+    history = history_of(cache)
     if history is not None:
         setattr(cache, _HISTORY, history.of_rows(rows_R))
 
@@ -59,9 +85,11 @@ def keep_rows(cache: Cache, rows_R: Tensor) -> None:
 class SequenceState:
     """Token types of the current forward and of everything before it, seen by hooks on the whole model."""
 
-    def __init__(self, decoder: Decoder, modes: Sequence[Mode]) -> None:
+    def __init__(self, decoder: Decoder, modes: Sequence[Mode], learned: Learned | None = None) -> None:
         self._decoder = decoder
         self._modes = tuple(modes)
+        self._learned = learned
+        self._exits = learned is not None and learned.parts.kind is PartsKind.DYVTE
         self._running = threading.Lock()
         self._thread: int | None = None
         self._entered = True
@@ -71,6 +99,11 @@ class SequenceState:
         """Positions before this forward."""
         self.has_visual = False
         """Whether this forward brings visual tokens."""
+
+    @property
+    def prompt_BT(self) -> Tensor:
+        """Text and visual tokens of the prompts, in a forward that begins sequences; see `families.prompted`."""
+        return prompt_rows(self._decoder, self.types)
 
     @property
     def visual_BK(self) -> Tensor:
@@ -144,6 +177,7 @@ class SequenceState:
     def _started(self) -> History:
         return History(
             modes=self._modes,
+            learned=self._learned,
             visual_BK=self.types.visual_BT,
             has_visual=self.has_visual,
             prompt=Selection.of(self.types.text_BT),
@@ -151,9 +185,9 @@ class SequenceState:
         )
 
     def _continued(self, cache: Cache) -> History:
-        before: History | None = getattr(cache, _HISTORY, None)
+        before = history_of(cache)
         batch = len(self.types.visual_BT)
-        if before is None or before.modes != self._modes:
+        if before is None or (before.modes, before.learned) != (self._modes, self._learned):
             raise ShortVError(
                 f"the cache holds {self.past} positions that were not filled under this plan; "
                 "prefill inside the plan's context"
@@ -164,25 +198,20 @@ class SequenceState:
                 f"the cache holds {self.past} positions of {batch} sequences, but the plan has seen {seen} of "
                 f"{len(before.visual_BK)}; prefill inside the plan's context"
             )
-        if seen > self.past and SHORTENING & set(self._modes):
+        if seen > self.past and (self._exits or SHORTENING & set(self._modes)):
             raise ShortVError(
                 "tokens were taken back from the cache (assisted generation, prompt lookup), which a plan that drops "
                 "or skips cannot follow; generate without"
             )
         visual_BK = torch.cat([before.visual_BK[:, : self.past], self.types.visual_BT], dim=1)
-        return History(
-            modes=self._modes,
-            visual_BK=visual_BK,
-            has_visual=before.has_visual or self.has_visual,
-            prompt=before.prompt,
-            prompt_length=before.prompt_length,
-        )
+        return replace(before, visual_BK=visual_BK, has_visual=before.has_visual or self.has_visual)
 
     def _check_text(self) -> None:
         if not bool(self.types.text_BT.any()):
             raise ShortVError("the prompts hold nothing but images; add text")
         last_B1 = self.types.last_B[:, None]
-        if Mode.DROP_VISUAL in self._modes and bool(self.types.visual_BT.gather(1, last_B1).any()):
+        drops = self._exits or Mode.DROP_VISUAL in self._modes
+        if drops and bool(self.types.visual_BT.gather(1, last_B1).any()):
             raise ShortVError("a prompt ends with an image, and the plan drops it before the answer; end with text")
 
     def mask_of(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:

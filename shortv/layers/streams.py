@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S updated rows (packed), N updated rows of all sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ class Split:
     by identity for the length of the forward.
     """
 
-    def __init__(self, updated_BT: Tensor) -> None:
-        self.updated = Selection.of(updated_BT)
+    def __init__(self, updated_BT: Tensor, *, counts: Sequence[int] | None = None) -> None:
+        """Split a forward's rows. `counts` are the updated ones of each sample: known, no device is waited for."""
+        self.updated = Selection.of(updated_BT, width=max(counts) if counts else None)
         self._batch, self._length = updated_BT.shape
-        self._place_N = updated_BT.flatten().nonzero().squeeze(1)
+        self._place_N = _true_places(updated_BT, counts)
         """Where each updated row stands among all rows of the batch."""
-        self._slot_N = self.updated.valid_BS.flatten().nonzero().squeeze(1)
+        self._slot_N = _true_places(self.updated.valid_BS, counts)
         """Where it stands among the padded ones."""
         self._kept: dict[tuple[str, int], tuple[object, Tensor]] = {}
 
@@ -100,6 +101,14 @@ class Split:
         if key not in self._kept:
             self._kept[key] = (source, make())
         return self._kept[key][1]
+
+
+def _true_places(mask_BT: Tensor, counts: Sequence[int] | None) -> Tensor:
+    flat = mask_BT.flatten()
+    if counts is None:
+        return flat.nonzero().squeeze(1)
+    # Sorting finds as many as it is asked for, while nonzero has to report how many there are.
+    return flat.int().argsort(descending=True, stable=True)[: sum(counts)]
 
 
 def _rows(selection: Selection, mask_BHTT: Tensor) -> Tensor:

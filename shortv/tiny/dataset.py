@@ -1,12 +1,12 @@
 """The calibration and benchmark files: scenes and questions by seed, written as Parquet.
 
-`python -m shortv.tiny.dataset --output FOLDER` writes both files again, row for row.
+`python -m shortv.tiny.dataset --output FOLDER` writes all of them again, row for row.
 """
 
 import io
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,16 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from shortv.tiny.questions import KINDS, Turn, ask
+from shortv.tiny.questions import KINDS, NEW_KINDS, Turn, ask
 from shortv.tiny.scenes import COLOURS, PLACES, SHAPES, Pixels, Scene, draw_scene, render
 
 SEED = 0
 BENCHMARK_SIZE = 1000
+NEW_BENCHMARK_SIZE = 460
 CALIBRATION_SIZE = 64
 # Every fourth calibration sample is a describe turn, as the paper mixes question answering with captions.
 CALIBRATION_KINDS = (*KINDS[:3], "describe", *KINDS[3:], "describe")
 
-# The benchmark holds each kind's answers equally often, so that guessing without the image gains little.
+# A kind that the bundled model was not trained on, which adapters can learn.
+NEW_BENCHMARK_KIND = "shape-of-colour"
+
+# A benchmark holds each kind's answers equally often, so that guessing without the image gains little.
 ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "count": ("2", "3", "4", "5"),
@@ -34,6 +38,8 @@ ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "colour-at-place": tuple(COLOURS),
         "shape-at-place": tuple(SHAPES),
         "place-of-object": PLACES,
+        "shape-of-colour": tuple(SHAPES),
+        "colour-of-shape": tuple(COLOURS),
     }
 )
 
@@ -60,19 +66,28 @@ class Sample:
 
 def benchmark_samples(seed: int = SEED, size: int = BENCHMARK_SIZE) -> list[Sample]:
     """Draw the benchmark: the kinds in turn, within a kind its answers in turn, no layout twice."""
-    rng = random.Random(f"{seed}-benchmark")
+    return _balanced_samples(KINDS, "benchmark", seed=seed, size=size)
+
+
+def new_benchmark_samples(seed: int = SEED, size: int = NEW_BENCHMARK_SIZE) -> list[Sample]:
+    """Draw the benchmark of a new kind of question in the same way, from scenes of the same split."""
+    return _balanced_samples((NEW_BENCHMARK_KIND,), "new", seed=seed, size=size)
+
+
+def _balanced_samples(kinds: Sequence[str], name: str, *, seed: int, size: int) -> list[Sample]:
+    rng = random.Random(f"{seed}-{name}")
     samples: list[Sample] = []
     used: set[str] = set()
     while len(samples) < size:
-        round_, position = divmod(len(samples), len(KINDS))
-        kind = KINDS[position]
+        round_, position = divmod(len(samples), len(kinds))
+        kind = kinds[position]
         answer = ANSWERS[kind][round_ % len(ANSWERS[kind])]
         scene = draw_scene(rng, "benchmark")
-        turn = ask(kind, scene, rng)
+        turn = NEW_KINDS[kind](scene, rng) if kind in NEW_KINDS else ask(kind, scene, rng)
         if turn is None or turn.answer != answer or scene.layout in used:
             continue
         used.add(scene.layout)
-        samples.append(Sample(sample_id=f"benchmark-{len(samples):04d}", scene=scene, turn=turn))
+        samples.append(Sample(sample_id=f"{name}-{len(samples):04d}", scene=scene, turn=turn))
     return samples
 
 
@@ -92,15 +107,18 @@ def calibration_samples(seed: int = SEED, size: int = CALIBRATION_SIZE) -> list[
     return samples
 
 
-def to_table(samples: list[Sample]) -> pa.Table:
-    """Lay samples out in the calibration format, with the kind of question as one more column."""
+def to_table(samples: list[Sample], *, dataset: str = "shapes_vqa") -> pa.Table:
+    """Lay samples out in the calibration format, with the kind of question as one more column.
+
+    `dataset` names what the questions belong to; describe turns belong to shapes_describe.
+    """
     rows = [
         {
             "sample_id": sample.sample_id,
             "images": [encode_png(render(sample.scene))],
             "prompt": sample.turn.prompt,
             "answer": sample.turn.answer,
-            "dataset": "shapes_describe" if sample.turn.kind == "describe" else "shapes_vqa",
+            "dataset": "shapes_describe" if sample.turn.kind == "describe" else dataset,
             "kind": sample.turn.kind,
         }
         for sample in samples
@@ -118,11 +136,15 @@ def encode_png(pixels: Pixels) -> bytes:
 @click.command()
 @click.option("--output", default=Path(__file__).parent, type=click.Path(path_type=Path), help="Folder to write to.")
 def main(output: Path) -> None:
-    """Write calibration.parquet and benchmark.parquet."""
+    """Write calibration.parquet, benchmark.parquet and new_benchmark.parquet."""
     output.mkdir(parents=True, exist_ok=True)
-    for name, samples in (("calibration", calibration_samples()), ("benchmark", benchmark_samples())):
+    for name, dataset, samples in (
+        ("calibration", "shapes_vqa", calibration_samples()),
+        ("benchmark", "shapes_vqa", benchmark_samples()),
+        ("new_benchmark", "shapes_new", new_benchmark_samples()),
+    ):
         partial, path = output / f"{name}.partial", output / f"{name}.parquet"
-        pq.write_table(to_table(samples), partial, compression="zstd")
+        pq.write_table(to_table(samples, dataset=dataset), partial, compression="zstd")
         os.replace(partial, path)
         click.echo(f"{path}: {len(samples)} samples, {path.stat().st_size} bytes")
 

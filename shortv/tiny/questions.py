@@ -1,4 +1,4 @@
-"""Questions about a scene: six kinds with short answers, and the describe turn."""
+"""Questions about a scene: six kinds with short answers, the describe turn, and kinds that the model never learned."""
 
 import random
 from collections import Counter
@@ -135,6 +135,35 @@ WORDINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
+
+
+def _shape_of_colour(scene: Scene, rng: random.Random) -> Turn | None:
+    counts = Counter(thing.colour for thing in scene.objects)
+    alone = [thing for thing in scene.objects if counts[thing.colour] == 1]
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    prompt = rng.choice(("What shape is the {} object?", "Which shape is {}?", "What shape is {}?"))
+    return Turn(kind="shape-of-colour", prompt=prompt.format(thing.colour), answer=thing.shape)
+
+
+def _colour_of_shape(scene: Scene, rng: random.Random) -> Turn | None:
+    counts = Counter(thing.shape for thing in scene.objects)
+    alone = [thing for thing in scene.objects if counts[thing.shape] == 1]
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    prompt = rng.choice(("What color is the {}?", "Which color is the {}?", "What color do you see at the {}?"))
+    return Turn(kind="colour-of-shape", prompt=prompt.format(thing.shape), answer=thing.colour)
+
+
+NEW_KINDS: Mapping[str, Callable[[Scene, random.Random], Turn | None]] = MappingProxyType(
+    {"shape-of-colour": _shape_of_colour, "colour-of-shape": _colour_of_shape}
+)
+"""Questions that the bundled model was not trained on: from one property of an object to another, without its place.
+
+Every word of them is in the model's vocabulary, so that what is new is the question and not its spelling.
+"""
 
 
 def exact_match(answer: str, expected: str) -> bool:

@@ -33,6 +33,7 @@ class SampleProgress:
         self._total, self._before, self._done = total, done, done
         self._started = self._last_line = time.monotonic()
         self._errors = 0
+        self._note = ""
         self._bar: Progress | None = None
         self._task: Any = None
 
@@ -62,8 +63,13 @@ class SampleProgress:
             self._last_line = time.monotonic()
             self._console.print(self._text(), highlight=False)
 
+    def note(self, text: str) -> None:
+        """Show a word on how the run goes, such as its loss, from the next line on."""
+        self._note = text
+
     def _text(self) -> str:
         seconds = time.monotonic() - self._started
         rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
         text = f"{round(self._done, 1):g}/{self._total} samples, {rate:.2f} samples/s"
+        text = f"{text}, {self._note}" if self._note else text
         return f"{text}, {self._errors} errors" if self._errors else text

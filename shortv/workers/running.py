@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +11,19 @@ import ray
 from rich.console import Console
 
 from shortv.errors import ShortVError
-from shortv.workers.cluster import connected, first_line, free_nodes, living_nodes
+from shortv.workers.cluster import connected, first_line, free_nodes
 from shortv.workers.journal import Journal
 from shortv.workers.ledger import start_ledger
 from shortv.workers.progress import SampleProgress
 from shortv.workers.resources import Pool, plan_pool
-from shortv.workers.shipping import ShippedFolder, ship
+from shortv.workers.shipping import offer
 from shortv.workers.stopping import stop_on_signal
 from shortv.workers.stream import stream_results, write_units
 from shortv.workers.units import Unit, plan_units
-from shortv.workers.worker import Environment, WorkerSetup
+from shortv.workers.worker import WorkerSetup, hub_environment
 
 if TYPE_CHECKING:
     from shortv.workers.sweep import Prepared
-
-_ENVIRONMENT = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
 
 
 def run_units(prepared: Prepared, journal: Journal, scratch: Path, console: Console) -> dict[str, Any]:
@@ -69,22 +66,14 @@ def _setup(prepared: Prepared, pool: Pool, scratch: Path) -> WorkerSetup:
     return WorkerSetup(
         engine=prepared.engine,
         spec=request.model,
-        folder=_folder(prepared),
+        folder=offer(prepared.model_folder, prepared.model_digest),
         device=pool.device,
         threads=pool.cpus if pool.device == "cpu" else 0,
         modes=request.modes,
         stack=request.stack,
         ledger=start_ledger(scratch / "ledger.json"),
-        environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
+        environment=hub_environment(),
     )
-
-
-def _folder(prepared: Prepared) -> ShippedFolder | None:
-    if prepared.model_folder is None or prepared.model_digest is None:
-        return None
-    if len(living_nodes()) == 1 and "RAY_ADDRESS" not in os.environ:
-        return ShippedFolder(path=str(prepared.model_folder), digest=prepared.model_digest, source=None)
-    return ship(prepared.model_folder, prepared.model_digest)
 
 
 def _keep(prepared: Prepared, journal: Journal, units: list[Unit], results: Iterator[str], console: Console) -> None:

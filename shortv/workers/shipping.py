@@ -105,6 +105,17 @@ def ship(folder: Path, digest: str) -> ShippedFolder:
     return ShippedFolder(path=str(folder), digest=digest, source=source)
 
 
+def offer(folder: Path | None, digest: str | None) -> ShippedFolder | None:
+    """The same for a model that may be on the hub (None), without an actor where all workers are on this machine."""
+    from shortv.workers.cluster import living_nodes
+
+    if folder is None or digest is None:
+        return None
+    if len(living_nodes()) == 1 and "RAY_ADDRESS" not in os.environ:
+        return ShippedFolder(path=str(folder), digest=digest, source=None)
+    return ship(folder, digest)
+
+
 def _wait(reference: Any) -> Any:
     import ray
 

@@ -24,6 +24,7 @@ from shortv.workers.shipping import ShippedFolder
 from shortv.workers.units import Unit
 
 RESULT_SCHEMA = pa.schema([pa.field("result", pa.string(), nullable=False)])
+_HUB = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
 # Errors after which a CUDA process can compute nothing any more.
 _POISONED = ("AcceleratorError", "CudaError")
 
@@ -35,6 +36,11 @@ class Environment(dict[str, str]):
         return f"Environment({', '.join(self)})"
 
     __str__ = __repr__
+
+
+def hub_environment() -> Environment:
+    """What this process knows of the hub, for workers on other nodes."""
+    return Environment({name: os.environ[name] for name in _HUB if name in os.environ})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

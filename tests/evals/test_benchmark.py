@@ -5,6 +5,7 @@ import io
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shortv.chat import Failure, Question, Reason, Turn
+from shortv.chat import Answer, Failure, Question, Reason, Turn
 from shortv.errors import Refused, ShortVError
 from shortv.evals.asking import answer_all, replies_to, run_all
 from shortv.evals.asks import Kind, encoded
@@ -20,6 +21,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.evals.decoding import chat_decoding
 from shortv.evals.generation import decoding_of
 from shortv.evals.scoring import Scored
+from shortv.tiny.questions import KINDS
 from tests.evals.lmms_tasks import N_DOCS, TINY_TASK, FakeClient, FakeModel, SimpleFakeModel, answer, lost, write_tasks
 
 
@@ -134,6 +136,30 @@ def test_samples_carry_answers_and_costs(tasks: Path) -> None:
     choices = run(Benchmark("choices", include_path=tasks, limit=4))
     assert {sample.prediction for sample in choices.samples} <= {"red", "green", "blue"}
     assert all((sample.scores["acc"] == 1) == (sample.prediction == sample.target) for sample in choices.samples)
+
+
+class Leaving(FakeClient):
+    """Visual tokens leave after another layer for every question."""
+
+    async def answer(self, question: Question) -> Answer | Failure:
+        found = await super().answer(question)
+        assert isinstance(found, Answer)
+        return replace(found, exit_layer=len(self.asked))
+
+
+def test_samples_carry_their_kind_and_exit_layer(tasks: Path) -> None:
+    shapes = run(Benchmark("shapes_vqa", limit=3), Leaving()).samples
+    assert all(sample.kind in KINDS for sample in shapes) and None not in {sample.exit_layer for sample in shapes}
+    rounds = run(Benchmark("rounds", include_path=tasks, limit=3), Leaving()).samples
+    assert [sample.kind for sample in rounds] == ["kind 0", "kind 1", "kind 2"]
+    # An exit layer of several answers there is only where they agree.
+    assert rounds[0].exit_layer is not None and rounds[-1].exit_layer is None
+
+
+def test_the_new_kind_of_question_is_found_by_its_name() -> None:
+    benchmark = Benchmark("shapes_new")
+    assert (benchmark.num_docs, benchmark.main_metric) == (460, "exact_match")
+    assert {sample.kind for sample in run(Benchmark("shapes_new", limit=3)).samples} == {"shape-of-colour"}
 
 
 def test_asks_say_what_is_wanted(tasks: Path) -> None:

@@ -44,3 +44,28 @@ def test_sweep_prints_half_the_layer_passes_without_ray() -> None:
 def test_prefill_refuses_what_it_cannot_build(arguments: list[str], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         job.main(["prefill", *arguments], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_sizing_prints_what_was_predicted_and_what_was_measured() -> None:
+    """On a busy machine and with tensors of a few MB, so the bounds are wide; cluster/README.md has a real run."""
+    done = bench(
+        "sizing", "--shape", "smollm2-135m", "--layers", "2", "--visual-tokens", "192", "--stack", "3", "--repeats", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    where, limits, head, *rows = done.stdout.splitlines()
+    assert where == "smollm2-135m, 2 layers, batch 2, t = 64, v = 192, float32 on cpu"
+    assert limits.startswith("stacked ablations: 3 predicted, 3 run; ") and limits.endswith(" GFLOP/s")
+    assert head.split() == ["predicted", "measured", "of", "predicted"]
+    found = {row[:24].strip(): [float(cell) for cell in row[24:].split()] for row in rows}
+    assert list(found) == ["weights, GiB", "work of the sweep, GiB", "in all, GiB", "seconds"]
+    for name, (predicted, measured, ratio) in found.items():
+        assert ratio == pytest.approx(measured / predicted, rel=0.05), name
+    assert 0.8 < found["weights, GiB"][2] < 1.3
+    assert 0.7 < found["in all, GiB"][2] < 1.6
+    assert 0.2 < found["seconds"][2] < 10
+
+
+def test_sizing_refuses_an_unknown_shape() -> None:
+    with pytest.raises(Refused, match="unknown shape 'llava-2'"):
+        job.main(["sizing", "--shape", "llava-2"], standalone_mode=False)

@@ -145,6 +145,7 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
             | dates
             | state
             | {"seed": 0, "n": 50, "errors": lost, "flops_ratio": flops, "wall_seconds": 2.0}
+            | {"learned_parameters": None, "train_seconds": None}
         )
         score = {"plan_digest": f"{number}" * 64, "filter": "none", "stderr": 0.03, "stderr_clt": 0.03, "n": 50 - lost}
         metrics.append(names | score | {"metric": "exact_match", "value": value + shift, "stderr_clustered": None})

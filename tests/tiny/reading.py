@@ -57,6 +57,9 @@ def read_answer(kind: str, prompt: str, objects: dict[str, tuple[str, str]]) -> 
         return objects[place][0]
     if kind == "shape-at-place":
         return objects[place][1]
+    if kind == "shape-of-colour":
+        (shape,) = (shape for seen, shape in objects.values() if seen == colour)
+        return shape
     if kind == "describe":
         return ", ".join(f"a {colour} {shape} at the {place}" for place, (colour, shape) in objects.items()) + "."
     assert named is not None

@@ -12,9 +12,10 @@ from PIL import Image
 
 import shortv.tiny
 from shortv.tiny.conversations import draw_conversation
-from shortv.tiny.dataset import SCHEMA, benchmark_samples, calibration_samples
+from shortv.tiny.dataset import SCHEMA, benchmark_samples, calibration_samples, new_benchmark_samples
 from shortv.tiny.questions import KINDS, exact_match
-from shortv.tiny.scenes import draw_scene, render
+from shortv.tiny.scenes import SHAPES, draw_scene, render
+from shortv.tiny.training_data import draw_samples
 from tests.tiny.reading import read_answer, read_objects
 
 FOLDER = Path(shortv.tiny.__file__).parent
@@ -24,7 +25,10 @@ def rows(name):
     return pq.read_table(FOLDER / f"{name}.parquet").to_pylist()
 
 
-@pytest.mark.parametrize(("name", "count", "most_bytes"), [("calibration", 64, 50_000), ("benchmark", 1000, 500_000)])
+@pytest.mark.parametrize(
+    ("name", "count", "most_bytes"),
+    [("calibration", 64, 50_000), ("benchmark", 1000, 500_000), ("new_benchmark", 460, 100_000)],
+)
 def test_files_have_the_calibration_schema_and_are_small(name, count, most_bytes):
     path = FOLDER / f"{name}.parquet"
     table = pq.read_table(path)
@@ -34,7 +38,14 @@ def test_files_have_the_calibration_schema_and_are_small(name, count, most_bytes
     assert len(set(table["sample_id"].to_pylist())) == count
 
 
-@pytest.mark.parametrize(("name", "draw"), [("calibration", calibration_samples), ("benchmark", benchmark_samples)])
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("calibration", calibration_samples),
+        ("benchmark", benchmark_samples),
+        ("new_benchmark", new_benchmark_samples),
+    ],
+)
 def test_generator_gives_the_shipped_rows_again(name, draw):
     samples = draw()
     for row, sample in zip(rows(name), samples, strict=True):
@@ -59,12 +70,14 @@ def test_splits_share_no_layout():
     calibration = {sample.scene.layout for sample in calibration_samples()}
     rng = random.Random(0)
     training = {draw_scene(rng, "training").layout for _ in range(3000)}
-    assert len(benchmark) == 1000 and len(calibration) == 64
-    assert not benchmark & calibration
-    assert not training & (benchmark | calibration)
+    new = {sample.scene.layout for sample in new_benchmark_samples()}
+    new_training = {sample.scene.layout for sample in draw_samples(["shape-of-colour"], samples=1000, seed=0)}
+    assert (len(benchmark), len(calibration), len(new)) == (1000, 64, 460)
+    assert not (benchmark | new) & calibration
+    assert not (training | new_training) & (benchmark | calibration | new)
 
 
-@pytest.mark.parametrize("name", ["calibration", "benchmark"])
+@pytest.mark.parametrize("name", ["calibration", "benchmark", "new_benchmark"])
 def test_answers_are_right_by_an_independent_reading_of_the_pixels(name):
     for row in rows(name):
         objects = read_objects(row["images"][0])
@@ -77,6 +90,12 @@ def test_benchmark_kinds_and_answers_are_balanced():
         counts = Counter(row["answer"] for row in asked if row["kind"] == kind)
         assert max(counts.values()) - min(counts.values()) <= 1
         assert sum(counts.values()) in (166, 167)
+
+
+def test_the_new_benchmark_asks_one_new_kind_with_balanced_answers():
+    asked = rows("new_benchmark")
+    assert {(row["kind"], row["dataset"]) for row in asked} == {("shape-of-colour", "shapes_new")}
+    assert Counter(row["answer"] for row in asked) == dict.fromkeys(SHAPES, 115)
 
 
 def test_prompts_have_different_lengths_and_calibration_describes():

@@ -1,4 +1,4 @@
-"""The lmms-eval task `shapes_vqa`."""
+"""The lmms-eval tasks `shapes_vqa` and `shapes_new`."""
 
 from pathlib import Path
 
@@ -8,10 +8,11 @@ import shortv.tiny
 from shortv.tiny.questions import KINDS
 
 FOLDER = Path(shortv.tiny.__file__).parent / "task"
+NAMES = ["shapes_new", "shapes_vqa"]
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
+def tasks(tmp_path_factory):
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     with pytest.MonkeyPatch.context() as patch:
@@ -19,8 +20,13 @@ def task(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
-        assert list(manager.all_tasks) == ["shapes_vqa"]
-        return get_task_dict(["shapes_vqa"], manager, task_type="chat")["shapes_vqa"]
+        assert sorted(manager.all_tasks) == NAMES
+        return get_task_dict(NAMES, manager, task_type="chat")
+
+
+@pytest.fixture(params=["shapes_new", "shapes_vqa"])
+def task(tasks, request):
+    return tasks[request.param]
 
 
 def test_documents_become_one_user_message(task):
@@ -36,7 +42,7 @@ def test_documents_become_one_user_message(task):
 
 def test_answers_score_overall_and_under_their_kind(task):
     documents = list(task.test_docs())
-    assert len(documents) == 1000
+    assert len(documents) == {"shapes_vqa": 1000, "shapes_new": 460}[task.config.task]
     reported = set(task.aggregation())
     scored = set()
     for document in documents[: 2 * len(KINDS)]:

@@ -1,4 +1,4 @@
-"""Functions of the lmms-eval task `shapes_vqa`, named by its YAML file."""
+"""Functions of the lmms-eval tasks `shapes_vqa` and `shapes_new`, named by their YAML files."""
 
 import io
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.results import TaskFacts
 
 # Part of every key: a change to what a cell holds makes the old ones unfinished.
-CELL_VERSION: Final = 1
+CELL_VERSION: Final = 3
 _COMPUTING: Final = ("shortv", "torch", "torchvision", "transformers", "lmms-eval")
 
 

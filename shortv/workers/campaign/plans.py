@@ -34,6 +34,13 @@ class ModelFacts:
     architecture: Architecture
 
 
+class Training(NamedTuple):
+    """What a plan's learned parts are and took; None where their header does not say."""
+
+    parameters: int | None
+    seconds: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """A plan under its name; `same_as` names the entry before it that has the same modes and runs for both."""
@@ -41,6 +48,8 @@ class Entry:
     plan: Plan
     kind: Kind
     same_as: str | None = None
+    training: Training | None = None
+    """None for a plan without learned parts."""
 
     @property
     def name(self) -> str:
@@ -73,11 +82,11 @@ def resolve_plans(specs: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
         refusals: list[tuple[str, Refused]] = []
         for model in models:
             try:
-                plan, told = _fitting(source, model)
+                entry, told = _fitting(source, model)
             except Refused as error:
                 refusals.append((model.name, error))
             else:
-                plans[model.name].append(Entry(plan=plan, kind=Kind(source.kind)))
+                plans[model.name].append(entry)
                 warnings += told
         if len(refusals) == len(models):
             raise Refused(f"plan {source.spec!r}: {refusals[0][1]}") from refusals[0][1]
@@ -99,15 +108,22 @@ def _full(model: ModelFacts) -> Entry:
     return Entry(plan=plan, kind=Kind.FULL)
 
 
-def _fitting(source: PlanSource, model: ModelFacts) -> tuple[Plan, list[str]]:
+def _fitting(source: PlanSource, model: ModelFacts) -> tuple[Entry, list[str]]:
     plan = source.plan_for(model.name, model.revision, model.architecture)
     sizes = model.architecture
     warnings = plan.check_fits(
         config_digest=sizes.config_digest, num_layers=sizes.num_layers, model=model.name, revision=model.revision
     )
+    training = None
+    if plan.parts is not None:
+        # Torch takes seconds to import, and most campaigns have no learned parts.
+        from shortv.families.parts.files import check_parts
+
+        header = check_parts(plan.parts, sizes.config_digest)
+        training = Training(header.parameters, header.train_seconds)
     # A folder has no revision, and a plan made for that folder names none: nothing to warn of.
     known = plan.model == model.name and plan.revision == model.revision
-    return plan, [] if known else warnings
+    return Entry(plan=plan, kind=Kind(source.kind), training=training), [] if known else warnings
 
 
 def _distinct(entries: Sequence[Entry], model: str) -> tuple[Entry, ...]:

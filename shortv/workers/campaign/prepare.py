@@ -123,6 +123,8 @@ def _plan_facts(model: str, entry: Entry) -> dict[str, Any]:
         "same_as": entry.same_as,
         "digest": plan.digest,
         "modes": plan.modes,
+        "parts": asdict(plan.parts) if plan.parts else None,
+        "training": entry.training._asdict() if entry.training else None,
         "ranking": plan.ranking,
         "source": plan.source,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from statistics import fmean, median
@@ -11,9 +11,11 @@ from typing import Any, Final
 
 from reports.manifest import plain
 from reports.masking import masked
-from shortv.costs import flops_ratio
+from shortv.costs import measured_exit_ratio, plan_flops_ratio
 from shortv.errors import ShortVError
 from shortv.evals.aggregation import MetricRow
+from shortv.evals.scoring import Sample
+from shortv.plan import PartsKind
 from shortv.workers.campaign.cells import Cell
 from shortv.workers.campaign.results import CellResult
 
@@ -116,7 +118,6 @@ def measure_speed(cell: Cell, result: CellResult, seconds: float) -> Speed:
     t = fmean(text) if text else None
     visual = [sample.visual_tokens for sample in answered if sample.visual_tokens is not None]
     v = fmean(visual) if visual else None
-    sizes, modes = cell.model.architecture, cell.entry.plan.modes
     return Speed(
         n=len(answered),
         prefill_ms_median=_median(sample.prefill_ms for sample in answered),
@@ -129,9 +130,24 @@ def measure_speed(cell: Cell, result: CellResult, seconds: float) -> Speed:
         samples_per_second=len(answered) / seconds if answered and seconds > 0 else None,
         t=t,
         v=v,
-        flops_ratio=None if t is None or v is None or t + v <= 0 else flops_ratio(sizes, modes, t, v),
+        flops_ratio=None if t is None or v is None or t + v <= 0 else _flops_ratio(cell, answered, t, v),
         replicas=result.replicas,
     )
+
+
+def _flops_ratio(cell: Cell, answered: Sequence[Sample], t: float, v: float) -> float | None:
+    """As measured where visual tokens leave sample by sample, else as the plan predicts."""
+    sizes, plan = cell.model.architecture, cell.entry.plan
+    if plan.parts is None or plan.parts.kind is not PartsKind.DYVTE:
+        return plan_flops_ratio(plan, sizes, t, v)
+    exits = []
+    for sample in answered:
+        tokens, visual = sample.prompt_tokens, sample.visual_tokens or 0
+        # Without visual tokens it does not matter where they leave.
+        layer = sample.exit_layer if visual else sizes.num_layers
+        if tokens is not None and layer is not None:
+            exits.append((layer, tokens - visual, visual))
+    return measured_exit_ratio(sizes, exits)
 
 
 def _median(values: Any) -> float | None:

@@ -1,7 +1,8 @@
-"""How a plan is named in a recipe: a file, a published name, a choice from a sweep folder, or a control."""
+"""How a plan is named in a recipe: a file, a published name, a choice from a sweep folder, a mode, or a control."""
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ _SWEEP = re.compile(r"sweep:(?P<folder>.+)@(?P<amount>\d+|\d*\.\d+)(?:/(?P<mode>
 _CONTROL = re.compile(
     r"(?P<order>random|first|last)(?::(?P<low>\d+)(?:\.\.(?P<high>\d+))?)?@(?P<count>\d+)(?:/(?P<mode>[a-z-]+))?"
 )
+_ALL = re.compile(r"all(?:/(?P<mode>[a-z-]+))?")
 # What begins like this is no file name (./random:x is one).
 _RESERVED = re.compile(r"(sweep:|random[:@]|first[:@]|last[:@])")
 _FORMS = (
-    "a plan file, a published plan's name, full, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (FLOPs ratio), "
-    "random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS or last@LAYERS, each but the first three with /MODE"
+    "a plan file, files by *, a published plan's name, full, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (FLOPs ratio), "
+    "all, random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS or last@LAYERS, each but the first four with /MODE"
 )
 _MOST_SEEDS = 1000
 
@@ -54,6 +56,33 @@ class Given:
     def plan_for(self, model: str, revision: str | None, architecture: Architecture) -> Plan:
         """Return the plan; whether it fits is for the caller to check."""
         return self.plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedLayers:
+    """A mode in all layers, or in so many of the last where it can stand nowhere else: there is nothing to choose."""
+
+    spec: str
+    mode: Mode
+    count: int | None = None
+    kind: str = "plan"
+
+    def plan_for(self, model: str, revision: str | None, architecture: Architecture) -> Plan:
+        """Make the plan for this model; refuses more layers than it has."""
+        num_layers = architecture.num_layers
+        order = replacement_order(range(num_layers), self.mode, control=Control.LAST)
+        count = num_layers if self.count is None else check_count(self.count, num_layers)
+        return Plan.of_layers(
+            self.mode,
+            order[:count],
+            num_layers=num_layers,
+            name=f"{self.mode}-{count}",
+            model=model,
+            revision=revision,
+            config_digest=architecture.config_digest,
+            ranking=order,
+            source={"order": "fixed"},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +133,26 @@ def _sources(spec: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> list[Pla
     try:
         if sweep := _SWEEP.fullmatch(spec):
             return [Given(spec=spec, plan=_from_sweep(sweep["folder"], sweep["amount"], _mode(sweep["mode"]), sweeps))]
+        if every := _ALL.fullmatch(spec):
+            return [FixedLayers(spec=spec, mode=_mode(every["mode"]))]
         if control := _CONTROL.fullmatch(spec):
             return _controls(control)
         if _RESERVED.match(spec):
             raise Refused(f"it means nothing; give {_FORMS}")
-        return [Given(spec=spec, plan=Plan.load(spec))]
+        return [Given(spec=spec, plan=Plan.load(path)) for path in _paths(spec)]
     except ShortVError as error:
         # No work has started: a sweep folder that cannot be read is refused, whatever the reason.
         raise Refused(f"plan {spec!r}: {error}") from error
+
+
+def _paths(spec: str) -> list[str]:
+    """The files that a pattern stands for, in alphabetical order; other names stand for themselves."""
+    if "*" not in spec:
+        return [spec]
+    found = sorted(glob.glob(spec))
+    if not found:
+        raise Refused("no file has such a name; give another pattern, or make the plans first")
+    return found
 
 
 def _from_sweep(folder: str, amount: str, mode: Mode, sweeps: dict[tuple[str, Mode], SweepResult]) -> Plan:
@@ -130,6 +171,8 @@ def _controls(found: re.Match[str]) -> list[PlanSource]:
     if not 0 < len(seeds) <= _MOST_SEEDS:
         raise Refused(f"the seeds {low}..{high} are {len(seeds)}; give 1 to {_MOST_SEEDS}, the lower one first")
     count, mode = int(found["count"]), _mode(found["mode"])
+    if order is Control.LAST and mode is Mode.DROP_VISUAL:
+        return [FixedLayers(spec=found.string, mode=mode, count=count)]
     return [ControlLayers(spec=found.string, order=order, seed=seed, count=count, mode=mode) for seed in seeds]
 
 

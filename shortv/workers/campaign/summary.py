@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,7 @@ from shortv.workers.campaign.record import CellRecord, CellState
 from shortv.workers.campaign.tables import FULL, Row, beside
 
 Tables = Mapping[str, Sequence[Row]]
+_LEARNED: Final = ("learned", "trained")
 
 
 def print_summary(cells: Sequence[Cell], records: Mapping[str, CellRecord], tables: Tables, console: Console) -> None:
@@ -48,16 +49,29 @@ def main_metric(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> str
 def _print_group(cells: Sequence[Cell], records: Mapping[str, CellRecord], tables: Tables, console: Console) -> None:
     metric = main_metric(cells, records)
     title = escape(f"{cells[0].model.name} on {cells[0].task.name}")
-    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    learned = any(cell.entry.training for cell in cells)
+    # With two columns more, the table still fits into 110.
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 0 if learned else 1, 0, 0),
+        show_edge=not learned,
+    )
     table.add_column("plan", no_wrap=True)
-    for name in ("FLOPs", escape(metric or "score"), "to full (95 % interval)", "changed", "prefill", "samples/s"):
+    names = ("FLOPs", escape(metric or "score"), "to full (95 % interval)", "changed", "prefill", "samples/s")
+    for name in (*names, *(_LEARNED if learned else ())):
         table.add_column(name, justify="right", no_wrap=name.startswith("to full"))
     full = records.get(cells[0].key)
     for cell in cells:
-        table.add_row(cell.entry.name, *_columns(cell, records.get(cell.key), full, metric, tables))
+        row = _columns(cell, records.get(cell.key), full, metric, tables)
+        table.add_row(cell.entry.name, *row, *(_learned(cell) if learned else ()))
     console.print(table)
     for line in _findings(cells, metric, tables):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if learned:
+        console.print()
 
 
 def _columns(
@@ -75,6 +89,16 @@ def _columns(
     own, base = record.speed.prefill_ms_median, full.speed.prefill_ms_median if full else None
     yield f"{own / base:.2f}" if own is not None and base else ""
     yield _text(record.speed.samples_per_second, ".1f")
+
+
+def _learned(cell: Cell) -> Iterator[str]:
+    """How many parameters the plan's parts have, and how long their training took."""
+    parameters, seconds = cell.entry.training or (None, None)
+    yield _text(parameters, ",")
+    if seconds is None:
+        yield ""
+    else:
+        yield f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _findings(cells: Sequence[Cell], metric: str | None, tables: Tables) -> Iterator[str]:

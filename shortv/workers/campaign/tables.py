@@ -45,7 +45,7 @@ def beside(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _is_control(entry: Entry, plan: Entry) -> bool:
-    return entry.kind is Kind.RANDOM and entry.size == plan.size
+    return entry.kind is Kind.RANDOM and entry.size == plan.size and plan.plan.parts is None
 
 
 def _names(cell: Cell) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def _cell_row(cell: Cell, record: CellRecord) -> Row:
+    training = cell.entry.training
     return _names(cell) | {
         "revision": cell.model.revision,
         "plan_digest": cell.entry.plan.digest,
@@ -65,6 +66,8 @@ def _cell_row(cell: Cell, record: CellRecord) -> Row:
         "errors": record.errors,
         "message": record.message,
         "flops_ratio": record.speed.flops_ratio,
+        "learned_parameters": training.parameters if training else None,
+        "train_seconds": training.seconds if training else None,
         "started": record.started,
         "finished": record.finished,
         "wall_seconds": record.wall_seconds,

@@ -27,6 +27,7 @@ from shortv.workers.request import ModelSpec, WorkerRange
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.face import Endpoint
+from shortv.workers.serving.learned import parts_of
 from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.settings import EndpointSettings
@@ -91,6 +92,7 @@ def replica_app(
         device=resources.device,
         threads=max(1, math.floor(resources.cpus)) if not resources.gpus else 0,
         folder=folder,
+        parts={path: found for path in parts_of(plans) if (found := shipped(path)) is not None and found.source},
         engine=engine,
         environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
     )
@@ -200,7 +202,7 @@ def _reason(name: str) -> str | None:
 
 
 def shipped(model: str) -> ShippedFolder | None:
-    """A model folder of the driver's node for replicas on any node; None for a hub id."""
+    """A folder of the driver's node, a model or learned parts, for replicas on any node; None for a hub id."""
     path = Path(model)
     if not path.is_dir():
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shortv.families import LoadedModel
 from shortv.families.ends import end_tokens
 from shortv.families.prompts import batch_of
 from shortv.families.vision import VisionCache
+from shortv.layers.exits import exit_layers
 from shortv.layers.sequence import keep_rows
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.sampling import Sampler, choose_all
@@ -45,7 +47,10 @@ class RunningBatch:
         self._cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
         if not self._has_own_positions:
             inputs["position_ids"] = (self._mask_BT.cumsum(1) - 1).clamp(min=0)
-        with torch.inference_mode(), vision.reusing(encoded):
+        learned = rows[0].learned
+        # Such parts are made of what stands inside the tower.
+        by_tower = learned is not None and learned.parts.needs_tower
+        with torch.inference_mode(), nullcontext() if by_tower else vision.reusing(encoded):
             output = loaded.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._delta_B1 = torch.zeros_like(self._mask_BT[:, :1])
         if self._has_own_positions:
@@ -55,6 +60,9 @@ class RunningBatch:
         logits_BV = output.logits[:, -1].float()
         for row, n_text, n_visual in zip(rows, encoded.types.n_text, encoded.types.n_visual, strict=True):
             row.n_text, row.n_visual = n_text, n_visual
+        exits = exit_layers(self._cache)
+        for row, layer in zip(rows, exits or (), strict=exits is not None):
+            row.exit_layer = layer if row.n_visual else None
         self._choose(logits_BV, prefill_since=started)
 
     @property

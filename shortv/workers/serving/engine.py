@@ -21,6 +21,7 @@ from shortv.errors import SampleError, ShortVError
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import LoadedModel
+from shortv.families.parts import Learned
 from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
@@ -63,7 +64,7 @@ class Engine:
         self._waiting: list[Row] = []
         self._batches: list[RunningBatch] = []
         self._applied = ExitStack()
-        self._modes: tuple[Mode, ...] | None = None
+        self._plan: tuple[tuple[Mode, ...], Learned | None] | None = None
         self._free = settings.batch_size
         self._moved = time.monotonic()
         self._stopping = False
@@ -176,7 +177,7 @@ class Engine:
         return group[:size]
 
     def _prefill(self, rows: Sequence[Row]) -> None:
-        self._under(rows[0].modes)
+        self._under(rows[0])
         if rows[0].continuation is None:
             self._batches.append(RunningBatch(self._loaded, self.vision, rows))
         else:
@@ -192,17 +193,17 @@ class Engine:
                 row.finish(found)
 
     def _step(self, batch: RunningBatch) -> None:
-        self._under(batch.rows[0].modes)
+        self._under(batch.rows[0])
         batch.step()
         if not batch.places:
             self._batches.remove(batch)
 
-    def _under(self, modes: tuple[Mode, ...]) -> None:
-        if self._modes != modes:
+    def _under(self, row: Row) -> None:
+        if self._plan != row.plan:
             self._applied.close()
-            self._modes = None
-            self._applied.enter_context(executing(self._loaded.model, modes))
-            self._modes = modes
+            self._plan = None
+            self._applied.enter_context(executing(self._loaded.model, row.modes, row.learned))
+            self._plan = row.plan
 
     def _guarded(self, rows: Sequence[Row], work: Callable[..., None], *arguments: object) -> None:
         """Work on rows; where that fails they run again in two halves, down to the row that fails alone."""

@@ -74,6 +74,7 @@ class AnswerForm:
         return {
             "plan": self.plan,
             "plan_digest": answer.plan_digest,
+            "exit_layer": answer.exit_layer,
             "queue_ms": round(answer.queue_ms, 3),
             "prefill_ms": round(answer.prefill_ms, 3),
             "decode_ms": round(answer.decode_ms, 3),

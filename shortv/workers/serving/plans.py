@@ -9,7 +9,10 @@ from typing import Any
 from shortv.architecture import Architecture
 from shortv.chat import FULL_MODEL
 from shortv.errors import Refused
+from shortv.families.parts import Learned
+from shortv.families.parts.files import check_parts
 from shortv.plan import Mode, Plan
+from shortv.workers.serving.learned import PartsShelf
 
 PlanSource = str | Mapping[str, Any]
 """A plan file, a folder with shortv_plan.json, a published plan's name, or the content of a plan file."""
@@ -18,14 +21,26 @@ PlanSource = str | Mapping[str, Any]
 class PlanBook:
     """Plans of one model by name; the full model is always there, under FULL_MODEL."""
 
-    def __init__(self, architecture: Architecture, plans: Iterable[Plan], *, model: str, revision: str | None) -> None:
-        """Check that each plan fits the model.
+    def __init__(
+        self,
+        architecture: Architecture,
+        plans: Iterable[Plan],
+        *,
+        model: str,
+        revision: str | None,
+        shelf: PartsShelf | None = None,
+    ) -> None:
+        """Check that each plan fits the model, and take its learned parts from the shelf.
+
+        Without a shelf there are no weights: what can be known of the parts without them is checked.
 
         Raises:
-            Refused: a plan is for another model, or two different plans have one name.
+            Refused: a plan is for another model, two different plans have one name, or learned parts are not there,
+                for another model, or cannot run.
         """
         self._full = (Mode.FULL,) * architecture.num_layers
         self._plans: dict[str, Plan] = {}
+        self._learned: dict[str, Learned | None] = {}
         self.warnings: list[str] = []
         for plan in plans:
             known = self._plans.setdefault(plan.name, plan)
@@ -37,6 +52,10 @@ class PlanBook:
                 model=model,
                 revision=revision,
             )
+            try:
+                self._learned[plan.name] = _learned(plan, shelf)
+            except Refused as error:
+                raise Refused(f"plan {plan.name!r}: {error}") from error
 
     def modes(self, name: str) -> tuple[Mode, ...] | None:
         """The modes of the plan of that name, None where there is none."""
@@ -44,6 +63,10 @@ class PlanBook:
             return self._full
         plan = self._plans.get(name)
         return plan.modes if plan else None
+
+    def learned(self, name: str) -> Learned | None:
+        """The learned parts that the plan of that name needs, if any."""
+        return self._learned.get(name)
 
     def digest(self, name: str) -> str | None:
         """The digest of the plan of that name; the full model has none."""
@@ -53,6 +76,14 @@ class PlanBook:
     def digests(self) -> dict[str, str]:
         """Digest by name, in the order given, without the full model."""
         return {name: plan.digest for name, plan in self._plans.items()}
+
+
+def _learned(plan: Plan, shelf: PartsShelf | None) -> Learned | None:
+    if shelf is not None:
+        return shelf.learned(plan)
+    if plan.parts is not None:
+        check_parts(plan.parts, plan.config_digest)
+    return None
 
 
 def read_plans(sources: Iterable[PlanSource]) -> list[Plan]:

@@ -17,6 +17,7 @@ from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
 from shortv.errors import Refused, SampleError
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.row import Event, Row
 from shortv.workers.shipping import ShippedFolder
@@ -28,12 +29,16 @@ _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSetup:
-    """Everything a replica is told once. `threads` 0 leaves the number to torch."""
+    """Everything a replica is told once. `threads` 0 leaves the number to torch.
+
+    `parts` are folders of learned parts by the path that plans name, for nodes that lack them.
+    """
 
     spec: ModelSpec
     device: str
     threads: int = 0
     folder: ShippedFolder | None = None
+    parts: Mapping[str, ShippedFolder] = field(default_factory=dict)
     engine: EngineSettings = field(default_factory=EngineSettings)
     environment: Environment = field(default_factory=Environment)
 
@@ -66,14 +71,16 @@ class Replica:
             chat_template=spec.chat_template,
         )
         self._name = setup.spec.name
+        self._shelf = PartsShelf(self._loaded, setup.parts)
         self._book = self._book_of({})
         self._engine = Engine(self._loaded, setup.engine)
         self._engine.start()
         self._metrics = _Metrics()
 
-    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve exactly these plans from now on; questions that run keep theirs. Raises Refused, changing nothing."""
-        self._book = self._book_of(user_config)
+        # Loading learned parts takes a while, and answers go on meanwhile.
+        self._book = await asyncio.to_thread(self._book_of, user_config)
 
     def _book_of(self, user_config: Mapping[str, Any]) -> PlanBook:
         unknown = sorted(user_config.keys() - {"plans"})
@@ -84,6 +91,7 @@ class Replica:
             read_plans(user_config.get("plans") or ()),
             model=self._name,
             revision=self._loaded.revision,
+            shelf=self._shelf,
         )
 
     def check_health(self) -> None:
@@ -166,6 +174,7 @@ class Replica:
             question=question,
             prompt=prompt,
             modes=modes,
+            learned=book.learned(question.plan),
             plan_digest=book.digest(question.plan),
             tell=tell,
             streams=streams,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason, TokenLogprob
+from shortv.families.parts import Learned
 from shortv.families.prompts import Prompt
 from shortv.plan import Mode
 from shortv.workers.serving.sampling import Chosen, Sampler
@@ -24,6 +25,7 @@ class Row:
     question: Question
     prompt: Prompt
     modes: tuple[Mode, ...]
+    learned: Learned | None = None
     plan_digest: str | None
     tell: Callable[[Event], None]
     streams: bool = False
@@ -45,15 +47,22 @@ class Row:
     """When its first token was chosen."""
     n_text: int = 0
     n_visual: int = 0
+    exit_layer: int | None = None
+    """After which layer its visual tokens left, where the plan decides that itself."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     told: int = 0
     """Characters of the answer that were told as pieces."""
     told_logprobs: int = 0
 
     @property
+    def plan(self) -> tuple[tuple[Mode, ...], Learned | None]:
+        """What the model has to be under while it runs."""
+        return (self.modes, self.learned)
+
+    @property
     def group(self) -> tuple[object, ...]:
         """Rows of one group can run in one batch: the same plan, and images in all prompts or in none."""
-        return (self.modes, self.continuation is not None, bool(self.prompt.images))
+        return (*self.plan, self.continuation is not None, bool(self.prompt.images))
 
     @property
     def over(self) -> bool:
@@ -106,6 +115,7 @@ class Row:
             finish=transcript.finish or "stop",
             prompt_tokens=self.n_text + self.n_visual,
             visual_tokens=self.n_visual,
+            exit_layer=self.exit_layer,
             completion_tokens=transcript.tokens,
             plan_digest=self.plan_digest,
             queue_ms=self.queue_ms,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from reports.page.campaign_data import kind_of_plan
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.plan import Mode, Plan
@@ -32,13 +33,32 @@ def test_the_full_model_is_always_the_first() -> None:
 
 
 def test_controls() -> None:
-    entries = resolve("random:0..2@3", "random:7@3", "first@2", "last@1", "last@2/drop-visual")
+    entries = resolve("random:0..2@3", "random:7@3", "first@2", "last@1", "last@2/no-visual-ffn")
     assert list(entries)[1:] == ["random0-3", "random1-3", "random2-3", "random7-3", *list(entries)[5:]]
     assert entries["first-2"].plan.layers(Mode.FREEZE_VISUAL) == (0, 1)
     assert entries["last-1"].plan.layers(Mode.FREEZE_VISUAL) == (4,)
-    assert entries["last-2-drop-visual"].plan.layers(Mode.DROP_VISUAL) == (3, 4)
+    assert entries["last-2-no-visual-ffn"].plan.layers(Mode.NO_VISUAL_FFN) == (3, 4)
     assert len(entries["random7-3"].plan.layers(Mode.FREEZE_VISUAL)) == 3
     assert [entry.kind for entry in entries.values()][-3:] == [Kind.FIRST, Kind.LAST, Kind.LAST]
+
+
+def test_where_no_layers_are_chosen_a_plan_is_no_control() -> None:
+    entries = resolve("all/no-visual-queries", "all", "last@2/drop-visual", "last@5/no-visual-queries")
+    assert entries["no-visual-queries-5"].plan.layers(Mode.NO_VISUAL_QUERIES) == (0, 1, 2, 3, 4)
+    assert entries["freeze-visual-5"].plan.layers(Mode.FREEZE_VISUAL) == (0, 1, 2, 3, 4)
+    assert entries["drop-visual-2"].plan.layers(Mode.DROP_VISUAL) == (3, 4)
+    assert [entry.kind for entry in entries.values()] == [Kind.FULL, Kind.PLAN, Kind.PLAN, Kind.PLAN, Kind.LAST]
+    assert entries["last-5-no-visual-queries"].same_as == "no-visual-queries-5"
+    assert {kind_of_plan({"kind": "plan", "source": e.plan.source}) for e in list(entries.values())[1:4]} == {
+        "other plan"
+    }
+
+
+def test_a_pattern_names_files_in_alphabetical_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        of = {"num_layers": 5, "name": name, "model": "tiny", "config_digest": ARCH.config_digest}
+        Plan.of_layers(Mode.NO_VISUAL_FFN, [len(name)], **of).save(tmp_path / f"{name}.json")  # type: ignore[arg-type]
+    assert list(resolve(f"{tmp_path}/*.json")) == ["full", "a", "b"]
 
 
 def test_choices_of_a_sweep_and_files(tmp_path: Path) -> None:
@@ -85,6 +105,9 @@ def test_plans_go_to_the_models_that_they_fit(tmp_path: Path) -> None:
         ("random:a@2", "it means nothing; give a plan file"),
         ("random:4..2@2", "the lower one first"),
         ("random:0..9999@2", "give 1 to 1000"),
+        ("all/full", "changes nothing"),
+        ("none/*.json", "plan 'none/\\*.json': no file has such a name"),
+        ("last@6/drop-visual", "6 layers cannot be replaced in a model of 5"),
         ("last@6", "6 layers cannot be replaced in a model of 5"),
         ("last@0", "0 layers cannot be replaced"),
         ("last@2/full", "changes nothing"),

@@ -10,6 +10,7 @@ from typing import Any
 from shortv.chat import Answer, Decoding, Failure, Likelihood, Piece, Question, Turn
 from shortv.families import LoadedModel
 from shortv.families.encoding import turn_of
+from shortv.families.parts import Learned
 from shortv.families.prompts import prompt_of
 from shortv.plan import Mode
 from shortv.sample import Sample
@@ -45,6 +46,7 @@ def row_of(
     asked: Sample | Sequence[Turn],
     modes: Sequence[Mode] | None = None,
     *,
+    learned: Learned | None = None,
     seconds: float = 120.0,
     streams: bool = False,
     continuation: str | None = None,
@@ -57,6 +59,7 @@ def row_of(
         question=Question(request_id="test", turns=turns, decoding=Decoding(**decoding), seconds=seconds),
         prompt=prompt_of(loaded, turns),
         modes=tuple(modes or (Mode.FULL,) * len(loaded.decoder.layers)),
+        learned=learned,
         plan_digest=None,
         tell=events.put,
         streams=streams,

@@ -86,6 +86,7 @@ def _answer(question: Question) -> Answer:
         queue_ms=0.5,
         prefill_ms=3.25,
         decode_ms=1.0,
+        exit_layer=5,
         logprobs=_logprobs(question),
     )
 

@@ -39,7 +39,8 @@ def test_an_answer_has_openais_form() -> None:
             }
         ],
         "usage": {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 14, "visual_tokens": 8},
-        "shortv": {"plan": "last3", "plan_digest": "d3", "queue_ms": 0.5, "prefill_ms": 3.25, "decode_ms": 1.0},
+        "shortv": {"plan": "last3", "plan_digest": "d3", "exit_layer": 5}
+        | {"queue_ms": 0.5, "prefill_ms": 3.25, "decode_ms": 1.0},
     }
     assert question.plan == "last3" and question.seconds == 120
     assert question.decoding.max_tokens == 7 and question.decoding.temperature == 0

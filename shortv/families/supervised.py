@@ -1,0 +1,118 @@
+"""Samples with their answers as training batches: labels on the answer and the end of the turn, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shortv.chat import Turn
+from shortv.errors import SampleError
+from shortv.families.encoding import turn_of
+from shortv.families.loading import LoadedModel
+from shortv.families.prompts import Batch, Prompt, adds_special_tokens, batch_of, prompt_of
+from shortv.sample import Sample
+
+IGNORED = -100
+"""The label of a position that nothing is learned from, as torch's cross-entropy takes it."""
+_ANSWER = "answer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervised:
+    """A padded batch on the model's device, and what each position should be.
+
+    `labels_BT` is aligned with the inputs: the logits at position t - 1 are to predict the label at t. It is IGNORED
+    everywhere but at the tokens of the answer and of the end of the turn.
+    """
+
+    batch: Batch
+    labels_BT: Tensor
+
+
+def supervised(
+    loaded: LoadedModel, samples: Sequence[Sample], *, padding_side: Literal["left", "right"] | None = None
+) -> Supervised:
+    """Encode samples with their answers as the chat template writes them.
+
+    Args:
+        padding_side: the tokenizer's own unless given.
+
+    Raises:
+        SampleError: a sample without an answer, or that cannot be encoded; its message names the sample.
+    """
+    prompts, continuations = [], []
+    before, after = answer_frame(loaded)
+    for sample in samples:
+        if not (sample.answer and sample.answer.strip()):
+            message = f"sample {sample.sample_id!r} has no answer, and training needs one"
+            raise SampleError(stage="prompt", error="no-answer", message=message)
+        try:
+            prompts.append(prompt_of(loaded, [turn_of(sample)]))
+        except SampleError as error:
+            message = f"sample {sample.sample_id!r}: {error}"
+            raise SampleError(stage=error.stage, error=error.error, message=message) from error
+        continuations.append(f"{before}{sample.answer.strip()}{after}")
+    return continued(loaded, prompts, continuations, padding_side=padding_side)
+
+
+def continued(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    continuations: Sequence[str],
+    *,
+    padding_side: Literal["left", "right"] | None = None,
+) -> Supervised:
+    """Encode prompts with what follows them, labels on that alone: answers of a data set, or the model's own.
+
+    Raises:
+        SampleError: a prompt cannot be encoded, or a continuation is empty or changed by the processor.
+    """
+    batch = batch_of(loaded, prompts, continuations=continuations, padding_side=padding_side)
+    labels_BT = torch.full_like(batch.inputs["input_ids"], IGNORED)
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        labels = continuation_ids(loaded, prompt.text, continuation)
+        ids_T, mask_T = batch.inputs["input_ids"][row], batch.inputs["attention_mask"][row]
+        at_K = mask_T.nonzero()[:, 0][-len(labels) :] if labels else mask_T.new_zeros(0)
+        if not labels or ids_T[at_K].tolist() != labels:
+            message = f"the processor does not keep the tokens of {continuation!r} behind the prompt"
+            raise SampleError(stage="tokenise", error="answer-tokens", message=message)
+        labels_BT[row, at_K] = ids_T[at_K]
+    if loaded.decoder.family.positions_from_mask:
+        batch.inputs["position_ids"] = (batch.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return Supervised(batch=batch.on(loaded), labels_BT=labels_BT.to(loaded.device))
+
+
+def continuation_ids(loaded: LoadedModel, text: str, continuation: str) -> list[int]:
+    """The tokens by which a prompt's text with a continuation differs from the text alone; images don't matter.
+
+    Where the last token of the prompt merges with the first of the continuation, the merged token counts as part of
+    the continuation.
+    """
+    tokenizer = loaded.processor.tokenizer
+    special = adds_special_tokens(loaded, text)
+    before, whole = (tokenizer(whole, add_special_tokens=special)["input_ids"] for whole in (text, text + continuation))
+    same = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
+    ids: list[int] = whole[same:]
+    return ids
+
+
+def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
+    """What the chat template writes before an answer, after the generation prompt, and to end the turn.
+
+    Templates that write no end, such as LLaVA-1.5's, get the tokenizer's end of sequence.
+
+    Raises:
+        SampleError: the template cannot write a conversation with an answer.
+    """
+    question = Turn(role="user", parts=("question",))
+    asked = prompt_of(loaded, [question]).text
+    whole = prompt_of(loaded, [question, Turn(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
+    eos: str = loaded.processor.tokenizer.eos_token
+    before, found, after = whole.removeprefix(asked).partition(_ANSWER)
+    if not whole.startswith(asked) or not found:  # the template writes past answers in another way than new ones
+        return "" if asked[-1:].isspace() else " ", eos
+    return before, after.strip() or eos

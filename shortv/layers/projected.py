@@ -1,0 +1,186 @@
+"""SAISA: layers whose visual rows come from projectors of their own (`reference/saisa.md`, section 2).
+
+The visual rows of a layer's input are overwritten before residual and norm, and the layer freezes them: text rows alone
+are queries and pass the FFN. Shapes: B batch, T positions, N visual tokens of all samples, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shortv.errors import Refused, ShortVError
+from shortv.families import Decoder
+from shortv.families.parts.base import Learned
+from shortv.families.parts.saisa import Projectors
+from shortv.layers.fast import PlannedLayer, frozen
+from shortv.layers.progress import Progress
+from shortv.layers.sequence import SequenceState
+from shortv.plan import Mode
+
+# Whole numbers up to here are exact in every dtype that a tower runs in.
+_BASE = 256
+_DIGITS = 3
+
+
+class ProjectedRun:
+    """A plan with SAISA's parts on one model."""
+
+    def __init__(self, decoder: Decoder, modes: Sequence[Mode], learned: Learned) -> None:
+        """Take parts for these modes.
+
+        Raises:
+            Refused: a layer with a projector does not freeze visual tokens, another layer is not full, or the family
+                has no projector that layers could have of their own.
+        """
+        self._decoder = decoder
+        self._parts = cast(Projectors, learned.parts)
+        self._features = VisionFeatures(decoder)
+        settings = self._parts.settings
+        for index, (mode, needed) in enumerate(zip(modes, settings.modes(len(modes)), strict=True)):
+            if mode is not needed:
+                has = "has" if index in settings.layers else "has not"
+                raise Refused(
+                    f"layer {index} is {mode}, but it {has} a projector in these parts and must be {needed}; "
+                    "use the plan that was written with the parts"
+                )
+
+    def executor(self, index: int) -> Callable[..., Tensor] | None:
+        """Frozen, with visual rows of its own; a layer without a projector is the model's."""
+        return self._projected if index in self._parts.settings.layers else None
+
+    def attach(self, model: nn.Module, progress: Progress, undo: ExitStack) -> None:
+        """Watch the vision features, and put the parts' language model in place of the model's own, uncopied."""
+        self._features.attach(progress, undo)
+        self._replace(undo)
+
+    def attach_reference(self, model: nn.Module, sequence: SequenceState, hooks: ExitStack) -> None:
+        """Write the projected rows over those that enter a dense layer and over those that leave it."""
+        self._features.attach(sequence, hooks)
+        self._replace(hooks)
+
+        def over(index: int, hidden_BTD: Tensor) -> Tensor:
+            visual_BT = sequence.types.visual_BT.to(hidden_BTD.device)
+            return hidden_BTD.masked_scatter(visual_BT[:, :, None], self._rows(index, hidden_BTD))
+
+        def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not sequence.has_visual:
+                return None
+            if args:
+                return (over(index, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": over(index, kwargs["hidden_states"])}
+
+        def leave(index: int, _: nn.Module, __: tuple[Any, ...], output_BTD: Tensor) -> Tensor | None:
+            return over(index, output_BTD) if sequence.has_visual else None
+
+        for index in self._parts.settings.layers:
+            layer = self._decoder.layers[index]
+            hooks.callback(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(partial(leave, index)).remove)
+
+    def _projected(self, planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
+        progress = planned.progress
+        if not progress.has_visual:
+            return planned.own(hidden, **arguments)
+        visual_1ND = self._rows(planned.index, hidden)[None]
+        return frozen(planned, progress.text, hidden, visual_1ND, **arguments)
+
+    def _rows(self, index: int, like: Tensor) -> Tensor:
+        """The visual rows (N, D) of a layer, in the order in which they stand in the batch."""
+        return self._features.ordered(self._parts.project(index, self._features.seen)).to(like.device, like.dtype)
+
+    def _replace(self, undo: ExitStack) -> None:
+        for owner, name, weight in self._parts.places(self._decoder):
+            own = owner._parameters[name]
+            assert own is not None
+            if weight.device != own.device:  # of a model that is spread over several, from the first time on
+                weight.data = weight.data.to(own.device)
+            undo.callback(owner._parameters.__setitem__, name, own)
+            owner._parameters[name] = weight
+
+
+class VisionFeatures:
+    """What the base model's own projector was given last, and which of its rows each visual row of a forward is.
+
+    generate() may run the vision tower before the forward, once for several forwards, and repeat what it gave for
+    beams. So features are kept until others come, and every forward is checked for holding their rows.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        """Look at a model. Raises Refused for a family without such a projector."""
+        self._decoder = decoder
+        self._projector = decoder.projector
+        path = decoder.family.reorders
+        self._around = decoder.backbone.get_submodule(path) if path else None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen = self._projected_ND = torch.empty(0)
+        self._numbers_N: Tensor | None = None
+        self._order_N: Tensor | None = None
+
+    def attach(self, sequence: SequenceState, undo: ExitStack) -> None:
+        """Watch projector and decoder."""
+
+        def enter(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if sequence.has_visual:
+                self._match(sequence.types.visual_BT, kwargs["inputs_embeds"])
+
+        undo.callback(self._forget)
+        undo.callback(self._projector.register_forward_hook(self._see, with_kwargs=True).remove)
+        undo.callback(self._decoder.text.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if self._around is not None:
+            undo.callback(self._around.register_forward_hook(self._see_order).remove)
+
+    def ordered(self, rows_ND: Tensor) -> Tensor:
+        """Rows of a projector, as the visual rows of the current forward stand."""
+        return rows_ND if self._order_N is None else rows_ND.index_select(0, self._order_N.to(rows_ND.device))
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        self._forget()
+        self.seen = args[0] if args else next(iter(kwargs.values()))
+        self._projected_ND = output.flatten(0, -2)
+        if self._around is None:
+            return None
+        # What the module around does to the rows it does to their numbers, which travel along as further columns.
+        numbers_N = torch.arange(len(output), device=output.device)
+        digits_NX = torch.stack([numbers_N // _BASE**digit % _BASE for digit in range(_DIGITS)], dim=1)
+        return torch.cat([output, digits_NX.to(output.dtype)], dim=1)
+
+    def _see_order(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        rows_ND, digits_NX = output.pooler_output.tensor_split([-_DIGITS], dim=1)
+        powers_X = _BASE ** torch.arange(_DIGITS, device=rows_ND.device)
+        self._numbers_N = (digits_NX.long() * powers_X).sum(1)
+        output.pooler_output = rows_ND
+        return output
+
+    def _match(self, visual_BT: Tensor, embeddings_BTD: Tensor) -> None:
+        """Find out which projected row each visual row of a forward is.
+
+        Raises:
+            ShortVError: they are not the rows that the projector gave last.
+        """
+        found_ND = embeddings_BTD[visual_BT.to(embeddings_BTD.device)]
+        self._order_N = self._order(visual_BT)
+        expected_ND = self.ordered(self._projected_ND).to(found_ND.device, found_ND.dtype)
+        same = found_ND.shape == expected_ND.shape and ((found_ND == expected_ND) | found_ND.isnan()).all()
+        if not same:
+            raise ShortVError(
+                f"the {len(found_ND)} visual tokens of this forward are not the {len(self._projected_ND)} that the "
+                "vision tower gave last, and projectors of single layers need what it gave for them; run this plan "
+                "without reused vision features, with images or videos but not both"
+            )
+
+    def _order(self, visual_BT: Tensor) -> Tensor | None:
+        counts, rows = visual_BT.sum(1).tolist(), len(self._projected_ND)
+        copies = sum(counts) // rows if rows else 0
+        if copies < 2 or sum(counts[::copies]) != rows:
+            return self._numbers_N
+        # Beams and several answers to a prompt repeat each sample.
+        numbers_N = torch.arange(rows) if self._numbers_N is None else self._numbers_N
+        return torch.cat([own_S for own_S in torch.split(numbers_N, counts[::copies]) for _ in range(copies)])

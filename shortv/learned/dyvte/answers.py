@@ -1,0 +1,46 @@
+"""The model's own answers, for training on samples that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from shortv.errors import SampleError
+from shortv.families import LoadedModel
+from shortv.families.encoding import turn_of
+from shortv.families.ends import end_tokens
+from shortv.families.prompts import batch_of, prompt_of
+from shortv.sample import Sample
+
+
+def with_own_answers(loaded: LoadedModel, samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
+    """The samples, each with the model's own greedy answer.
+
+    Raises:
+        SampleError: a sample cannot be encoded, or the model says nothing.
+    """
+    batch = batch_of(loaded, [prompt_of(loaded, [turn_of(sample)]) for sample in samples], padding_side="left")
+    inputs = batch.on(loaded).inputs
+    tokenizer = loaded.processor.tokenizer
+    ends, _ = end_tokens(loaded, ())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    with torch.no_grad():
+        ids_BT = loaded.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_tokens,
+            eos_token_id=ends,
+            pad_token_id=pad,
+        )
+    texts = tokenizer.batch_decode(ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for sample, text in zip(samples, texts, strict=True):
+        if not text.strip():
+            message = f"the model's own answer to sample {sample.sample_id!r} is empty; leave the sample out"
+            raise SampleError(stage="answer", error="no-answer", message=message)
+    return [replace(sample, answer=text) for sample, text in zip(samples, texts, strict=True)]

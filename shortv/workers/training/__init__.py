@@ -1,0 +1,1 @@
+"""Training of learned parts on Ray Train: driver, loop, checkpoints and result folder."""

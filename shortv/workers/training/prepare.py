@@ -1,0 +1,117 @@
+"""What a training is checked for before work starts: its numbers, its samples, its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reports.manifest import State, arguments_digest, utc_now, versions
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.errors import Refused
+from shortv.learned.order import Order
+from shortv.sample import Sample
+from shortv.tiny.training_data import training_table
+from shortv.workers.calibration import calibration_digest, resolve_calibration
+from shortv.workers.engine import Engine
+from shortv.workers.folder import check_output
+from shortv.workers.shipping import folder_digest
+from shortv.workers.training.kinds import Kind
+from shortv.workers.training.record import NOT_DECIDING, TrainingRecord, open_training
+from shortv.workers.training.request import TrainRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A training whose input is checked and whose folder is open."""
+
+    request: TrainRequest
+    kind: Kind
+    engine: Engine
+    folder: Folder
+    samples: tuple[Sample, ...]
+    generated: Any
+    """The table of generated samples, or None."""
+    order: Order
+    model_folder: Path | None
+    model_digest: str | None
+    record: TrainingRecord
+
+
+def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
+    """Check everything that can be checked before work starts. Raises Refused."""
+    check_output(request.output_path)
+    request.check_numbers()
+    architecture = engine.describe(request.model)
+    samples, generated = _samples(request, kind)
+    if kind.needs_answers(request.recipe):
+        _check_answers(samples)
+    recipe = request.recipe
+    order = Order(samples=len(samples), batch_size=recipe.batch_size, seed=recipe.seed)
+    path = Path(request.model.name)
+    model_folder = path.resolve() if path.is_dir() else None
+    digest = folder_digest(model_folder) if model_folder else None
+    folder = Folder(request.output_path)
+    wanted = _record(request, samples, architecture, digest)
+    return Prepared(
+        request=request,
+        kind=kind,
+        engine=engine,
+        folder=folder,
+        samples=tuple(samples),
+        generated=generated,
+        order=order,
+        model_folder=model_folder,
+        model_digest=digest,
+        record=open_training(folder, wanted) or wanted,
+    )
+
+
+def _samples(request: TrainRequest, kind: Kind) -> tuple[Sequence[Sample], Any]:
+    if request.data:
+        found = resolve_calibration(
+            request.data, limit=request.limit, seed=request.recipe.seed, include_path=request.include_path
+        )
+        return found, None
+    table = training_table(
+        request.questions or kind.questions, samples=request.generated_samples, seed=request.recipe.seed
+    )
+    rows = table.drop_columns(["kind"]).to_pylist()
+    return [Sample(**{**row, "images": tuple(row["images"])}) for row in rows], table
+
+
+def _check_answers(samples: Sequence[Sample]) -> None:
+    without = [sample.sample_id for sample in samples if not (sample.answer and sample.answer.strip())]
+    if without:
+        raise Refused(
+            f"{len(without)} of {len(samples)} training samples have no answer, the first is {without[0]!r}; "
+            "this training learns from answers: add a column answer, or leave those rows out"
+        )
+
+
+def _record(
+    request: TrainRequest, samples: Sequence[Sample], architecture: Architecture, model_digest: str | None
+) -> TrainingRecord:
+    data_digest = calibration_digest(samples)
+    arguments = {
+        **request.arguments(),
+        "model-digest": model_digest,
+        "config-digest": architecture.config_digest,
+        "data-digest": data_digest,
+    }
+    return TrainingRecord(
+        parts=str(request.kind),
+        state=State.RUNNING,
+        arguments=arguments,
+        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
+        versions=versions(),
+        model=request.model.name,
+        revision=request.model.revision,
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        data_digest=data_digest,
+        counts={"steps": request.recipe.steps, "samples": len(samples)},
+        started=utc_now(),
+    )

@@ -1,0 +1,176 @@
+"""What each Ray Train worker does: load the model, make the trainer, go on from the checkpoint, report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shortv.errors import SampleError, ShortVError
+from shortv.families import LoadedModel
+from shortv.families.encoding import turn_of
+from shortv.families.parts import save_parts
+from shortv.families.prompts import batch_of, prompt_of
+from shortv.families.supervised import supervised
+from shortv.learned.trainer import Trainer, alone
+from shortv.plan import LearnedParts, Plan
+from shortv.sample import Sample
+from shortv.workers.cluster import first_line
+from shortv.workers.engine import Engine
+from shortv.workers.request import ModelSpec
+from shortv.workers.shipping import ShippedFolder
+from shortv.workers.training.checkpoint import CHECKPOINT_NAME, from_bytes
+from shortv.workers.training.data import read_steps
+from shortv.workers.training.kinds import Kind
+from shortv.workers.training.loop import Alone, Fault, run_loop
+from shortv.workers.training.messages import Failed, QueueReport, Trained
+from shortv.workers.training.team import Distributed, PeerLost
+from shortv.workers.worker import Environment, is_out_of_memory
+
+PARTS = "parts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerJob:
+    """Everything a training worker is told."""
+
+    engine: Engine
+    spec: ModelSpec
+    folder: ShippedFolder | None
+    device: str
+    threads: int
+    kind: Kind
+    recipe: Any
+    thresholds: tuple[float, ...]
+    parts_dtype: str
+    identity: str
+    checkpoint: Any
+    """Object reference of the checkpoint's bytes, or None."""
+    checkpoint_every: int
+    queue: Any
+    training: Mapping[str, Any]
+    """What the parts' header is to say about their training."""
+    seconds: float = 0.0
+    """How long the steps up to the checkpoint took."""
+    environment: Environment = field(default_factory=Environment)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on each worker.
+
+    What would go wrong again is told to the driver; exceptions are left to what another attempt may mend.
+    """
+    job: WorkerJob = config["job"]
+    report = QueueReport(job.queue, job.identity)
+    try:
+        _train(job, report)
+    except PeerLost:
+        raise
+    except ShortVError as error:
+        report.send(Failed(message=str(error)))
+    except Exception as error:  # the model's library may raise anything: one line instead of a traceback
+        message = f"{type(error).__name__}: {first_line(error)}"
+        advice = "give a smaller --batch-size" if is_out_of_memory(error) else "what is finished is kept"
+        report.send(Failed(message=f"the training failed with {message}; {advice}"))
+
+
+def _train(job: WorkerJob, report: QueueReport) -> None:
+    import ray
+    import ray.train
+
+    # Importing the executors and the training takes seconds; the driver does without.
+    from shortv.layers.apply import executing
+
+    os.environ.update(job.environment)
+    rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    loaded = _load(job)
+    team = Distributed(loaded.device) if workers > 1 else Alone()
+    reduce = team.reduce if isinstance(team, Distributed) else alone
+    trainer = job.kind.make_trainer(loaded, job.recipe, executing=executing, reduce=reduce)
+    start = _restore(job, trainer, ray.get(job.checkpoint) if job.checkpoint is not None else None)
+    began = time.monotonic()
+    if start < trainer.steps:
+        run_loop(
+            trainer,
+            read_steps(ray.train.get_dataset_shard(shard_name(rank))),
+            start=start,
+            checkpoint_every=job.checkpoint_every,
+            fault=_fault(loaded, job.kind.needs_answers(job.recipe)),
+            report=report,
+            team=team,
+        )
+    if team.first:
+        report.send(Trained(files=result_files(job, loaded, trainer, time.monotonic() - began)))
+
+
+def shard_name(worker: int) -> str:
+    """Name of a worker's data set among those that Ray Train hands out."""
+    return f"train-{worker}"
+
+
+def _load(job: WorkerJob) -> LoadedModel:
+    folder = job.folder.local() if job.folder else None
+    spec = replace(job.spec, name=str(folder)) if folder else job.spec
+    loaded: LoadedModel = job.engine.load(spec, device=job.device, threads=job.threads)
+    return loaded
+
+
+def _restore(job: WorkerJob, trainer: Trainer, content: bytes | None) -> int:
+    if content is None:
+        return 0
+    checkpoint = from_bytes(content, job.identity, CHECKPOINT_NAME)
+    trainer.restore(checkpoint.state)
+    return checkpoint.step
+
+
+def _fault(loaded: LoadedModel, needs_answers: bool) -> Fault:
+    def fault(sample: Sample) -> SampleError | None:
+        try:
+            if needs_answers:
+                supervised(loaded, [sample])
+            else:
+                batch_of(loaded, [prompt_of(loaded, [turn_of(sample)])])
+        except SampleError as error:
+            return error
+        return None
+
+    return fault
+
+
+def result_files(job: WorkerJob, loaded: LoadedModel, trainer: Trainer, seconds: float) -> dict[str, bytes]:
+    """The trained parts and their plans as files; the header and the plans come after the weights they name."""
+    parts, architecture = trainer.parts(), loaded.architecture
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {job.device}"
+    with tempfile.TemporaryDirectory(prefix="shortv-parts-") as place:
+        header = save_parts(
+            place,
+            parts,
+            model=job.spec.name,
+            revision=loaded.revision,
+            config_digest=architecture.config_digest,
+            training={**job.training, "seconds": round(job.seconds + seconds, 1), "machine": machine},
+            dtype=getattr(torch, job.parts_dtype),
+        )
+        names = sorted((path.name for path in Path(place).iterdir()), key=lambda name: name.endswith(".json"))
+        files = {f"{PARTS}/{name}": (Path(place) / name).read_bytes() for name in names}
+    for plan in job.kind.plans(parts, architecture.num_layers, job.thresholds):
+        learned = LearnedParts(kind=parts.kind, path=f"../{PARTS}", digest=header.digest, threshold=plan.threshold)
+        made = Plan(
+            name=plan.name,
+            model=job.spec.name,
+            revision=loaded.revision,
+            config_digest=architecture.config_digest,
+            num_layers=architecture.num_layers,
+            modes=plan.modes,
+            source={"training": dict(job.training), "recipe": asdict(job.recipe), **parts.costs(architecture)},
+            parts=learned,
+        )
+        files[f"plans/{plan.name}.json"] = made.to_json().encode()
+    return files

@@ -1,0 +1,113 @@
+"""jobs/train.py as a user runs it: refusals in one line, a training end to end, and one whose driver is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.train import main
+from reports.store import Folder
+from shortv.errors import Refused
+from shortv.families.parts import read_header
+from shortv.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--samples", "16", "-b", "2", "--checkpoint-every", "1", "--workers", "1", "--device", "cpu"]
+
+
+def command(system: str, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "jobs/train.py", system, "--output-path", str(output), *SMALL, *more]
+
+
+def train(system: str, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(system, output, *more), cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dyvte", "--threshold", "1.5"], "--threshold is 1.5; give an exit probability, 0 to 1"),
+        (["dyvte", "--model", "some/model"], "no training samples for some/model; give --data"),
+        (["dyvte", "--kinds", "nothing"], "unknown kinds of question: nothing; choose from count"),
+        (["dyvte", "--samples", "8", "-b", "16"], "8 training samples are fewer than a batch of 16"),
+        (["dyvte", "--steps", "0"], "steps is 0; give at least 1"),
+        (["saisa", "--learning-rate", "-1"], "joint_rate is -1"),
+        (["eas", "--layers", "one,two"], "--layers is 'one,two'; give numbers by commas"),
+        (["eas", "--layers", "1,2", "--skip", "3"], "2 layers are listed and 3 are to be skipped"),
+        (["saisa", "--data", "missing.parquet"], "missing.parquet does not exist"),
+        (["saisa", "--workers", "none"], "--workers is 'none'; give a number"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [*arguments, "--output_path", str(tmp_path / "out")])
+    assert isinstance(done.exception, Refused) and message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_systems_and_both_spellings() -> None:
+    assert all(name in CliRunner().invoke(main, ["--help"]).output for name in ("saisa", "dyvte", "eas"))
+    assert "--output-path, --output_path" in CliRunner().invoke(main, ["eas", "--help"]).output
+
+
+@pytest.mark.ray
+def test_a_training_end_to_end_then_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(ROOT)
+    done = train("dyvte", out, "--steps", "2", "--width", "16", "--threshold", "0.5", "--threshold", "0.9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dyvte parts after 2 steps, loss" in done.stdout and "samples/s" in done.stdout
+    assert json.loads((out / "manifest.json").read_text())["state"] == "complete"
+    assert Folder(str(out)).read_table("training").column("step").to_pylist() == [1, 2]
+    digest = read_header(out / "parts").digest
+    for threshold in (0.5, 0.9):
+        plan = Plan.load(out / "plans" / f"dyvte-{threshold}.json")
+        assert plan.parts is not None and plan.parts.threshold == threshold and plan.parts.digest == digest
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    # What starts no Ray runs in this process, which has loaded torch already.
+    same = [*command("dyvte", out)[2:], "--width", "16", "--threshold", "0.5", "--threshold", "0.9"]
+    again = CliRunner().invoke(main, [*same, "--steps", "2"], standalone_mode=False)
+    assert again.return_value == 0 and again.output.splitlines() == done.stdout.splitlines()[-3:]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    other = CliRunner().invoke(main, [*same, "--steps", "3"])
+    assert isinstance(other.exception, Refused) and "(steps 2 there, 3 here)" in str(other.exception)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("system", "more"),
+    [
+        ("saisa", ("--steps", "6", "--stage-1-steps", "3")),
+        ("dyvte", ("--steps", "6", "--width", "16")),
+        ("eas", ("--steps", "6", "--search-steps", "4", "--skip", "2")),
+    ],
+)
+def test_a_killed_driver_changes_nothing(tmp_path: Path, system: str, more: tuple[str, ...]) -> None:
+    whole = train(system, tmp_path / "whole", *more)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    out = tmp_path / "killed"
+    first = subprocess.Popen(
+        command(system, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoint" / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (out / "parts").exists(), "the run ended before it was killed"
+    done = train(system, out, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((out / "manifest.json").read_text())["attempts"] == 2
+    assert read_header(out / "parts").digest == read_header(tmp_path / "whole" / "parts").digest
+    assert [row["loss"] for row in Folder(str(out)).read_table("training").to_pylist()] == [
+        row["loss"] for row in Folder(str(tmp_path / "whole")).read_table("training").to_pylist()
+    ]

@@ -1,0 +1,198 @@
+"""Plans with learned parts: one copy for all plans that share them, and a place beside the others in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from shortv.chat import Answer
+from shortv.errors import Refused
+from shortv.evals.generation import Decoding as GenerateSettings
+from shortv.evals.generation import generate
+from shortv.evals.prompts import NamedPrompt
+from shortv.families.parts import Learned, save_parts
+from shortv.families.parts.dyvte import ExitRouters, RouterSettings
+from shortv.layers.apply import executing
+from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
+from shortv.workers.request import ModelSpec
+from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.learned import PartsShelf
+from shortv.workers.serving.plans import PlanBook
+from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.run import check_model
+from tests.parts import plan_of, register, save_shifts
+from tests.tiny_model import TINY, bundled, calibration
+from tests.workers.serving.asking import Told, row_of, submit
+
+FULL = (Mode.FULL,) * 8
+
+
+def book_of(plans: Sequence[Plan], shelf: PartsShelf | None) -> PlanBook:
+    return PlanBook(bundled().architecture, plans, model="tiny", revision=None, shelf=shelf)
+
+
+def at(plan: Plan, threshold: float) -> Plan:
+    """The plan with another threshold and a name of its own."""
+    assert plan.parts is not None
+    return replace(plan, name=f"at-{threshold}", parts=replace(plan.parts, threshold=threshold))
+
+
+def routers(folder: Path) -> Plan:
+    """DyVTE with routers that find every exit as likely as not."""
+    parts = ExitRouters.build(bundled().decoder, RouterSettings(width=4))
+    for router in parts.routers:
+        torch.nn.init.zeros_(router.outer.weight)
+    model = bundled().architecture.config_digest
+    header = save_parts(folder, parts, model="tiny", revision=None, config_digest=model, training={})
+    named = LearnedParts(kind=PartsKind.DYVTE, path=str(folder), digest=header.digest, threshold=0.5)
+    return plan_of(bundled(), named)
+
+
+def answers(*asked: Told) -> list[Answer]:
+    engine = Engine(bundled(), EngineSettings(batch_size=8))
+    engine.start()
+    try:
+        return [told.answer() for told in submit(engine, *asked)]
+    finally:
+        engine.stop()
+
+
+def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,)))
+    plans = [at(plan, threshold) for threshold in (0.2, 0.5, 0.9)]
+    shelf = PartsShelf(bundled(), {})
+    book = book_of(plans, shelf)
+    found = [book.learned(one.name) for one in plans]
+    assert [one.threshold for one in found if one] == [0.2, 0.5, 0.9]
+    assert len({id(one.parts) for one in found if one}) == 1
+    # The next list of plans takes over what is loaded, and what no plan needs is let go.
+    again = book_of(plans[:1], shelf).learned("at-0.2")
+    assert again == found[0]
+    held = weakref.ref(again.parts) if again else None
+    del book, found, again
+    gc.collect()
+    assert held is not None and held() is None
+
+
+def test_rows_with_parts_are_answered_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=tuple(range(8))))
+    shelf = PartsShelf(bundled(), {})
+    frozen = modes_of_layers(Mode.FREEZE_VISUAL, (4, 5), 8)
+    under: list[tuple[Any, Learned | None]] = [
+        (FULL, None),
+        (frozen, None),
+        *((FULL, shelf.learned(at(plan, threshold))) for threshold in (0.3, 1.0)),
+    ]
+    asked = [
+        row_of(bundled(), one, modes, learned=learned, max_tokens=6)
+        for one in calibration()[:3]
+        for modes, learned in under
+    ]
+    found = answers(*asked)
+    settings = GenerateSettings(arguments={"do_sample": False, "max_new_tokens": 6}, stops=())
+    for told, answer in zip(asked, found, strict=True):
+        with executing(bundled().model, told.row.modes, told.row.learned):
+            wanted = generate(bundled(), [NamedPrompt(name="it", prompt=told.row.prompt)], settings)[0]
+        assert (answer.text, answer.exit_layer) == (wanted.text, None)
+    assert [answer.text for answer in found[::4]] != [answer.text for answer in found[3::4]]
+
+
+def test_parts_that_need_the_tower_are_given_no_kept_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = register(monkeypatch)
+    learned = PartsShelf(bundled(), {}).learned(plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,))))
+    for needs_tower, kept in ((False, (1, 2)), (True, (0, 0))):
+        monkeypatch.setattr(kind, "needs_tower", needs_tower)
+        engine = Engine(bundled(), EngineSettings(batch_size=8))
+        engine.start()
+        two = [row_of(bundled(), one, learned=learned) for one in calibration()[:2]]
+        again = row_of(bundled(), calibration()[0], learned=learned)
+        try:
+            for told in (*submit(engine, *two), *submit(engine, again)):
+                told.answer()
+        finally:
+            engine.stop()
+        assert (engine.vision.hits, engine.vision.misses) == kept
+
+
+def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> None:
+    plan, shelf = routers(tmp_path), PartsShelf(bundled(), {})
+    sample = calibration()[0]
+    none = replace(sample, images=(), prompt="how many circles are there?")
+    likely, unlikely = (shelf.learned(at(plan, threshold)) for threshold in (0.5, 0.51))
+    dropped = modes_of_layers(Mode.DROP_VISUAL, range(1, 8), 8)
+    found = answers(
+        row_of(bundled(), sample, learned=likely),
+        row_of(bundled(), sample, learned=unlikely),
+        row_of(bundled(), none, learned=likely),
+        row_of(bundled(), sample),
+        row_of(bundled(), sample, dropped),
+    )
+    assert [answer.exit_layer for answer in found] == [0, 8, None, None, None]
+    assert found[0].text == found[4].text
+    assert found[1].text == found[3].text
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_parts_that_are_not_there_refuse_the_plan(loads: bool, tmp_path: Path) -> None:
+    shelf = PartsShelf(bundled(), {}) if loads else None
+    missing = routers(tmp_path / "missing")
+    (tmp_path / "missing" / "parts.json").unlink()
+    with pytest.raises(Refused, match=r"^plan 'learned': no learned parts at .*; give a folder with parts\.json"):
+        book_of([missing], shelf)
+
+
+def test_parts_that_cannot_run_under_the_modes_refuse_the_plan(tmp_path: Path) -> None:
+    plan = routers(tmp_path)
+    frozen = replace(plan, modes=modes_of_layers(Mode.FREEZE_VISUAL, (4,), 8))
+    with pytest.raises(Refused, match="plan 'learned': DyVTE decides itself what leaves"):
+        book_of([frozen], PartsShelf(bundled(), {}))
+
+
+def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> None:
+    plan = routers(tmp_path / "parts")
+    assert plan.parts is not None
+    file = plan.save(tmp_path / "x.json")
+    arguments = EndpointArguments(model=str(TINY / "model"), plans=(str(file),))
+    check_model(arguments, Console(quiet=True))
+    header = tmp_path / "parts" / "parts.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"config_digest": "cd" * 32}))
+    with pytest.raises(Refused, match=r"plan 'learned': the parts in .* were trained on tiny"):
+        check_model(arguments, Console(quiet=True))
+
+
+def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -> None:
+    plan, other = routers(tmp_path / "parts"), routers(tmp_path / "cut")
+    weights = tmp_path / "cut" / "parts.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    replica = Replica(ReplicaSetup(spec=ModelSpec(name=str(TINY / "model"), dtype="float32"), device="cpu"))
+
+    async def change(*plans: Plan) -> dict[str, str]:
+        await replica.reconfigure({"plans": [json.loads(one.to_json()) for one in plans]})
+        return await replica.plans()
+
+    async def ask() -> Answer:
+        found = await replica.answer(replace(row_of(bundled(), calibration()[0]).row.question, plan="learned"))
+        assert isinstance(found, Answer)
+        return found
+
+    assert asyncio.run(change(plan)) == {"learned": plan.digest}
+    before = asyncio.run(ask())
+    with pytest.raises(Refused, match=r"plan 'learned': the parts in .* changed, or cut short; train the parts again"):
+        asyncio.run(change(at(plan, 0.7), other))
+    assert asyncio.run(replica.plans()) == {"learned": plan.digest}
+    after = asyncio.run(ask())
+    assert (after.text, after.exit_layer, after.plan_digest) == (before.text, 0, plan.digest)
+    assert asyncio.run(change()) == {}
