@@ -192,6 +192,7 @@ def test_rows_ahead_of_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
         Keeper(folder, "run")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "died"
