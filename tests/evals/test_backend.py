@@ -381,6 +381,7 @@ def test_the_backend_loads_no_ray() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_command_scores_each_plan_as_the_benchmark_does(full: ShortV, tmp_path: Path) -> None:
     limit = 24
     questions = read_questions(limit=limit)

@@ -32,7 +32,7 @@ from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
 from tests.tiny_model import TINY, bundled
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 APP, NAME, LIMIT = "lmms", "exit-2", 40
 MODEL = str(TINY / "model")

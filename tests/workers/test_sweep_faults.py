@@ -131,10 +131,8 @@ except ShortVError as error:
 
 
 # SIGTERM is what `ray job stop` sends; its exit status is the shell's for it.
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_killed_driver_is_continued_with_other_workers(
     tmp_path: Path, reference: Path, number: int, status: int
 ) -> None:

@@ -140,8 +140,9 @@ def test_the_shipped_parts_fit_the_bundled_model(tmp_path: Path, monkeypatch: py
     assert {entry.kind for entry in learned} == {Kind.PLAN} and all(entry.same_as is None for entry in learned)
     for entry in learned:
         assert entry.training is not None and entry.training.parameters and entry.training.seconds
-    # Only the sweep of this test was made for a model of another name.
-    assert all("tiny" in warning and "shortv/tiny" in warning for warning in found.warnings)
+    # The sweep of this test was made for a model of another name; the shipped plans give no reason to warn.
+    shipped = [spec for spec in seeds().plans if "learned" in spec]
+    assert shipped and not resolve_plans(shipped, [model]).warnings
     for folder in (path.parent for path in SHIPPED.glob("*/parts.json")):
         assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
         assert not Path(read_header(folder).model).is_absolute()
