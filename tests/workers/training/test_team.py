@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,8 +32,7 @@ def _member(rank: int, place: str) -> None:
     if rank == 0:
         with pytest.raises(PeerLost, match="a training worker was lost"):
             team.mean({"loss": 1.0})
-    else:
-        dist.destroy_process_group()
+    os._exit(0)  # at a usual end gloo's threads may still wait for the lost peer, and the process would abort
 
 
 def test_gradients_and_metrics_are_averaged(tmp_path: Path) -> None:
