@@ -1,4 +1,4 @@
-"""Speed of this project against the baseline, in one run: sweep, prefill, sizing, campaign or scheduling."""
+"""Speed of this project against the baseline, in one run: sweep, prefill, training, sizing, campaign or scheduling."""
 
 from __future__ import annotations
 
@@ -113,6 +113,35 @@ def sizing(shape: str, **sizes: Any) -> int:
         raise Refused(f"unknown shape {shape!r}; the shapes are {', '.join(BUILDS)}")
     case = Case(shape=shape, batch=sizes.pop("batch_size"), **sizes)
     _print_sizing(bench_sizing(case), case)
+    return 0
+
+
+@bench.command()
+@option("--shape", default="llava-1.5-7b", show_default=True, help="A real model's sizes, with random weights.")
+@option("--layers", default=2, show_default=True, type=click.IntRange(1), help="Its depth here.")
+@option("--batch-size", "batch", default=1, show_default=True, type=click.IntRange(1))
+@option("--text-tokens", default=64, show_default=True, type=click.IntRange(18), help="16 of them are learned from.")
+@option("--pairs", default=5, show_default=True, type=click.IntRange(1), help="Interleaved pairs; medians count.")
+@option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def training(shape: str, dtype: str, device: str, **sizes: int) -> int:
+    """A training step of SAISA against one of the dense model: forward and backward, without the vision tower."""
+    import torch
+
+    from shortv.errors import Refused
+    from shortv.workers.bench.training import SIZES, VISUAL_TOKENS, bench_training
+
+    if shape not in SIZES:
+        raise Refused(f"unknown shape {shape!r}; the shapes are {', '.join(SIZES)}")
+    found = bench_training(shape, **sizes, dtype=getattr(torch, dtype), device=torch.device(device))
+    click.echo(
+        f"{shape}, {sizes['layers']} layers, batch {sizes['batch']}, t = {sizes['text_tokens']}, "
+        f"v = {VISUAL_TOKENS}, {dtype} on {device}\n"
+        f"{'forward and backward':28}{'dense, ms':>12}{'SAISA, ms':>12}{'of dense':>10}"
+    )
+    for stage, cost in {"projectors": found.projectors, "projectors, language model": found.joint}.items():
+        click.echo(f"{stage:28}{1e3 * cost.dense:>12.1f}{1e3 * cost.saisa:>12.1f}{cost.ratio:>10.3f}")
+    click.echo(f"{'FLOPs of a prefill':28}{'':24}{found.flops_ratio:>10.3f}")
     return 0
 
 

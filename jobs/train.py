@@ -3,6 +3,7 @@
     python jobs/train.py dyvte --output-path runs/dyvte
     python jobs/train.py saisa --language-model attention --output-path runs/saisa
     python jobs/train.py eas --skip 3 --output-path runs/eas
+    python jobs/train.py saisa-checkpoint saisa-vicuna --model llava-hf/llava-1.5-7b-hf --output-path runs/saisa-7b
     python jobs/train.py dyvte --model llava-hf/llava-1.5-7b-hf --data train.parquet --workers 4 \\
         --dtype bfloat16 --output-path /data/llava-dyvte
     ray job submit --working-dir . -- python jobs/train.py saisa ... --output-path /shared/saisa
@@ -147,6 +148,39 @@ def eas(layers: str | None, **flags: Any) -> int:
     elif layers is not None:
         recipe |= {"choice": "given", "layers": _layers(layers)}
     return _train(PartsKind.EAS, EasRecipe, recipe, flags)
+
+
+@main.command("saisa-checkpoint")
+@click.argument("checkpoint")
+@option("--model", required=True, help="The LLaVA-1.5 model that the checkpoint was trained from: hub id, or a folder.")
+@option("--revision", help="Branch, tag or commit on the hub.")
+@option("--output-path", required=True, help="New folder or URI (s3://...) for parts/ and plans/.")
+@option(
+    "--language-model",
+    type=click.Choice(["none", "attention", "layers", "all"]),
+    default="all",
+    show_default=True,
+    help="What is taken of the checkpoint's language model.",
+)
+@option(
+    "--parts-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="What the parts are saved in.",
+)
+@option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@option("--chat-template", type=click.Path(), help="Jinja file, for a model without a chat template.")
+def saisa_checkpoint(
+    checkpoint: str, model: str, output_path: str, language_model: Any, parts_dtype: str, **flags: Any
+) -> int:
+    """Parts and a plan from a published SAISA checkpoint; nothing is trained."""
+    from shortv.workers.training.published import convert_published
+
+    spec = ModelSpec(name=model, **flags | {"chat_template": read_chat_template(flags["chat_template"])})
+    plan = convert_published(checkpoint, spec, output_path, language_model=language_model, parts_dtype=parts_dtype)
+    click.echo(f"written; use the plan {plan}")
+    return 0
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from jobs.bench import bench as job
 from shortv.errors import Refused
@@ -44,6 +45,21 @@ def test_sweep_prints_half_the_layer_passes_without_ray() -> None:
 def test_prefill_refuses_what_it_cannot_build(arguments: list[str], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         job.main(["prefill", *arguments], standalone_mode=False)
+
+
+def test_training_prints_both_stages_and_the_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    monkeypatch.setattr("shortv.workers.bench.training.SIZES", {"small": sizes})
+    done = CliRunner().invoke(job, ["training", "--shape", "small", "--pairs", "1"], standalone_mode=False)
+    assert done.return_value == 0, done.exception
+    where, head, projectors, joint, flops = done.output.splitlines()
+    assert where == "small, 2 layers, batch 1, t = 64, v = 576, float32 on cpu" and head.endswith("of dense")
+    for line in (projectors, joint):
+        dense, saisa, ratio = map(float, line.split()[-3:])
+        assert saisa > 0 and saisa / dense == pytest.approx(ratio, rel=0.2)
+    assert 0 < float(flops.split()[-1]) < 1
+    unknown = CliRunner().invoke(job, ["training", "--shape", "llava-2"])
+    assert isinstance(unknown.exception, Refused) and "the shapes are small" in str(unknown.exception)
 
 
 @pytest.mark.slow

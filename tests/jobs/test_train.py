@@ -8,16 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+import shortv
 from jobs.train import main
 from reports.store import Folder
 from shortv.errors import Refused
+from shortv.families import encode
 from shortv.families.parts import read_header
-from shortv.plan import Plan
+from shortv.plan import Mode, Plan
+from tests.tiny_model import TINY, bundled, calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--samples", "16", "-b", "2", "--checkpoint-every", "1", "--workers", "1", "--device", "cpu"]
@@ -55,6 +61,52 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str, tmp_path:
 def test_help_names_the_systems_and_both_spellings() -> None:
     assert all(name in CliRunner().invoke(main, ["--help"]).output for name in ("saisa", "dyvte", "eas"))
     assert "--output-path, --output_path" in CliRunner().invoke(main, ["eas", "--help"]).output
+
+
+def published_checkpoint(folder: Path) -> None:
+    """The bundled model's weights under the names of the released SAISA class, its own projector in every layer."""
+    stored = load_file(TINY / "model" / "model.safetensors")
+    text, projector = "language_model.", "multi_modal_projector.linear_"
+    content = {name.removeprefix(text): value for name, value in stored.items() if name.startswith(text)}
+    for layer in range(8):
+        for mine, released in {"1": "0", "2": "2"}.items():
+            for kind in ("weight", "bias"):
+                value = stored[f"{projector}{mine}.{kind}"]
+                content[f"model.layers.{layer}.mm_projector.{released}.{kind}"] = value.clone()
+    folder.mkdir()
+    save_file(content, folder / "model.safetensors")
+
+
+def test_a_published_checkpoint_becomes_a_plan(tmp_path: Path) -> None:
+    """Projectors that repeat the base model's own are visual tokens frozen in all layers."""
+    published_checkpoint(tmp_path / "saisa-tiny")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "saisa-tiny"), "--model", str(TINY / "model"), "--output-path", str(out)]
+    command = ["saisa-checkpoint", *arguments, "--parts-dtype", "float32"]
+    done = CliRunner().invoke(main, command, standalone_mode=False)
+    assert done.return_value == 0 and done.stdout == f"written; use the plan {out}/plans/saisa.json\n"
+    plan, loaded = Plan.load(out / "plans" / "saisa.json"), bundled()
+    assert plan.parts is not None and set(plan.modes) == {Mode.FREEZE_VISUAL}
+    batch = encode(loaded, calibration()[:2]).batch
+    assert batch is not None
+    frozen = replace(plan, parts=None)
+    with torch.no_grad():
+        logits = []
+        for each in (frozen, plan):
+            with shortv.apply(loaded.model, each):
+                logits.append(loaded.model(**batch.inputs, logits_to_keep=1).logits)
+    assert torch.allclose(*logits, atol=1e-4)
+    again = CliRunner().invoke(main, command)
+    assert isinstance(again.exception, Refused) and "choose a new or empty --output-path" in str(again.exception)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    for where, message in {"nothing": "does not exist", "checkpoint": "has no safetensors files"}.items():
+        arguments = [str(tmp_path / where), "--model", str(TINY / "model"), "--output-path", str(tmp_path / "out")]
+        done = CliRunner().invoke(main, ["saisa-checkpoint", *arguments])
+        assert isinstance(done.exception, Refused) and message in str(done.exception)
+        assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.ray

@@ -12,6 +12,7 @@ from shortv.families.parts import Parts
 from shortv.learned.trainer import Executing, Reduce, Trainer
 from shortv.plan import Mode, PartsKind, modes_of_layers
 from shortv.tiny.training_data import LEARNED_KINDS
+from shortv.workers.training.result import PlanSpec
 
 
 class MakeTrainer(Protocol):
@@ -20,15 +21,6 @@ class MakeTrainer(Protocol):
     def __call__(self, loaded: LoadedModel, recipe: Any, *, executing: Executing, reduce: Reduce) -> Trainer:
         """Raises Refused where the model cannot have such parts."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSpec:
-    """A plan to write for trained parts."""
-
-    name: str
-    modes: tuple[Mode, ...]
-    threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

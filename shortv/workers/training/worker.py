@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +14,9 @@ import torch
 from shortv.errors import SampleError, ShortVError
 from shortv.families import LoadedModel
 from shortv.families.encoding import turn_of
-from shortv.families.parts import save_parts
 from shortv.families.prompts import batch_of, prompt_of
 from shortv.families.supervised import supervised
 from shortv.learned.trainer import Trainer, alone
-from shortv.plan import LearnedParts, Plan
 from shortv.sample import Sample
 from shortv.workers.cluster import first_line
 from shortv.workers.engine import Engine
@@ -31,10 +27,9 @@ from shortv.workers.training.data import read_steps
 from shortv.workers.training.kinds import Kind
 from shortv.workers.training.loop import Alone, Fault, run_loop
 from shortv.workers.training.messages import Failed, QueueReport, Trained
+from shortv.workers.training.result import result_files
 from shortv.workers.training.team import Distributed, PeerLost
 from shortv.workers.worker import Environment, is_out_of_memory
-
-PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +102,7 @@ def _train(job: WorkerJob, report: QueueReport) -> None:
             team=team,
         )
     if team.first:
-        report.send(Trained(files=result_files(job, loaded, trainer, time.monotonic() - began)))
+        report.send(Trained(files=_result(job, loaded, trainer, time.monotonic() - began)))
 
 
 def shard_name(worker: int) -> str:
@@ -144,33 +139,15 @@ def _fault(loaded: LoadedModel, needs_answers: bool) -> Fault:
     return fault
 
 
-def result_files(job: WorkerJob, loaded: LoadedModel, trainer: Trainer, seconds: float) -> dict[str, bytes]:
-    """The trained parts and their plans as files; the header and the plans come after the weights they name."""
-    parts, architecture = trainer.parts(), loaded.architecture
+def _result(job: WorkerJob, loaded: LoadedModel, trainer: Trainer, seconds: float) -> dict[str, bytes]:
+    parts = trainer.parts()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {job.device}"
-    with tempfile.TemporaryDirectory(prefix="shortv-parts-") as place:
-        header = save_parts(
-            place,
-            parts,
-            model=job.spec.name,
-            revision=loaded.revision,
-            config_digest=architecture.config_digest,
-            training={**job.training, "seconds": round(job.seconds + seconds, 1), "machine": machine},
-            dtype=getattr(torch, job.parts_dtype),
-        )
-        names = sorted((path.name for path in Path(place).iterdir()), key=lambda name: name.endswith(".json"))
-        files = {f"{PARTS}/{name}": (Path(place) / name).read_bytes() for name in names}
-    for plan in job.kind.plans(parts, architecture.num_layers, job.thresholds):
-        learned = LearnedParts(kind=parts.kind, path=f"../{PARTS}", digest=header.digest, threshold=plan.threshold)
-        made = Plan(
-            name=plan.name,
-            model=job.spec.name,
-            revision=loaded.revision,
-            config_digest=architecture.config_digest,
-            num_layers=architecture.num_layers,
-            modes=plan.modes,
-            source={"training": dict(job.training), "recipe": asdict(job.recipe), **parts.costs(architecture)},
-            parts=learned,
-        )
-        files[f"plans/{plan.name}.json"] = made.to_json().encode()
-    return files
+    return result_files(
+        loaded,
+        parts,
+        job.kind.plans(parts, loaded.architecture.num_layers, job.thresholds),
+        model=job.spec.name,
+        training={**job.training, "seconds": round(job.seconds + seconds, 1), "machine": machine},
+        source={"training": dict(job.training), "recipe": asdict(job.recipe)},
+        dtype=job.parts_dtype,
+    )

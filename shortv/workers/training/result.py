@@ -1,0 +1,73 @@
+"""Learned parts and the plans that name them, as files of a result folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shortv.families import LoadedModel
+from shortv.families.parts import Parts, save_parts
+from shortv.plan import LearnedParts, Mode, Plan
+
+PARTS = "parts"
+PLANS = "plans"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """A plan to write for learned parts."""
+
+    name: str
+    modes: tuple[Mode, ...]
+    threshold: float | None = None
+
+
+def result_files(
+    loaded: LoadedModel,
+    parts: Parts,
+    plans: Sequence[PlanSpec],
+    *,
+    model: str,
+    training: Mapping[str, Any],
+    source: Mapping[str, Any],
+    dtype: str,
+) -> dict[str, bytes]:
+    """Give each file's content by its name; the header and the plans come after the weights that they name.
+
+    Args:
+        model: the name that header and plans give the base model.
+        training: what the header says about how the parts were made.
+        source: what the plans say about it.
+        dtype: what the weights are saved in.
+    """
+    architecture = loaded.architecture
+    with tempfile.TemporaryDirectory(prefix="shortv-parts-") as place:
+        header = save_parts(
+            place,
+            parts,
+            model=model,
+            revision=loaded.revision,
+            config_digest=architecture.config_digest,
+            training=training,
+            dtype=getattr(torch, dtype),
+        )
+        names = sorted((path.name for path in Path(place).iterdir()), key=lambda name: name.endswith(".json"))
+        files = {f"{PARTS}/{name}": (Path(place) / name).read_bytes() for name in names}
+    for plan in plans:
+        made = Plan(
+            name=plan.name,
+            model=model,
+            revision=loaded.revision,
+            config_digest=architecture.config_digest,
+            num_layers=architecture.num_layers,
+            modes=plan.modes,
+            source={**source, **parts.costs(architecture)},
+            parts=LearnedParts(kind=parts.kind, path=f"../{PARTS}", digest=header.digest, threshold=plan.threshold),
+        )
+        files[f"{PLANS}/{plan.name}.json"] = made.to_json().encode()
+    return files
