@@ -12,6 +12,9 @@ import click
 
 from shortv.errors import ShortVError
 
+# Read when Ray is imported: what still touches it after a job has disconnected would start it anew in the background.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 
 def bundled(name: str) -> str:
     """A part of the bundled model's folder, as a path from here where that is possible."""

@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_DATASETS_OFFLINE", "1")
     patch.setenv("MPLBACKEND", "agg")
+    # A cluster that Ray starts by itself takes the whole process with it, a minute after it was shut down.
+    patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
     # The models are tiny: more threads than one only wait for each other, badly so on a busy machine.
     patch.setenv("OMP_NUM_THREADS", "1")
     # Credentials of the person who runs the tests are no business of the tests.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,9 @@ def run_units(prepared: Prepared, journal: Journal, scratch: Path, console: Cons
             layers_per_unit=request.layers_per_unit,
         )
         setup = _setup(prepared, pool, scratch)
-        results = stream_results(write_units(scratch, units, prepared.batches), setup, pool)
-        _keep(prepared, journal, units, _ray_errors(results), console)
+        paths = write_units(scratch, units, prepared.batches)
+        with closing(stream_results(paths, setup, pool)) as results:
+            _keep(prepared, journal, units, _ray_errors(results), console)
     return {"device": pool.device, "workers": pool.high}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,17 @@ def write_units(place: Path, units: Sequence[Unit], batches: Sequence[Sequence[S
     return paths
 
 
-def stream_results(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Iterator[str]:
-    """Run the units and yield each result, as JSON text, as soon as it is there."""
+def stream_results(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Generator[str]:
+    """Run the units and yield each result, as JSON text, as soon as it is there.
+
+    Close it before Ray is disconnected: what Ray Data does at its end would start Ray anew.
+    """
     with _quiet_context():
         results = _pipeline(paths, setup, pool)
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from pa.table(table).column("result").to_pylist()
+        batches: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+        with closing(batches):
+            for table in batches:
+                yield from pa.table(table).column("result").to_pylist()
 
 
 def _row(sample: Sample) -> Mapping[str, object]:

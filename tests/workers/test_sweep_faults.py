@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -22,6 +23,7 @@ from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.ledger import RemoteLedger, start_ledger
 from shortv.workers.shipping import CHUNK, folder_digest, ship
+from shortv.workers.stream import stream_results
 from shortv.workers.sweep import run_sweep
 from tests.workers.fakes import FakeEngine, make_request, tables
 
@@ -105,11 +107,21 @@ def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path) -> None:
     [(FakeEngine(broken=True), "no file named"), (FakeEngine(dies_loading=True), "died while loading")],
 )
 def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
-    tmp_path: Path, engine: FakeEngine, reason: str
+    tmp_path: Path, engine: FakeEngine, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    closed = []
+
+    def watched(*arguments: Any) -> Iterator[str]:
+        try:
+            yield from stream_results(*arguments)
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr("shortv.workers.running.stream_results", watched)
     request = make_request(tmp_path, samples=4)
     with pytest.raises(ShortVError, match=reason) as caught:
         run_sweep(request, engine=engine)
+    assert closed, "Ray Data is left to the garbage collector, after Ray"
     assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
     assert Manifest.load(Folder(request.output_path)).state is State.RUNNING
 
