@@ -2,7 +2,7 @@
 
 from shortv.families.decoder import Decoder, decoder_of
 from shortv.families.encoding import Encoded, encode
-from shortv.families.loading import LoadedModel, load, load_architecture, load_processor, quiet_transformers
+from shortv.families.loading import LoadedModel, commit_of, load, load_architecture, load_processor, quiet_transformers
 from shortv.families.prompts import Batch
 from shortv.families.table import FAMILIES, supported
 
@@ -12,6 +12,7 @@ __all__ = [
     "Decoder",
     "Encoded",
     "LoadedModel",
+    "commit_of",
     "decoder_of",
     "encode",
     "load",

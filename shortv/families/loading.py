@@ -46,6 +46,16 @@ def load_architecture(name: str, *, revision: str | None = None, trust_remote_co
     return _architecture(_config(name, revision, trust_remote_code))
 
 
+def commit_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
+    """The commit on the hub that a revision names at present; a folder has none, and keeps the revision it is given.
+
+    Raises:
+        Refused: no such model.
+    """
+    commit: str | None = getattr(_config(name, revision, trust_remote_code), "_commit_hash", None)
+    return commit or revision
+
+
 def load(
     name: str,
     *,
@@ -90,7 +100,7 @@ def load(
     text = config.get_text_config()
     return LoadedModel(
         name=name,
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=getattr(config, "_commit_hash", None) or revision,
         model=model.eval().requires_grad_(False),
         processor=processor,
         decoder=decoder_of(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from shortv.architecture import Architecture
@@ -18,6 +19,9 @@ class Engine(Protocol):
 
     def describe(self, spec: ModelSpec) -> Architecture:
         """Check on the driver that the model can be swept; raises Refused."""
+
+    def pin(self, spec: ModelSpec) -> ModelSpec:
+        """The same model at the commit that its revision names now, for all workers and attempts; raises Refused."""
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> Any:
         """Load the model in a worker; raises ShortVError when that cannot work."""
@@ -43,6 +47,13 @@ class ModelEngine:
             chat_template=spec.chat_template,
         )
         return architecture
+
+    def pin(self, spec: ModelSpec) -> ModelSpec:
+        """Ask the hub, or its cache where it cannot be reached; raises Refused."""
+        from shortv.families import commit_of
+
+        commit = commit_of(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return replace(spec, revision=commit)
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> Any:
         """Load weights and processor; `threads` is the worker's share of its node's processors."""

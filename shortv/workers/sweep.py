@@ -79,6 +79,7 @@ def prepare(request: SweepRequest, engine: Engine) -> Prepared:
     samples = resolve_calibration(
         request.calibration, limit=request.limit, seed=request.seed, include_path=request.include_path
     )
+    request = replace(request, model=engine.pin(request.model))
     architecture = engine.describe(request.model)
     path = Path(request.model.name)
     model_folder = path.resolve() if path.is_dir() else None

@@ -14,16 +14,22 @@ import click
 import pytest
 import yaml
 
+from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
+from shortv.workers import running
 from shortv.workers.campaign.recipe import read_recipe
 from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.submission import sweep_submission_id
+from shortv.workers.sweep import run_sweep
 from tests.cluster.rules import KINDS, RAY_VERSION, SECRETS, cluster_of, cross_problems, pods_of, problems
+from tests.workers.fakes import FakeEngine, make_request
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 MANIFESTS = ("rayjob-sweep.yaml", "rayjob-campaign.yaml", "rayservice-endpoint.yaml", "model-cache.yaml")
 IMAGE_FOLDER = "/opt/shortv/"
 README = (CLUSTER / "README.md").read_text()
+RAY_UP = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
 
 
 def objects(name: str) -> list[dict[str, Any]]:
@@ -122,6 +128,8 @@ def test_secrets_are_documented_and_go_where_they_are_needed() -> None:
         "shortv-api-keys": {"rayservice-endpoint.yaml"},
         "shortv-hub-token": {"model-cache.yaml"},
     }
+    assert "env-file" not in " ".join(RAY_UP["docker"]["run_options"]), "on the head alone, as in Kubernetes"
+    assert docker_options("head_run_options", "env-file") == ["/srv/shortv/object-store.env"]
     for secret in SECRETS:
         assert f"| `{secret}` |" in README and f"kubectl create secret generic {secret}" in README
     for name in MANIFESTS[:2]:
@@ -216,8 +224,9 @@ def test_the_api_keys_are_mounted_where_the_endpoint_reads_them() -> None:
     (manifest,) = objects("rayservice-endpoint.yaml")
     file = Path(serve_config()["applications"][0]["args"]["api_key_file"])
     for pod in pods_of(manifest):
-        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
-        assert mounts[str(file.parent)]["readOnly"] is True
+        mounted = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted[str(file.parent)]["readOnly"] is True
+    assert mounts("run_options")["/srv/shortv/api-keys"] == str(file.parent)
     assert f"--from-file={file.name}" in README
 
 
@@ -232,6 +241,69 @@ def test_what_the_cache_is_filled_with_is_what_the_jobs_use() -> None:
     assert all(f"hf download {model}" in script for model in models)
 
 
+def test_the_cache_of_machines_is_filled_by_one_command() -> None:
+    (fill,) = re.findall(r"^    fill=\"(.+)\"$", README, re.MULTILINE)
+    words = shlex.split(fill)
+    assert words[:3] == ["docker", "run", "--rm"] and words[-1] == RAY_UP["docker"]["image"]
+    assert "HF_HUB_OFFLINE=0" in words and "HF_TOKEN" in words
+    source, _, target = words[words.index("--volume") + 1].partition(":")
+    assert mounts("run_options")[source] == target == "/models"
+    commands = re.findall(r"^    \$fill (.+)$", README, re.MULTILINE)
+    (sweep,) = re.findall(r"sweep=\"(.+?)\"", README.replace("\\\n", " "))
+    sweep = shlex.split(sweep)
+    assert commands[0] == f"hf download {sweep[sweep.index('--model') + 1]}"
+    assert f"'{sweep[sweep.index('--calibration') + 1].partition(':')[0]}:1'" in commands[1]
+    code = shlex.split(commands[1])[-1]
+    assert code.partition(";")[0] in (CLUSTER / "model-cache.yaml").read_text()
+
+
+def test_what_ray_up_mounts_is_explained() -> None:
+    explained = dict(re.findall(r"^\| `([\w.-]+)` \| (all|head)\b", README, re.MULTILINE))
+    mounted = {name: "all" for name in mounts("run_options")}
+    mounted |= {name: "head" for name in (*mounts("head_run_options"), *docker_options("head_run_options", "env-file"))}
+    assert {f"/srv/shortv/{name}": where for name, where in explained.items()} == mounted
+
+
+def docker_options(key: str, name: str) -> list[str]:
+    """The values of one of Docker's options in ray-up.yaml."""
+    found = [option.removeprefix("--").partition(" ")[::2] for option in RAY_UP["docker"].get(key, ())]
+    return [value for option, value in found if option == name]
+
+
+def mounts(key: str) -> dict[str, str]:
+    """Places in the containers by those on the machines."""
+    return dict(value.split(":")[:2] for value in docker_options(key, "volume"))
+
+
+def test_how_many_workers_the_jobs_take_by_themselves() -> None:
+    def default(job: str, name: str) -> Any:
+        command = importlib.import_module(f"jobs.{job}").main
+        return next(parameter.default for parameter in command.params if parameter.name == name)
+
+    said = " ".join(README.split())
+    assert default("serve", "replicas") == "1" and "`jobs/serve.py` starts one replica unless `--replicas` says" in said
+    # None, or click's own mark for no default.
+    assert not isinstance(default("lc_sweep", "workers"), str) and not isinstance(default("campaign", "replicas"), str)
+    assert "A sweep and a campaign take one worker or replica per GPU by themselves" in said
+
+
+def test_an_id_that_a_refused_driver_used_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(tmp_path, samples=4)
+    ids = []
+
+    def submit_again_and_die(*_: object) -> None:
+        ids.append(sweep_submission_id(request))
+        with pytest.raises(Refused, match="is in use by process"):
+            run_sweep(request, engine=FakeEngine())
+        raise ShortVError("the driver died")
+
+    monkeypatch.setattr(running, "run_units", submit_again_and_die)
+    with pytest.raises(ShortVError, match="died"):
+        run_sweep(request, engine=FakeEngine())
+    assert [sweep_submission_id(request)] == ids
+    assert "--submission-id $($sweep --print-submission-id)-b" in README and "already exists" in README
+
+
 def test_the_ray_up_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
     from ray.scripts.scripts import start
@@ -240,8 +312,10 @@ def test_the_ray_up_file() -> None:
     prepared: Callable[[Any], Any] = prepare_config
     config = prepared(config)
     validate_config(config)
-    options = " ".join(config["docker"]["run_options"])
-    assert "RAY_AUTH_MODE=token" in options and "RAY_AUTH_TOKEN_PATH=" in options
+    assert config["auth"]["ssh_private_key"], "in its container the head finds no key by itself"
+    variables = dict(value.partition("=")[::2] for value in docker_options("run_options", "env"))
+    assert variables["RAY_AUTH_MODE"] == "token" and variables["RAY_AUTH_TOKEN_PATH"] in mounts("run_options").values()
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
     for kind in ("head", "worker"):
         line = config[f"{kind}_start_ray_commands"][-1].rpartition("; ")[2]
         context = start.make_context("start", shlex.split(line)[2:])

@@ -41,6 +41,9 @@ class FakeEngine:
     def describe(self, spec: ModelSpec) -> Architecture:
         return architecture(num_layers=LAYERS)
 
+    def pin(self, spec: ModelSpec) -> ModelSpec:
+        return spec
+
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
         if self.dies_loading:
             os.kill(os.getpid(), signal.SIGKILL)

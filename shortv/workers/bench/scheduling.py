@@ -51,6 +51,10 @@ class SleepEngine:
         """The sizes of the bundled model."""
         return self.architecture
 
+    def pin(self, spec: ModelSpec) -> ModelSpec:
+        """Nothing to ask for."""
+        return spec
+
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
         """Nothing to load."""
         return "nothing"

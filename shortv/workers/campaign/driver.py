@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
@@ -109,7 +109,9 @@ class _Run:
         plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not Kind.FULL}
         with ExitStack() as stack:
             try:
-                opened = self.runner.open(cells[0].model.name, tuple(plans.values()), self.prepared.recipe)
+                model = cells[0].model
+                recipe = replace(self.prepared.recipe, revision=model.revision)
+                opened = self.runner.open(model.name, tuple(plans.values()), recipe)
                 run_cell = stack.enter_context(opened)
             except (Stopped, Refused):
                 raise

@@ -96,10 +96,11 @@ def final_manifest(
 
 def _model(name: str, recipe: Recipe, runner: Runner) -> ModelFacts:
     folder = Path(name)
+    revision = runner.pin(name, recipe)
     return ModelFacts(
         name=name,
-        revision=recipe.revision,
-        architecture=runner.describe(name, recipe),
+        revision=revision,
+        architecture=runner.describe(name, replace(recipe, revision=revision)),
         digest=folder_digest(folder.resolve()) if folder.is_dir() else None,
     )
 

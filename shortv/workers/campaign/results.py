@@ -46,6 +46,9 @@ RunCell = Callable[[Plan | None, str], CellResult]
 class Runner(Protocol):
     """Whoever answers the questions of a campaign."""
 
+    def pin(self, model: str, recipe: Recipe) -> str | None:
+        """The commit that the recipe's revision of a model names now. Raises Refused."""
+
     def describe(self, model: str, recipe: Recipe) -> Architecture:
         """Read a model's sizes from its configuration alone. Raises Refused."""
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from shortv.architecture import Architecture
@@ -42,6 +44,10 @@ class ReplicaRunner:
         """Progress goes to the console."""
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
+
+    def pin(self, model: str, recipe: Recipe) -> str | None:
+        """Ask the hub, or its cache where it cannot be reached. Raises Refused."""
+        return ModelEngine().pin(_spec(model, recipe)).revision
 
     def describe(self, model: str, recipe: Recipe) -> Architecture:
         """Read a model's sizes and processor, not its weights. Raises Refused."""
@@ -81,13 +87,13 @@ class ReplicaRunner:
             name = f"shortv-campaign-{secrets.token_hex(4)}"
             try:
                 serve.start(proxy_location="Disabled")
-                client = ReplicaClient(deploy(app, name=name, route_prefix=None), patient=True)
-                yield partial(self._run_cell, client, concurrency, resources.range.high)
+                handle = deploy(app, name=name, route_prefix=None)
+                yield partial(self._run_cell, handle, concurrency, resources.range.high)
             finally:
                 serve.delete(name)
 
     def _run_cell(
-        self, client: ReplicaClient, concurrency: int, replicas: int, plan: Plan | None, task: str
+        self, handle: DeploymentHandle[Any], concurrency: int, replicas: int, plan: Plan | None, task: str
     ) -> CellResult:
         benchmark = self._benchmarks[task]
         asks = benchmark.asks()
@@ -99,7 +105,8 @@ class ReplicaRunner:
 
             replies = asyncio.run(
                 replies_to(
-                    client,
+                    # What a client waits for belongs to the event loop, and each cell has its own.
+                    ReplicaClient(handle, patient=True),
                     asks,
                     plan=plan.name if plan else FULL_MODEL,
                     concurrency=concurrency,

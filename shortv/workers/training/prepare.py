@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(request.output_path)
     request.check_numbers()
+    request = replace(request, model=engine.pin(request.model))
     architecture = engine.describe(request.model)
     samples, generated = _samples(request, kind)
     if kind.needs_answers(request.recipe):

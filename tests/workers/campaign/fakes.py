@@ -46,8 +46,13 @@ class FakeRunner:
     reverse: bool = False
     broken: bool = False
     nan: bool = False
+    commits: dict[str | None, str] = dataclasses.field(default_factory=dict)
     ran: list[str] = dataclasses.field(default_factory=list)
+    revisions: list[str | None] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
+
+    def pin(self, model: str, recipe: Recipe) -> str | None:
+        return self.commits.get(recipe.revision, recipe.revision)
 
     def describe(self, model: str, recipe: Recipe) -> Architecture:
         if model == "nothing":
@@ -63,6 +68,7 @@ class FakeRunner:
     def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
         if self.broken:
             raise ShortVError("no replica started")
+        self.revisions.append(recipe.revision)
         self.opened.append(f"{model}: {', '.join(plan.name for plan in plans)}")
 
         def run_cell(plan: Plan | None, task: str) -> CellResult:

@@ -122,6 +122,18 @@ def test_what_decides_results_makes_other_cells(tmp_path: Path, change: dict[str
     assert runner.ran == ["tiny full shapes"]
 
 
+def test_a_branch_that_moves_on_the_hub_makes_other_cells(tmp_path: Path) -> None:
+    """Results belong to the commit that a revision named, and replicas load that commit."""
+    runner = FakeRunner(commits={None: "c1"})
+    assert run_campaign(recipe(tmp_path), runner=runner) == 0
+    done = len(runner.ran)
+    assert run_campaign(recipe(tmp_path), runner=runner) == 0 and len(runner.ran) == done
+    runner.commits = {None: "c2"}
+    assert run_campaign(recipe(tmp_path), runner=runner) == 0 and len(runner.ran) == 2 * done
+    assert runner.revisions == ["c1", "c2"]
+    assert {row["revision"] for row in Folder(tmp_path).read_table("cells").to_pylist()} == {"c2"}
+
+
 def test_how_it_is_run_decides_nothing(tmp_path: Path) -> None:
     campaign(recipe(tmp_path))
     runner = FakeRunner()
