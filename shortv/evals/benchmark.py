@@ -137,7 +137,7 @@ def _count(limit: int | float | None, total: int) -> int:
     if limit is None:
         return total
     share = 0 < limit < 1
-    if not share and (limit < 1 or limit != int(limit)):
+    if not share and not (limit >= 1 and float(limit).is_integer()):
         raise Refused(f"limit {limit} is neither a number of documents nor a share of them; give 1, 2, ... or 0.5")
     return math.ceil(total * limit) if share else min(int(limit), total)
 

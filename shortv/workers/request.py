@@ -81,11 +81,11 @@ class SweepRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refused(f"--{name.replace('_', '-')} is {value}; give 1 or more")
-        if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise Refused(f"--limit is {self.limit:g}; give a number of samples, or a share between 0 and 1")
         if not 0 <= self.fail_on_error <= 1:
             raise Refused(f"--fail-on-error is {self.fail_on_error:g}; give a share of samples between 0 and 1")
-        if self.gpus_per_worker <= 0 or (self.gpus_per_worker > 1 and self.gpus_per_worker % 1):
+        if not self.gpus_per_worker > 0 or (self.gpus_per_worker > 1 and self.gpus_per_worker % 1):
             raise Refused(f"--gpus-per-worker is {self.gpus_per_worker:g}; give a whole number, or a share below 1")
 
 

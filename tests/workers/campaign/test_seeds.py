@@ -33,6 +33,8 @@ MODES = {
 WITHOUT = [
     "full",
     "freeze-visual-5",
+    "freeze-visual-6",
+    "freeze-visual-7",
     "no-visual-queries-8",
     "no-visual-ffn-8",
     "drop-visual-2",
