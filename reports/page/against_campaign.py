@@ -1,13 +1,13 @@
 """One campaign against another: metrics of the cells that both have."""
 
 from collections.abc import Mapping, Sequence
-from math import hypot
 from typing import Any, Final, NamedTuple
 
 import altair as alt
 
-from reports.page.campaign_data import CampaignData, Row, half_width, read_campaign_data
+from reports.page.campaign_data import CampaignData, Row, read_campaign_data
 from reports.page.document import Chart, Grid, Section, Value, shortened
+from reports.page.intervals import interval_of, interval_of_difference
 from reports.page.marks import ROWS, spec_of
 from reports.store import Folder
 from shortv.errors import Refused
@@ -31,10 +31,12 @@ class Pair(NamedTuple):
         return float(self.own["value"] - self.other["value"])
 
     @property
-    def half_width(self) -> float | None:
-        """Half of the 95 % interval of the difference, as of two independent runs."""
-        widths = half_width(self.own), half_width(self.other)
-        return None if widths[0] is None or widths[1] is None else hypot(widths[0], widths[1])
+    def interval(self) -> tuple[float | None, float | None]:
+        """The 95 % interval of the difference, as of two independent runs."""
+        own, other = interval_of(self.own), interval_of(self.other)
+        if own is None or other is None:
+            return None, None
+        return interval_of_difference(self.own["value"], own, self.other["value"], other)
 
 
 def compare_campaigns(data: CampaignData, folder: Folder, against: Folder) -> list[Section]:
@@ -96,13 +98,7 @@ def _key(row: Row, plan: str, single: bool) -> tuple[Any, ...]:
 
 def _row(pair: Pair) -> list[Value]:
     names = [pair.own[name] for name in ("task", "plan", "metric", "filter", "value")]
-    low, high = _interval(pair)
-    return [pair.model, *names, pair.other["value"], pair.difference, low, high, pair.same]
-
-
-def _interval(pair: Pair) -> tuple[float | None, float | None]:
-    width = pair.half_width
-    return (None, None) if width is None else (pair.difference - width, pair.difference + width)
+    return [pair.model, *names, pair.other["value"], pair.difference, *pair.interval, pair.same]
 
 
 def _chart(pairs: Sequence[Pair]) -> Chart | None:
@@ -110,7 +106,7 @@ def _chart(pairs: Sequence[Pair]) -> Chart | None:
         return None
     rows: list[Mapping[str, Value]] = []
     for pair in pairs[:_MOST_DRAWN]:
-        low, high = _interval(pair)
+        low, high = pair.interval
         names = {"cell": f"{pair.own['plan']}, {pair.own['task']}", "model": pair.model}
         rows.append(names | {"difference": pair.difference, "low": low, "high": high})
     description = f"Differences of the main metric of {len(rows)} cells, here less there."

@@ -1,15 +1,16 @@
 """The page of a campaign folder."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reports.campaign import CampaignManifest
 from reports.manifest import State
 from reports.page.campaign_charts import accuracy_chart, difference_chart
-from reports.page.campaign_data import CampaignData, Training, half_width, kind_of_plan
+from reports.page.campaign_data import CampaignData, Training, kind_of_plan, parts_of_plan
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
 from reports.page.exit_chart import exit_charts
+from reports.page.intervals import interval_of
 from reports.page.ran import command_of, run_facts, state_warnings
 from reports.page.speed_chart import speed_chart
 from reports.page.sweep_charts import plan_strips
@@ -28,7 +29,7 @@ def campaign_page(data: CampaignData, *, links: str | None, compared: Sequence[S
         title=f"Campaign: {', '.join(str(model['name']) for model in manifest.models)} on {tasks}",
         kind="campaign",
         state=str(manifest.state),
-        warnings=state_warnings(manifest, "samples or cells") + unfinished,
+        warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *data.problems],
         headline=_headline(data),
         sections=[*compared, *_results(data), *_plans(manifest), _errors(data), _ran(manifest)],
         links=links,
@@ -94,9 +95,9 @@ def _differences(data: CampaignData) -> Grid:
 def _metrics(data: CampaignData) -> Grid:
     names = ("model", "task", "plan", "metric", "filter", "value")
     return shortened(
-        [[*(row[name] for name in names), half_width(row), row["n"]] for row in data.metrics],
+        [[*(row[name] for name in names), *(interval_of(row) or (None,) * 3), row["n"]] for row in data.metrics],
         caption="Every metric of every cell, kinds of questions included",
-        columns=(*names, "± 95 %", "documents"),
+        columns=(*names, "95 % from", "to", "interval by", "documents"),
         files=["metrics.parquet"],
     )
 
@@ -106,14 +107,23 @@ def _plans(manifest: CampaignManifest) -> list[Section]:
     for index, model in enumerate(str(item["name"]) for item in manifest.models):
         own = [plan for plan in manifest.plans if plan["model"] == model]
         if own:
-            strips = [(f"{plan['name']}", plan["modes"]) for plan in own[:MOST_STRIPS]]
+            strips = [(_labelled(plan), plan["modes"]) for plan in own[:MOST_STRIPS]]
             charts.append(plan_strips(strips, key=f"plans-{index}", of=model))
     rows: list[list[Value]] = [
-        [plan["model"], plan["name"], kind_of_plan(plan), plan.get("same_as"), plan["digest"][:12]]
+        [
+            *(plan["model"], plan["name"], kind_of_plan(plan)),
+            *(plan.get("same_as"), parts_of_plan(plan), plan["digest"][:12]),
+        ]
         for plan in manifest.plans
     ]
-    grid = shortened(rows, caption="Plans", columns=("model", "plan", "kind", "same plan as", "digest"))
-    return [Section(title="Plans", charts=charts, grids=[grid])]
+    columns = ("model", "plan", "kind", "same plan as", "learned parts", "digest")
+    return [Section(title="Plans", charts=charts, grids=[shortened(rows, caption="Plans", columns=columns)])]
+
+
+def _labelled(plan: Mapping[str, Any]) -> str:
+    """The plan's name; modes do not show what its learned parts do."""
+    parts = parts_of_plan(plan)
+    return f"{plan['name']} ({parts})" if parts else str(plan["name"])
 
 
 def _errors(data: CampaignData) -> Section:

@@ -7,11 +7,14 @@ import altair as alt
 
 from reports.page.campaign_data import KINDS, Group, Point
 from reports.page.document import Chart, Grid
+from reports.page.intervals import interval_note
 from reports.page.kinds import kind_colour, kind_shape, tips
+from reports.page.labels import PADDING, label_layer, label_rows
 from reports.page.marks import ROWS, spec_of
 
 # Between two plans of the same FLOPs, as a share of the axis.
 _STEP: Final = 0.008
+_HEIGHT: Final = 340
 _FRONT: Final = alt.NamedData(name="front")
 
 
@@ -36,29 +39,34 @@ def accuracy_chart(group: Group, key: str) -> Chart | None:
     places = {point.plan: place for point, place in placed}
     rows = [
         {"plan": point.plan, "kind": point.kind, "flops": point.flops_ratio, "place": place, "value": point.value}
-        | {"low": _shifted(point, -1), "high": _shifted(point, 1), "label": point.plan if point in front else ""}
+        | dict(zip(("low", "high"), _ends(point), strict=True))
         for point, place in placed
     ]
     description = (
         f"{group.metric} of {len(known)} plans of {group.model} on {group.task} against their FLOPs ratio. "
         f"Pareto front: {', '.join(f'{point.plan} ({point.flops_ratio:.0%}, {point.value:.3f})' for point in front)}."
     )
+    intervals = interval_note(point.interval.method for point in known if point.interval)
     return Chart(
         key=f"accuracy-{key}",
         title=f"{group.metric} against FLOPs, {group.model} on {group.task}",
-        note="Bars: 95 % intervals. Dashed: the Pareto front, plans that no other beats in both (higher is better). "
-        "Plans of the same FLOPs stand side by side.",
+        note=f"{intervals} Dashed: the Pareto front, plans that no other beats in both (higher is better), named where "
+        "there is room. Plans of the same FLOPs stand side by side.",
         description=description,
-        spec=spec_of(_accuracy_layers(group, {point.kind for point in known}), height=340, description=description),
-        data={"rows": rows, "front": [{"place": places[point.plan], "value": point.value} for point in front]},
+        spec=spec_of(_accuracy_layers(group, {point.kind for point in known}), height=_HEIGHT, description=description),
+        data={
+            "rows": rows,
+            "front": [{"place": places[point.plan], "value": point.value} for point in front],
+            "labels": label_rows(rows, [point.plan for point in reversed(front)], height=_HEIGHT),
+        },
         numbers=_accuracy_numbers(group, front),
     )
 
 
 def _accuracy_layers(group: Group, kinds: set[str]) -> Any:
     axis = alt.Axis(format=".0%", tickCount=12)
-    x = alt.X("place:Q", title="predicted FLOPs ratio of the prefill", axis=axis).scale(zero=False, padding=25)
-    scale = alt.Scale(zero=False, padding=15)
+    x = alt.X("place:Q", title="FLOPs ratio of the prefill", axis=axis).scale(zero=False, nice=False, padding=PADDING.x)
+    scale = alt.Scale(zero=False, nice=False, padding=PADDING.y)
     base = alt.Chart(ROWS).encode(x, kind_colour(kinds))
     bars = base.mark_rule(opacity=0.6).encode(alt.Y("low:Q", scale=scale, title=group.metric), alt.Y2("high"))
     points = base.mark_point(filled=True, size=90, opacity=0.9).encode(
@@ -66,17 +74,12 @@ def _accuracy_layers(group: Group, kinds: set[str]) -> Any:
         kind_shape(kinds),
         tooltip=tips(("flops", ".1%"), ("value", ".4f"), ("low", ".4f"), ("high", ".4f")),
     )
-    labels = (
-        alt.Chart(ROWS)
-        .mark_text(align="left", dx=8, dy=-8, fontSize=11, limit=180)
-        .encode(x, alt.Y("value:Q", scale=scale), alt.Text("label:N"))
-    )
     front = (
         alt.Chart(_FRONT)
         .mark_line(interpolate="step-after", strokeDash=[5, 4], strokeWidth=1.2, color="#888888")
         .encode(x, alt.Y("value:Q", scale=scale))
     )
-    return alt.layer(front, bars, points, labels)
+    return alt.layer(front, bars, points, label_layer(x, alt.Y("value:Q", scale=scale)))
 
 
 def _side_by_side(points: Sequence[Point]) -> list[tuple[Point, float]]:
@@ -100,8 +103,7 @@ def _accuracy_numbers(group: Group, front: Sequence[Point]) -> Grid:
             point.kind,
             point.flops_ratio,
             point.value,
-            _shifted(point, -1),
-            _shifted(point, 1),
+            *_ends(point),
             point.n,
             point.errors,
             point in front,
@@ -164,5 +166,5 @@ def difference_chart(group: Group, key: str) -> Chart | None:
     )
 
 
-def _shifted(point: Point, sign: int) -> float | None:
-    return None if point.value is None or point.half_width is None else point.value + sign * point.half_width
+def _ends(point: Point) -> tuple[float | None, float | None]:
+    return (None, None) if point.interval is None else point.interval[:2]

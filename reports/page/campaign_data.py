@@ -1,36 +1,30 @@
 """What a page needs from a campaign folder, checked against itself."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from reports.campaign import CampaignManifest
 from reports.manifest import State
-from reports.page.exit_data import Exits, read_exits
+from reports.page.answers import Failures, read_answers
+from reports.page.exit_data import Exits
+from reports.page.intervals import Interval, interval_of
 from reports.store import Folder
 from shortv.errors import Refused
+from shortv.plan import Mode, PartsKind
 
 Row = Mapping[str, Any]
-_NORMAL_95: Final = 1.96
-_LONGEST_REASON: Final = 300
 # What the page reads of each model, plan and task in the manifest.
 _ITEMS: Final = {"models": {"name"}, "plans": {"model", "name", "kind", "digest", "modes"}, "tasks": {"name"}}
-# What a plan is to the reader, in the order of the colours.
-KINDS: Final = ["LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"]
+# What a plan is to the reader, in the order of colours, shapes and legends.
+KINDS: Final = [
+    *("LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"),
+    *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS"),
+]
+SYSTEMS: Final[Mapping[str, str]] = {PartsKind.SAISA: KINDS[8], PartsKind.DYVTE: KINDS[9], PartsKind.EAS: KINDS[10]}
 # What was learned for a plan, as its table and as the page call it.
 TRAINING: Final = {"learned_parameters": "learned parameters", "train_seconds": "training seconds"}
 _LABELS: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3]}
-
-
-class Failures(NamedTuple):
-    """How many samples of a cell failed for one reason."""
-
-    model: str
-    plan: str
-    task: str
-    reason: str
-    samples: int
 
 
 class Training:
@@ -54,7 +48,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One plan on one model and task: its main metric with the half-width of a 95 % interval, and its speed."""
+    """One plan on one model and task: its main metric with a 95 % interval, and its speed."""
 
     plan: str
     kind: str
@@ -62,11 +56,16 @@ class Point:
     errors: int
     flops_ratio: float | None
     value: float | None
-    half_width: float | None = None
+    interval: Interval | None = None
     prefill_ms: float | None = None
     prefill_ratio: float | None = None
     latency_ms: float | None = None
     samples_per_second: float | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval's length."""
+        return None if self.interval is None else (self.interval.high - self.interval.low) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +82,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignData:
-    """A campaign folder: rows of its tables, and why samples failed."""
+    """A campaign folder: rows of its tables, why samples failed, exit layers, and which answers are not there."""
 
     manifest: CampaignManifest
     cells: Sequence[Row]
@@ -92,6 +91,7 @@ class CampaignData:
     speed: Sequence[Row]
     failures: Sequence[Failures]
     exits: Sequence[Exits] = ()
+    problems: Sequence[str] = ()
 
     def groups(self) -> list[Group]:
         """Return a group for each model and task, in the order of the cells."""
@@ -124,18 +124,30 @@ class CampaignData:
 
 
 def kind_of_plan(plan: Row) -> str:
-    """Return what a plan of the manifest is to the reader; a plan file says itself how its layers were ordered."""
-    order = (plan.get("source") or {}).get("order")
+    """Return what a plan of the manifest is to the reader: its learned system, its order of layers, or its modes."""
+    parts, order = plan.get("parts"), (plan.get("source") or {}).get("order")
+    if isinstance(parts, Mapping):
+        return SYSTEMS.get(str(parts.get("kind")), KINDS[5])
     if plan["kind"] == "plan" and order == "lc":
         return KINDS[0]
-    return _LABELS.get(str(order if plan["kind"] == "plan" else plan["kind"]), KINDS[5])
+    named = _LABELS.get(str(order if plan["kind"] == "plan" else plan["kind"]))
+    return named or _kind_of_modes(plan.get("modes", ()))
 
 
-def half_width(row: Row) -> float | None:
-    """Return half of the 95 % interval of a metric, by the standard error that claims least."""
-    errors = [row[name] for name in ("stderr_clustered", "stderr", "stderr_clt")]
-    known = next((error for error in errors if error is not None and error == error), None)
-    return None if known is None else _NORMAL_95 * float(known)
+def _kind_of_modes(modes: Sequence[str]) -> str:
+    if Mode.DROP_VISUAL in modes and set(modes) <= {Mode.FULL, Mode.DROP_VISUAL}:
+        return KINDS[7]
+    return KINDS[6] if len(set(modes)) == 1 and Mode.FULL not in modes else KINDS[5]
+
+
+def parts_of_plan(plan: Row) -> str | None:
+    """Return the learned parts of a plan of the manifest, such as `DyVTE at 0.5`; None for a plan without."""
+    parts = plan.get("parts")
+    if not isinstance(parts, Mapping):
+        return None
+    kind, threshold = str(parts.get("kind")), parts.get("threshold")
+    name = SYSTEMS.get(kind, kind)
+    return name if threshold is None else f"{name} at {threshold}"
 
 
 def _point(cell: Row, kind: str, score: Row | None, speed: Row, base_ms: float | None) -> Point:
@@ -147,7 +159,7 @@ def _point(cell: Row, kind: str, score: Row | None, speed: Row, base_ms: float |
         errors=cell["errors"],
         flops_ratio=cell["flops_ratio"],
         value=score["value"] if score else None,
-        half_width=half_width(score) if score else None,
+        interval=interval_of(score) if score else None,
         prefill_ms=own_ms,
         prefill_ratio=own_ms / base_ms if own_ms is not None and base_ms else None,
         latency_ms=speed.get("latency_ms_median"),
@@ -163,9 +175,8 @@ def read_campaign_data(folder: Folder) -> CampaignData:
     _check_items(manifest, folder)
     if finished:
         _check(manifest, tables, folder)
-    failures = [item for cell in tables["cells"] if cell["errors"] for item in _failures(folder, cell)]
-    exits = read_exits(folder, manifest, tables["cells"])
-    return CampaignData(manifest=manifest, failures=failures, exits=exits, **tables)
+    failures, exits, problems = read_answers(folder, manifest, tables["cells"])
+    return CampaignData(manifest=manifest, failures=failures, exits=exits, problems=problems, **tables)
 
 
 def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
@@ -180,7 +191,8 @@ def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
 def _check_items(manifest: CampaignManifest, folder: Folder) -> None:
     for name, keys in _ITEMS.items():
         for item in getattr(manifest, name):
-            if not isinstance(item, Mapping) or not keys <= item.keys() or not isinstance(item.get("modes", []), list):
+            whole = isinstance(item, Mapping) and keys <= item.keys() and isinstance(item.get("modes", []), list)
+            if not whole or not all(isinstance(mode, str) for mode in item.get("modes", [])):
                 raise Refused(
                     f"the manifest of {folder.shown} lists {name} without {', '.join(sorted(keys))}; it was changed by "
                     "hand: run the campaign again"
@@ -196,21 +208,3 @@ def _check(manifest: CampaignManifest, tables: Mapping[str, Sequence[Row]], fold
             f"the manifest of {folder.shown} counts {said} cells, cells.parquet holds {len(keys)} and other tables "
             f"{len(strange)} that it lacks; the folder is damaged or being written: run the campaign again"
         )
-
-
-def _failures(folder: Folder, cell: Row) -> Iterator[Failures]:
-    names = (cell["model"], cell["plan"], cell["task"])
-    answers = f"answers/{cell['cell']}.parquet"
-    # The other plan of the same modes tells of the same answers.
-    if cell["same_as"] is not None:
-        return
-    if not folder.exists(answers):
-        yield Failures(*names, _cut(cell["message"] or "no reason was recorded"), cell["errors"])
-        return
-    counts = Counter(_cut(error) for error in folder.read_table(answers)["error"].drop_null().to_pylist())
-    for reason, count in counts.most_common():
-        yield Failures(*names, reason, count)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import altair as alt
 
+from reports.page.answers import answers_of
 from reports.page.document import Chart, Value, shortened
 from reports.page.exit_data import Exits
 from reports.page.marks import ROWS, spec_of
@@ -44,7 +45,10 @@ def _chart(model: str, task: str, exits: Sequence[Exits], key: str) -> Chart:
         spec=_spec(list(lines), [*map(str, range(num_layers)), NEVER], description),
         data={"rows": rows},
         numbers=shortened(
-            numbers, caption=f"Exit layers of {model} on {task}", columns=_COLUMNS, files=["answers/*.parquet"]
+            numbers,
+            caption=f"Exit layers of {model} on {task}",
+            columns=_COLUMNS,
+            files=[answers_of(cell) for cell in dict.fromkeys(one.cell for one in exits)],
         ),
     )
 

@@ -14,21 +14,37 @@ _SHAPES: Final = ["circle", "square", "triangle-up", "triangle-down", "diamond",
 ROWS: Final = alt.NamedData(name="rows")
 # Further below the lowest value than this many decades, a noise floor would press the lines together.
 _NEAR: Final = 3
+# In pixels: a letter of the charts' text, and what stands left of most charts.
+LETTER: Final = 7
+_AXIS: Final = 60
 
 
-def colour_of(names: Iterable[str], *, legend: bool = True, symbols: Any = alt.Undefined) -> alt.Color:
+def colour_of(
+    names: Iterable[str], *, legend: bool = True, symbols: Any = alt.Undefined, left: int = _AXIS
+) -> alt.Color:
     """Return the colour of the column `mode`, the same for a mode in every chart; the legend lists `names`."""
-    return alt.Color("mode:N", scale=alt.Scale(domain=MODES), legend=_legend(names, symbols) if legend else None)
+    shown = _legend(names, symbols, left) if legend else None
+    return alt.Color("mode:N", scale=alt.Scale(domain=MODES), legend=shown)
 
 
 def shape_of(names: Iterable[str]) -> alt.Shape:
     """Return the shape of points by the column `mode`; its legend is one with that of the colour."""
-    return alt.Shape("mode:N", scale=alt.Scale(domain=MODES, range=_SHAPES), legend=_legend(names, alt.Undefined))
+    return alt.Shape(
+        "mode:N", scale=alt.Scale(domain=MODES, range=_SHAPES), legend=_legend(names, alt.Undefined, _AXIS)
+    )
 
 
-def _legend(names: Iterable[str], symbols: Any) -> alt.Legend:
+def _legend(names: Iterable[str], symbols: Any, left: int) -> alt.Legend:
     shown = [name for name in MODES if name in set(names)]
-    return alt.Legend(title=None, orient="top", values=shown, symbolType=symbols, symbolOpacity=1)
+    columns = fitting_columns(shown, left)
+    return alt.Legend(title=None, orient="top", values=shown, columns=columns, symbolType=symbols, symbolOpacity=1)
+
+
+def fitting_columns(names: Iterable[str], left: int = _AXIS) -> Any:
+    """Return how many columns of a legend with these names fit right of the axis' labels, `left` pixels wide."""
+    widest = 25 + LETTER * max(map(len, names), default=0)
+    # How wide the chart is, only the browser knows.
+    return alt.ExprRef(f"max(1, floor((containerSize()[0] - {left}) / {widest}))")
 
 
 def layer_axis() -> alt.X:

@@ -5,11 +5,19 @@
     light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D3D9DF"],
     dark: ["#58AEE3", "#F28C50", "#3CC79B", "#E2A3C6", "#F0B840", "#A5DAF7", "#46505B"],
   };
+  // In the order of the kinds of plans; the full model is as dark as text, other plans are grey.
+  const KINDS = {
+    light: ["#0072B2", "#D55E00", "#009E73", "#C0649A", "#1A2027", "#7D8792", "#A87200", "#2E9CCF", "#7A4BC8", "#C4182F",
+      "#5F7D00"],
+    dark: ["#58AEE3", "#F28C50", "#3CC79B", "#E2A3C6", "#E4E9EE", "#8E99A5", "#F0B840", "#A5DAF7", "#B79AF5", "#FF6B78",
+      "#B5D64A"],
+  };
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const charts = JSON.parse(document.getElementById("charts").textContent);
   let views = [];
 
   function theme() {
+    const scheme = dark.matches ? "dark" : "light";
     const style = getComputedStyle(document.documentElement);
     const [ink, soft, line] = ["--ink", "--soft", "--line"].map((name) => style.getPropertyValue(name).trim());
     const text = { labelColor: soft, titleColor: ink, titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12 };
@@ -22,7 +30,7 @@
       text: { color: ink },
       rule: { color: soft },
       view: { stroke: null },
-      range: { category: dark.matches ? COLOURS.dark : COLOURS.light, heatmap: { scheme: "viridis" } },
+      range: { category: COLOURS[scheme], ordinal: KINDS[scheme], heatmap: { scheme: "viridis" } },
     };
   }
 

@@ -1,4 +1,4 @@
-"""The chart of measured speed against predicted FLOPs of one model and task of a campaign."""
+"""The chart of measured speed against FLOPs of one model and task of a campaign."""
 
 import altair as alt
 
@@ -9,18 +9,18 @@ from reports.page.marks import ROWS, spec_of
 
 
 def speed_chart(group: Group, key: str) -> Chart | None:
-    """Draw the measured prefill time against the predicted FLOPs, both as shares of the full model's."""
+    """Draw the measured prefill time against the FLOPs of the prefill, both as shares of the full model's."""
     known = [point for point in group.points if point.flops_ratio is not None and point.prefill_ratio is not None]
     rows = [
         {"plan": point.plan, "kind": point.kind, "flops": point.flops_ratio, "measured": point.prefill_ratio}
         for point in sorted(known, key=lambda point: -KINDS.index(point.kind))
     ]
-    description = f"Measured against predicted prefill of {len(rows)} plans of {group.model} on {group.task}."
+    description = f"Prefill time of {len(rows)} plans of {group.model} on {group.task} against their FLOPs."
     if not rows:
         return None
     least = min(min(point.flops_ratio or 1.0, point.prefill_ratio or 1.0) for point in known)
     line = [{"flops": end, "measured": end} for end in (least, 1.0)]
-    x = alt.X("flops:Q", title="predicted FLOPs ratio", axis=alt.Axis(format=".0%")).scale(zero=False, padding=15)
+    x = alt.X("flops:Q", title="FLOPs ratio of the prefill", axis=alt.Axis(format=".0%")).scale(zero=False, padding=15)
     y = alt.Y("measured:Q", title="measured prefill time ratio", axis=alt.Axis(format=".0%")).scale(
         zero=False, padding=15
     )
@@ -39,7 +39,7 @@ def speed_chart(group: Group, key: str) -> Chart | None:
     return Chart(
         key=f"speed-{key}",
         title=f"Speed against FLOPs, {group.model} on {group.task}",
-        note="Median prefill time over the full model's. Dashed: as fast as the FLOPs predict; below it is faster.",
+        note="Median prefill time over the full model's. Dashed: time falls as the FLOPs do; below it is faster.",
         description=description,
         spec=spec_of(alt.layer(predicted, points), height=260, description=description),
         data={"rows": rows, "line": line},

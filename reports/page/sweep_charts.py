@@ -6,10 +6,12 @@ from typing import Any, Final
 import altair as alt
 
 from reports.page.document import Chart, Grid, Value
-from reports.page.marks import ROWS, colour_of, layer_axis, layer_bands, log_bottom, shape_of, spec_of
+from reports.page.marks import LETTER, ROWS, colour_of, layer_axis, layer_bands, log_bottom, shape_of, spec_of
 from reports.tables import by_mode
 
 LayerRows = Sequence[Mapping[str, Any]]
+# Of the names of plans, in pixels.
+_LABELS: Final = 240
 _TIP: Final = [
     alt.Tooltip("mode:N"),
     alt.Tooltip("layer:O"),
@@ -134,17 +136,18 @@ def plan_strips(
         {"plan": name, "layer": layer, "mode": mode} for name, modes in plans for layer, mode in enumerate(modes)
     ]
     description = "Strips of decoder layers coloured by mode. " + " ".join(
-        f"{name}: {sum(mode != 'full' for mode in modes)} of {len(modes)} layers changed." for name, modes in plans[:12]
+        f"{name}: {_changed(modes)} of {len(modes)} layers under another mode than full." for name, modes in plans[:12]
     )
+    left = min(_LABELS, LETTER * max((len(name) for name, _ in plans), default=0))
     chart = (
         alt.Chart(ROWS)
         .mark_rect(cornerRadius=2)
         .encode(
             layer_bands().scale(paddingInner=0.08),
-            alt.Y("plan:N", sort=None, title=None, axis=alt.Axis(labelLimit=240, ticks=False, domain=False)).scale(
+            alt.Y("plan:N", sort=None, title=None, axis=alt.Axis(labelLimit=_LABELS, ticks=False, domain=False)).scale(
                 paddingInner=0.25
             ),
-            colour_of({mode for _, modes in plans for mode in modes}, symbols="square"),
+            colour_of({mode for _, modes in plans for mode in modes}, symbols="square", left=left),
             tooltip=[alt.Tooltip("plan:N"), alt.Tooltip("layer:O"), alt.Tooltip("mode:N")],
         )
     )
@@ -158,7 +161,7 @@ def plan_strips(
         description=description,
         spec=spec_of(chart, height=max(40, 26 * len({name for name, _ in plans})), description=description),
         data={"rows": rows},
-        numbers=Grid(caption="Plans", columns=("plan", "layers", "changed", "modes"), rows=counted, files=files),
+        numbers=Grid(caption="Plans", columns=("plan", "layers", "not full", "modes"), rows=counted, files=files),
     )
 
 

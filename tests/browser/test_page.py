@@ -1,5 +1,6 @@
 """The page in headless Chromium: drawn, quiet, sortable, and loading nothing."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from reports.page import write_page
 from reports.page.building import build_page
 from reports.page.rendering import render
 from reports.store import Folder
-from tests.reports.runs import MODES, make_campaign, make_sweep, sweep_manifest
+from tests.reports.page.campaigns import DYVTE, Exiting, make_judged
+from tests.reports.runs import MODES, make_sweep, sweep_manifest
 
 pytestmark = pytest.mark.browser
 
@@ -44,7 +46,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = make_campaign(tmp_path_factory.mktemp("runs") / "campaign", failed=3)
+    # Beside the front's cheapest plan two more, whose names would lie on its name.
+    crowd = [Exiting(f"dyvte-{place}", place / 10, 0.3 + place / 500, 0.5 + place / 200) for place in range(1, 4)]
+    folder = make_judged(tmp_path_factory.mktemp("runs") / "a campaign", failed=3, learned=[*DYVTE, *crowd])
     write_page(folder)
     return folder
 
@@ -119,6 +123,39 @@ def test_links_lead_to_the_files_and_texts_stay_texts(chromium: Any, sweep: Fold
     with page.expect_download() as download:
         page.locator("figure:has(#chart-lc) .files a").click()
     assert Path(download.value.path()).read_bytes() == sweep.read_bytes("lc_layers.parquet")
+
+
+@pytest.mark.parametrize("kind", ["sweep", "campaign"])
+def test_every_link_leads_to_a_file(chromium: Any, kind: str, request: pytest.FixtureRequest) -> None:
+    folder: Folder = request.getfixturevalue(kind)
+    page = open_page(chromium, folder).page
+    hrefs = {link.evaluate("link => link.href") for link in page.locator("a[download]").all()}
+    there = {(folder.local_path / name).as_uri() for name in folder.list()}  # type: ignore[operator]
+    assert hrefs and hrefs <= there
+    assert kind == "sweep" or any("/answers/" in href for href in hrefs)
+
+
+# Where names stand in a chart, and whether its legend is inside its picture.
+NAMES = """svg => Array.from(svg.querySelectorAll("g.mark-text.role-mark text"), text => {
+  const { left, top, right, bottom } = text.getBoundingClientRect();
+  return [text.textContent, left, top, right, bottom];
+})"""
+LEGEND = """svg => {
+  const [whole, legend] = [svg, svg.querySelector("g.role-legend")].map(place => place.getBoundingClientRect());
+  return legend.left >= whole.left && legend.top >= whole.top && legend.right <= whole.right;
+}"""
+
+
+@pytest.mark.parametrize("width", [1200, 700, 400])
+def test_names_are_apart_and_legends_whole_at_every_width(chromium: Any, campaign: Folder, width: int) -> None:
+    page = open_page(chromium, campaign, width=width).page
+    names = page.locator("#chart-accuracy-0 svg").evaluate(NAMES)
+    assert len(names) >= 3 and {"full", "lc-2"} <= {name for name, *_ in names}
+    for (one, *own), (other, *its) in combinations(names, 2):
+        crossing = own[0] < its[2] and its[0] < own[2] and own[1] < its[3] and its[1] < own[3]
+        assert not crossing, f"{one} and {other}"
+    for key in ("accuracy-0", "speed-0", "plans-0"):
+        assert page.locator(f"#chart-{key} svg").evaluate(LEGEND), key
 
 
 def test_it_follows_the_colour_scheme_and_narrow_screens(chromium: Any, sweep: Folder) -> None:

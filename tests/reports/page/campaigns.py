@@ -1,0 +1,57 @@
+"""Campaigns with all their answers and with plans that decide for each sample where its visual tokens leave."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reports.campaign import CampaignManifest
+from reports.schemas import SCHEMAS
+from reports.store import Folder
+from tests.reports.runs import make_campaign
+
+SAMPLES, LAYERS = 50, 5
+TABLES = ("cells", "metrics", "speed", "comparisons")
+
+
+class Exiting(NamedTuple):
+    """A DyVTE plan of a campaign: its FLOPs ratio and its main metric."""
+
+    name: str
+    threshold: float
+    flops: float
+    value: float
+
+
+DYVTE = (Exiting("dyvte-0.5", 0.5, 0.62, 0.7),)
+
+
+def make_judged(path: Path, *, failed: int = 0, learned: Sequence[Exiting] = DYVTE) -> Folder:
+    """Write the campaign of `make_campaign` with DyVTE plans beside the others, and the answers of every cell."""
+    folder = make_campaign(path, failed=failed)
+    tables: dict[str, list[Any]] = {name: folder.read_table(name).to_pylist() for name in TABLES}
+    plans = [*folder.read_json("manifest.json")["plans"]]
+    for number, plan in enumerate(learned):
+        key = chr(ord("a") + number) * 64
+        own = {"plan": plan.name, "cell": key, "plan_digest": key, "flops_ratio": plan.flops, "value": plan.value}
+        for rows in tables.values():
+            rows += [row | {name: own[name] for name in own if name in row} for row in rows if row["plan"] == "first-2"]
+        parts = {"kind": "dyvte", "path": "/parts", "digest": key, "threshold": plan.threshold}
+        facts = {"name": plan.name, "kind": "plan", "digest": key, "modes": ["full"] * LAYERS}
+        plans.append(plans[0] | facts | {"parts": parts, "source": {}})
+    for name, rows in tables.items():
+        folder.write_table(name, rows)
+    for cell in tables["cells"]:
+        exits = any(cell["plan"] == plan.name for plan in learned)
+        folder.write_table(f"answers/{cell['cell']}", [_answer(cell, place, exits) for place in range(cell["n"])])
+    manifest = CampaignManifest.load(folder).to_json()
+    counts = manifest["counts"] | {"cells": len(tables["cells"])}
+    CampaignManifest.from_json(manifest | {"plans": plans, "counts": counts}).save(folder)
+    return folder
+
+
+def _answer(cell: dict[str, Any], place: int, exits: bool) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCHEMAS["answers"].names)
+    row |= {name: cell[name] for name in ("cell", "model", "plan", "task")}
+    kind = ("count", "colour")[place % 2]
+    row |= {"sample_id": f"s{place}", "scores": [], "kind": kind, "exit_layer": place % LAYERS if exits else None}
+    return row | {"error": "the prompt is too long"} if place < cell["errors"] else row

@@ -1,0 +1,70 @@
+"""95 % intervals of metrics."""
+
+from math import nan, sqrt
+from typing import Any
+
+import pytest
+
+from reports.page.intervals import (
+    CLIPPED,
+    NORMAL,
+    WILSON,
+    Interval,
+    interval_note,
+    interval_of,
+    interval_of_difference,
+)
+
+
+def row(value: float | None, stderr: float | None, n: int = 100, **changes: Any) -> dict[str, Any]:
+    return {"value": value, "stderr": stderr, "stderr_clt": stderr, "stderr_clustered": None, "n": n} | changes
+
+
+def of_zeros_and_ones(ones: int, n: int) -> dict[str, Any]:
+    share = ones / n
+    return row(share, sqrt(share * (1 - share) / (n - 1)), n)
+
+
+@pytest.mark.parametrize(
+    ("ones", "n", "low", "high"),
+    # By the formula of Wilson 1927; the first is the textbook's 81 of 263.
+    [(81, 263, 0.2553, 0.3662), (166, 166, 0.9774, 1.0), (0, 166, 0.0, 0.0226), (998, 1000, 0.9927, 0.9995)],
+)
+def test_scores_of_zero_and_one_have_wilsons_interval(ones: int, n: int, low: float, high: float) -> None:
+    found = interval_of(of_zeros_and_ones(ones, n))
+    assert found == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4), WILSON)
+
+
+def test_scores_within_the_range_are_cut_to_it() -> None:
+    assert interval_of(row(0.99, 0.008)) == (pytest.approx(0.99 - 1.96 * 0.008), 1.0, CLIPPED)
+    assert interval_of(row(0.01, 0.008)) == (0.0, pytest.approx(0.01 + 1.96 * 0.008), CLIPPED)
+
+
+def test_clustered_samples_keep_their_standard_error() -> None:
+    found = interval_of(of_zeros_and_ones(90, 100) | {"stderr_clustered": 0.07})
+    assert found == (pytest.approx(0.9 - 1.96 * 0.07), 1.0, CLIPPED)
+
+
+@pytest.mark.parametrize("value", [0.9, 1500.0, -2.0])
+def test_metrics_of_another_range_are_not_cut(value: float) -> None:
+    assert interval_of(row(value, 0.5)) == (pytest.approx(value - 0.98), pytest.approx(value + 0.98), NORMAL)
+
+
+def test_without_a_standard_error_there_is_none() -> None:
+    assert interval_of(row(0.5, None)) is None and interval_of(row(0.5, nan)) is None
+    assert interval_of(row(None, 0.1)) is None
+
+
+def test_charts_say_which() -> None:
+    assert interval_note([WILSON, WILSON]) == "Bars: 95 % intervals, Wilson's for scores of 0 and 1."
+    assert "Wilson's for scores of 0 and 1 or by the standard error." in interval_note([NORMAL, WILSON])
+    assert "cut to the range 0 to 1" in interval_note([CLIPPED]) and interval_note([]) == "No interval is known."
+
+
+def test_differences_of_two_runs() -> None:
+    # Newcombe 1998, table II, example (a), method 10: 56 of 70 against 48 of 80.
+    own, other = (interval_of(of_zeros_and_ones(*counts)) for counts in ((56, 70), (48, 80)))
+    assert own and other
+    assert interval_of_difference(0.8, own, 0.6, other) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    same = Interval(0.4, 0.6, NORMAL)
+    assert interval_of_difference(0.5, same, 0.5, same) == pytest.approx((-0.1 * sqrt(2), 0.1 * sqrt(2)))
