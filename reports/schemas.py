@@ -35,6 +35,45 @@ def schema_of(name: str) -> pa.Schema:
     return SCHEMAS[name.split("/")[0].removesuffix(".parquet")]
 
 
+def difference(found: pa.Schema, name: str) -> str | None:
+    """Return what keeps a file of this schema from being read as a table, None where nothing does.
+
+    An older release may have written fewer nullable columns.
+    """
+    wanted, metadata = schema_of(name), found.metadata or {}
+    table = metadata.get(b"shortv_table", wanted.metadata[b"shortv_table"]).decode(errors="replace")
+    version = metadata.get(b"schema_version", b"none").decode(errors="replace")
+    if version != str(SCHEMA_VERSION):
+        return f"has schema version {version}, expected {SCHEMA_VERSION}; {_advice(version)}"
+    if table != wanted.metadata[b"shortv_table"].decode():
+        return f"holds the table {table}; restore the file, or make it again"
+    unknown = [column for column in found.names if column not in wanted.names]
+    missing = [field.name for field in wanted if field.name not in found.names and not field.nullable]
+    if missing:
+        return f"lacks the columns {', '.join(missing)}; restore the file, or make it again"
+    if unknown:
+        return f"was written by a newer release of this project (columns {', '.join(unknown)}): update it"
+    other = [f"{field.name} {field.type}" for field in found if field != wanted.field(field.name)]
+    if other or found.names != [column for column in wanted.names if column in found.names]:
+        return f"has columns of another type or order ({', '.join(other or found.names)}); make it again"
+    return None
+
+
+def _advice(version: str) -> str:
+    if version.isdecimal() and int(version) > SCHEMA_VERSION:
+        return "it was written by a newer release of this project: update it"
+    return "read it with the release that wrote it, or make it again"
+
+
+def fitted(table: pa.Table, name: str) -> pa.Table:
+    """Return a table that `difference` lets pass as this release has it: columns that it lacks hold nulls."""
+    schema = schema_of(name)
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
 def table_of(name: str, rows: Iterable[Any]) -> pa.Table:
     """Build the Arrow table of records (dataclasses, named tuples or mappings) under its fixed schema.
 

@@ -12,7 +12,7 @@ from pyarrow import parquet as pq
 
 from reports.atomic import is_leftover, remove_leftovers, replace_file
 from reports.locations import locate, one_line
-from reports.schemas import SCHEMA_VERSION, schema_of, table_of
+from reports.schemas import difference, fitted, schema_of, table_of
 from shortv.errors import Refused, ShortVError
 
 _PROBE = "write-check"
@@ -118,7 +118,10 @@ class Folder:
         self.write_bytes(_parquet(name), sink.getvalue().to_pybytes())
 
     def read_table(self, name: str) -> pa.Table:
-        """Read one Parquet table. Raises ShortVError when it is missing, damaged, or of another schema."""
+        """Read one Parquet table; nullable columns that an older release did not write hold nulls.
+
+        Raises ShortVError when it is missing, damaged, or of another schema.
+        """
         shown = self._shown(_parquet(name))
         data = self.read_bytes(_parquet(name))
         try:
@@ -126,8 +129,10 @@ class Folder:
             table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ShortVError(f"{shown} is not a whole Parquet file: {one_line(error)}") from error
-        check_schema(table.schema, name, shown)
-        return table
+        reason = difference(table.schema, name)
+        if reason is not None:
+            raise ShortVError(f"{shown} {reason}")
+        return fitted(table, name)
 
     def read_tables(self, name: str) -> pa.Table:
         """Read all parts of a table in name order as one; no part at all is the empty table."""
@@ -174,15 +179,6 @@ class Folder:
 
     def _shown(self, name: str) -> str:
         return f"{self.shown}/{name}" if name else self.shown
-
-
-def check_schema(schema: pa.Schema, name: str, shown: str) -> None:
-    """Raise ShortVError when a file's schema is not that of its table, or of another version."""
-    version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
-    if version != str(SCHEMA_VERSION):
-        raise ShortVError(f"{shown} has schema version {version}, expected {SCHEMA_VERSION}; run the sweep again")
-    if not schema.equals(schema_of(name)):
-        raise ShortVError(f"{shown} has columns {schema.names}, expected {schema_of(name).names}")
 
 
 def _parquet(name: str) -> str:

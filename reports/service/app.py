@@ -19,8 +19,8 @@ from reports.service.guard import Guard
 from reports.service.handing import Handing
 from reports.service.listing import link_of, list_page, list_policy
 from reports.service.replies import Problem, json_reply, wants_html
-from reports.service.summary import Summary, as_json, summarise
-from reports.service.trees import open_tree
+from reports.service.summary import Summaries, Summary, as_json
+from reports.service.trees import Tree, open_tree
 from shortv.errors import Refused
 
 # Looking at a store is waiting, mostly.
@@ -35,8 +35,8 @@ def make_service(root: str, *, key_digests: tuple[str, ...] | None) -> Starlette
     without any, only clients of this machine are answered. None leaves the check to whoever mounts the service.
 
     Routes: `/` and `/runs` (a page, JSON with `Accept: application/json`), `/runs.json`, and below `/runs/ID/` the
-    page, `manifest.json`, `tables`, `tables/TABLE.parquet`, `tables/TABLE`, `tables/TABLE/PART.parquet` and
-    `plans/NAME.json`. Symbolic links below the root are not followed.
+    page, `report-against.html`, `manifest.json`, `tables`, `tables/TABLE.parquet`, `tables/TABLE`,
+    `tables/TABLE/PART.parquet` and `plans/NAME.json`. Symbolic links below the root are not followed.
 
     Raises:
         Refused: the root is no folder, or is a run itself.
@@ -49,7 +49,8 @@ def make_service(root: str, *, key_digests: tuple[str, ...] | None) -> Starlette
     if MANIFEST_NAME in inside:
         raise Refused("the folder to serve is a run itself; give the folder above it")
     files = Files(tree)
-    lists, handing = _Lists(files), Handing(files)
+    summaries = Summaries(files)
+    lists, handing = _Lists(tree, summaries), Handing(files, summaries)
     app = Starlette(
         routes=[
             Route("/", lists.either, methods=_METHODS),
@@ -67,8 +68,9 @@ def make_service(root: str, *, key_digests: tuple[str, ...] | None) -> Starlette
 class _Lists:
     """The list of runs in its two forms."""
 
-    def __init__(self, files: Files) -> None:
-        self._files = files
+    def __init__(self, tree: Tree, summaries: Summaries) -> None:
+        self._tree = tree
+        self._summaries = summaries
 
     async def either(self, request: Request) -> Response:
         """Return a page, or JSON to who asks for JSON and for no page."""
@@ -88,11 +90,11 @@ class _Lists:
 
     def _runs(self) -> tuple[Sequence[Summary], bool]:
         try:
-            search = find_runs(self._files.tree)
+            search = find_runs(self._tree)
         except OSError as error:
             raise Problem(503, f"the folder of runs cannot be listed: {why(error)}", "unavailable") from error
         with ThreadPoolExecutor(_LOOKING, thread_name_prefix="shortv-runs") as threads:
-            return list(threads.map(lambda found: summarise(self._files, found), search.found)), search.complete
+            return list(threads.map(self._summaries.of, search.found)), search.complete
 
 
 async def _route_problem(request: Request, error: Exception) -> Response:

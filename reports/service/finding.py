@@ -9,7 +9,8 @@ from reports.service.trees import Entry, Kind, Missing, Names, Tree, is_addressa
 
 DEEPEST: Final = 3
 """How many folders lie between the root and a run at most, the run's own included."""
-_MOST_FOLDERS: Final = 5_000
+MOST_FOLDERS: Final = 5_000
+"""How many folders are looked at."""
 _LINK: Final = "it is a symbolic link, which is not followed"
 
 
@@ -37,7 +38,7 @@ def find_runs(tree: Tree) -> Search:
 class _Walk:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self.left = _MOST_FOLDERS
+        self.left = MOST_FOLDERS
 
     def below(self, folder: Names, entries: Sequence[Entry]) -> Iterator[Found]:
         """Yield what the folders among the entries are."""

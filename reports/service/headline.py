@@ -1,23 +1,27 @@
 """The numbers of a finished run that stand in the list; a table that contradicts the manifest gives none."""
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from reports.campaign import CampaignManifest
 from reports.manifest import Manifest
-from reports.page.campaign_data import KINDS, CampaignData, Group
-from reports.service.contents import PLANS, Contents
+from reports.page.campaign_data import KINDS, CampaignData, Group, Point
+from reports.service.contents import PARTS, PLANS, Contents
 from reports.service.files import Files, shown
+from reports.service.gaps import campaign_gaps, campaign_tables_missing, sweep_gaps, training_gaps
+from reports.service.training import TrainingManifest
 from reports.service.trees import Missing
 from shortv.errors import Refused, ShortVError
-from shortv.plan import Mode, Plan
-from shortv.planfile import parse_plan
+from shortv.plan import Mode
 
 LOWEST: Final = 5
 Rows = list[dict[str, Any]]
-_OF_LC: Final = (KINDS[0], KINDS[5])
+_LC, _FULL, _CONTROLS = KINDS[0], KINDS[4], frozenset(KINDS[1:4])
+# Sums of the full model's own FLOPs come out at 1 to rounding.
+_CHEAPER: Final = 1 - 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,69 +35,67 @@ class Headline:
 def sweep_headline(files: Files, manifest: Manifest, contents: Contents) -> Headline:
     """Return the noise floor, the layers of lowest LC and the default plan of a sweep."""
     values: dict[str, Any] = {"noise_floor": number(manifest.noise_floor), "kl_direction": manifest.kl_direction}
-    problems: list[str] = []
-    with_rows = {item.table: item for item in contents.tables if item.part is None}
-    for table, count in (("samples", "used"), ("errors", "errors")):
-        held = with_rows[table].rows if table in with_rows else None
-        said = manifest.counts.get(count, 0)
-        if held is not None and held != said:
-            problems.append(f"the manifest counts {said} {count}, {shown(with_rows[table].names)} holds {held} rows")
 
     def lowest() -> None:
         values["lowest_lc"] = _lowest(manifest, _rows(files, contents, "lc_layers"))
 
     def plan() -> None:
         name = manifest.details.get("default_plan")
-        for each in contents.plans:
-            found = _plan(files, contents, each)
-            if each == name:
-                chosen = [layer for layer, mode in enumerate(found.modes) if mode is not Mode.FULL]
-                values["default_plan"] = {"name": name, "flops_ratio": number(found.flops_ratio), "layers": chosen}
+        if any(item.name == name and item.problem is None for item in contents.plans):
+            found = files.plan((*contents.run, PLANS, f"{name}.json"))
+            chosen = [layer for layer, mode in enumerate(found.modes) if mode is not Mode.FULL]
+            values["default_plan"] = {"name": name, "flops_ratio": number(found.flops_ratio), "layers": chosen}
 
-    problems += [problem for step in (lowest, plan) for problem in _problems(step)]
-    problems += [f"{table}.parquet is missing although the run has ended" for table in _missing(contents, _SWEEP)]
-    return Headline(values=values, problems=problems)
+    return Headline(values=values, problems=list(_problems(lowest, plan, lambda: sweep_gaps(manifest, contents))))
 
 
 def campaign_headline(files: Files, manifest: CampaignManifest, contents: Contents) -> Headline:
-    """Return, for each model and task, the full model's metric and that of the best plan made by LC."""
+    """Return, for each model and task, the metric of the full model and of the best plans that are cheaper."""
     values: dict[str, Any] = {}
 
     def best() -> None:
-        tables = {name: _rows(files, contents, name) for name in ("cells", "metrics")}
+        cells, metrics = (_rows(files, contents, name) for name in ("cells", "metrics"))
         said = manifest.counts.get("cells", 0)
         # Plans of the same modes share a cell.
-        held = len({row["cell"] for row in tables["cells"]})
+        held = len({row["cell"] for row in cells})
         if said != held:
             raise Refused(f"the manifest counts {said} cells, {shown((*contents.run, 'cells.parquet'))} holds {held}")
-        data = CampaignData(manifest=manifest, comparisons=(), speed=(), failures=(), exits=(), **tables)
+        data = CampaignData(manifest=manifest, cells=cells, metrics=metrics, comparisons=(), speed=(), failures=())
         values["best"] = [_best(group) for group in data.groups()]
 
-    problems = list(_problems(best))
-    problems += [f"{table}.parquet is missing although the run has ended" for table in _missing(contents, _CAMPAIGN)]
-    return Headline(values=values, problems=problems)
+    def gaps() -> Iterator[str]:
+        return campaign_gaps(contents, _rows(files, contents, "cells"))
+
+    return Headline(values=values, problems=list(_problems(best, gaps, lambda: campaign_tables_missing(contents))))
 
 
-_SWEEP: Final = ("samples", "lc_layers", "errors")
-_CAMPAIGN: Final = ("cells", "metrics", "comparisons", "speed")
+def training_headline(files: Files, manifest: TrainingManifest, contents: Contents) -> Headline:
+    """Return the last loss of a training, how long it took, and how many parameters were learned."""
+    steps = manifest.counts.get("steps")
+    values: dict[str, Any] = {"steps": steps if isinstance(steps, int) else None}
+
+    def numbers() -> None:
+        values.update({name: number(manifest.details.get(name)) for name in ("loss", "train_seconds")})
+
+    def parameters() -> None:
+        values["learned_parameters"] = _learned_parameters(files, contents)
+
+    found = _problems(numbers, parameters, lambda: training_gaps(manifest, contents))
+    return Headline(values=values, problems=list(found))
 
 
-def _missing(contents: Contents, tables: Sequence[str]) -> Iterator[str]:
-    there = {item.table for item in contents.tables}
-    return (table for table in tables if table not in there)
-
-
-def _problems(step: Callable[[], None]) -> Iterator[str]:
-    """Take one step; what it raises is a problem, and its number stays out."""
-    try:
-        step()
-    except Missing:  # named by its absence from the contents
-        pass
-    except ShortVError as error:
-        yield str(error)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # Lists inside a manifest have no schema; what was written by hand may lack anything.
-        yield f"the manifest holds what no job writes ({type(error).__name__}), so there are no numbers"
+def _problems(*steps: Callable[[], Iterable[str] | None]) -> Iterator[str]:
+    """Take the steps, each of which finds problems; what it raises is one, and its number stays out."""
+    for step in steps:
+        try:
+            yield from step() or ()
+        except Missing:  # named by its absence from the contents
+            pass
+        except ShortVError as error:
+            yield str(error)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # Lists inside a manifest have no schema; what was written by hand may lack anything.
+            yield f"the manifest holds what no job writes ({type(error).__name__}), so there are no numbers"
 
 
 def _rows(files: Files, contents: Contents, table: str) -> Rows:
@@ -116,27 +118,40 @@ def _lowest(manifest: Manifest, rows: Rows) -> dict[str, Any]:
     return {"mode": mode, "layers": [{"layer": row["layer"], "lc": number(row["mean"])} for row in ranked[:LOWEST]]}
 
 
-def _plan(files: Files, contents: Contents, name: str) -> Plan:
-    names = (*contents.run, PLANS, f"{name}.json")
+def _learned_parameters(files: Files, contents: Contents) -> int | None:
+    name = (*contents.run, PARTS, "parts.json")
     try:
-        return parse_plan(files.text(names).decode(errors="replace"))
-    except Missing as error:
-        raise Refused(f"{shown(names)} is no regular file") from error
-    except Refused as error:
-        raise Refused(f"{shown(names)}: {error}") from error
+        header = json.loads(files.text(name))
+    except (ValueError, RecursionError) as error:
+        raise ShortVError(f"{shown(name)} is not JSON") from error
+    found = header.get("parameters") if isinstance(header, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _best(group: Group) -> dict[str, Any]:
-    """The plan of the highest metric, as everywhere on the page: more is better."""
-    full = next((point for point in group.points if point.kind == KINDS[4]), None)
-    plans = [point for point in group.points if point.kind in _OF_LC and number(point.value) is not None]
-    best = max(plans, key=lambda point: point.value or 0.0, default=None)
+    """The best LC plan stands for itself, the best of the other plans beside it; a control is never one."""
+    full = next((point for point in group.points if point.kind == _FULL), None)
     shape: dict[str, Any] = {"model": group.model, "task": group.task, "metric": group.metric}
     shape |= {"full": number(full.value) if full else None}
-    if best is not None:
-        shape |= {"plan": best.plan, "value": number(best.value), "half_width": number(best.half_width)}
-        shape |= {"flops_ratio": number(best.flops_ratio), "n": best.n, "errors": best.errors}
-    return shape
+    shape |= _highest(point for point in group.points if point.kind == _LC)
+    other = _highest(point for point in group.points if point.kind not in {_LC, _FULL, *_CONTROLS})
+    return shape | ({"other": other} if other else {})
+
+
+def _highest(points: Iterable[Point]) -> dict[str, Any]:
+    """The plan of the highest metric among those cheaper than the full model, at a tie that of the fewest FLOPs.
+
+    More is better, as everywhere on the page.
+    """
+    found: dict[str, Any] = {}
+    for point in points:
+        value, ratio = number(point.value), number(point.flops_ratio)
+        if value is None or ratio is None or ratio >= _CHEAPER:
+            continue
+        if not found or (value, -ratio) > (found["value"], -found["flops_ratio"]):
+            found = {"plan": point.plan, "value": value, "half_width": number(point.half_width)}
+            found |= {"flops_ratio": ratio, "n": point.n, "errors": point.errors}
+    return found
 
 
 def number(value: float | None) -> float | None:

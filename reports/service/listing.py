@@ -9,16 +9,24 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from reports.manifest import Manifest, State
+from reports.campaign import CampaignManifest
+from reports.manifest import State
+from reports.service.contents import AGAINST_NAME
 from reports.service.markup import LIST, STYLE
 from reports.service.replies import POLICY
 from reports.service.summary import AnyManifest, Summary, choices, models
+from reports.service.training import TrainingManifest
 
 _UNFINISHED: Final = (
     "This run is not finished: it is being written, or was stopped. What can be downloaded may be some of it only."
 )
 _PARTIAL: Final = "This run is partial: some {unit} failed. The numbers are over the others."
-LABELS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells"}
+_SAMPLES: Final[Mapping[str, tuple[str, str]]] = {
+    "sweep": ("samples used", "used"),
+    "campaign": ("samples asked", "samples"),
+    "training": ("samples", "samples"),
+}
+LABELS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
 
 
 def list_policy() -> str:
@@ -59,20 +67,20 @@ def _shape(run: Summary) -> dict[str, Any]:
         "facts": [*_facts(manifest), *_numbers(run.headline.values)] if manifest else [],
         "files": contents.tables if contents else [],
         "plans": contents.plans if contents else [],
-        # Without one the address says how to make it.
-        "page": manifest is not None,
+        # Without one the address says how to make it; a training has none.
+        "page": manifest is not None and not isinstance(manifest, TrainingManifest),
+        "against": AGAINST_NAME if contents and AGAINST_NAME in contents.pages else None,
     }
 
 
 def _facts(manifest: AnyManifest) -> Iterator[tuple[str, str]]:
-    sweep = isinstance(manifest, Manifest)
     so_far = " so far" if manifest.state is State.RUNNING else ""
-    yield "model" if sweep else "models", _joined(models(manifest))
+    found = models(manifest)
+    yield "models" if isinstance(manifest, CampaignManifest) else "model", _joined(found)
     for name, items in choices(manifest).items():
         yield name, _joined(items)
-    counts = manifest.counts
-    used = counts.get("used" if sweep else "samples", 0)
-    yield "samples used" if sweep else "samples asked", f"{used}{so_far}"
+    counts, (unit, count) = manifest.counts, _SAMPLES[manifest.kind]
+    yield unit, f"{counts.get(count, 0)}{so_far}"
     yield "errors", f"{counts.get('errors', 0)}{so_far}"
     yield "started", manifest.started
     yield "finished", manifest.finished or "not yet"
@@ -88,16 +96,24 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "default_plan" in values:
         plan = values["default_plan"]
         yield "default plan", f"{plan['name']}: FLOPs ratio {_short(plan['flops_ratio'])}"
+    if "loss" in values:
+        yield "last loss", f"{_short(values['loss'])} after {values['steps']} steps"
+        yield "seconds of training", _short(values["train_seconds"])
+    if values.get("learned_parameters") is not None:
+        yield "learned parameters", f"{values['learned_parameters']:,}"
     for best in values.get("best", ()):
         yield f"{best['model']} on {best['task']}: {best['metric']}", _best(best)
 
 
 def _best(best: Mapping[str, Any]) -> str:
     full = f"full {_short(best['full'])}"
-    if "plan" not in best:
-        return full
-    half = f" ± {_short(best['half_width'])}" if best["half_width"] is not None else ""
-    return f"{best['plan']} {_short(best['value'])}{half} at FLOPs ratio {_short(best['flops_ratio'])}; {full}"
+    own = f"{_plan(best)}; {full}" if "plan" in best else full
+    return f"{own}; best other plan {_plan(best['other'])}" if "other" in best else own
+
+
+def _plan(found: Mapping[str, Any]) -> str:
+    half = f" ± {_short(found['half_width'])}" if found["half_width"] is not None else ""
+    return f"{found['plan']} {_short(found['value'])}{half} at FLOPs ratio {_short(found['flops_ratio'])}"
 
 
 def _joined(items: Sequence[str]) -> str:

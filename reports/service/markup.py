@@ -44,7 +44,7 @@ LIST: Final = """<!doctype html>
 <p class="warning" role="status">There are more folders than are looked at; serve a folder further down.</p>
 {% endif %}
 {% if not runs %}
-<p>There is no sweep or campaign folder here.</p>
+<p>There is no sweep, campaign or training folder here.</p>
 {% endif %}
 {% for run in runs %}
 <article id="run-{{ loop.index }}">
@@ -60,8 +60,11 @@ LIST: Final = """<!doctype html>
 {% endfor %}
 </dl>
 <p><a href="{{ run.link }}manifest.json">manifest.json</a>
-{%- for plan in run.plans %}, <a href="{{ run.link }}plans/{{ plan | urlencode }}.json" download>plan {{ plan }}</a>
-{%- endfor %}</p>
+{%- if run.against %}, <a href="{{ run.link }}{{ run.against }}">comparison</a>{% endif %}
+{%- for plan in run.plans %}, {% if plan.problem %}plan {{ plan.name }} ({{ plan.problem }})
+{%- else %}<a href="{{ run.link }}plans/{{ plan.name | urlencode }}.json" download>plan {{ plan.name }}</a>{% endif %}
+{%- endfor %}
+{%- if not run.page %}, no page{% endif %}</p>
 {% endif %}
 {% if run.files %}
 <details><summary>{{ run.files | length }} Parquet {{ "file" if run.files | length == 1 else "files" }}</summary>

@@ -99,7 +99,7 @@ def open_tree(root: str) -> Tree:
     # An object store has no folder before there is a file in it.
     if kind == pafs.FileType.File or (local is not None and kind != pafs.FileType.Directory):
         found = "a file" if kind == pafs.FileType.File else "not there"
-        raise Refused(f"{location.shown} is {found}; give the folder that holds sweep and campaign folders")
+        raise Refused(f"{location.shown} is {found}; give the folder above the runs")
     return LocalTree(local) if local is not None else StoreTree(location.filesystem, location.path)
 
 

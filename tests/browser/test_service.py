@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports.page import write_page
-from tests.reports.runs import make_campaign, make_sweep, sweep_manifest
+from tests.reports.runs import make_sweep, sweep_manifest
+from tests.reports.service.folders import make_campaign, make_training
 
 pytestmark = pytest.mark.browser
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "a-key-of-24-characters-x"
+BEARER = {"authorization": f"Bearer {KEY}"}
 PORT = 18099
 
 
@@ -27,7 +29,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sweep_manifest(samples=3, layers=5, modes=(), state="running", counts={}, finished=None).save(
         make_sweep(root / "half", samples=3)
     )
+    make_training(root / "team" / "training")
     (root / "a sweep" / "samples.parquet").write_bytes(b"PAR1 cut short")
+    (root / "a sweep" / "plans" / "cut.json").write_text("{")
     (root / "keys").write_text(f"{KEY}\n")
     return root
 
@@ -66,7 +70,8 @@ def test_the_list_leads_to_a_page_whose_charts_are_drawn(chromium: Any, address:
     visit = Visit(chromium, address)
     assert visit.status == 200
     headings = visit.page.locator("h2").all_inner_texts()
-    assert len(headings) == 3 and any("running" in heading for heading in headings)
+    assert len(headings) == 4 and any("running" in heading for heading in headings)
+    assert visit.page.locator("h2 a", has_text="training").count() == 0
     assert "cut short" in visit.page.content() or "not a whole Parquet file" in visit.page.content()
     visit.page.locator("h2 a", has_text="team/campaign").click()
     visit.page.wait_for_function("document.documentElement.dataset.drawn", timeout=30_000)
@@ -100,13 +105,26 @@ def test_a_page_of_the_service_links_to_its_files(chromium: Any, address: str, r
     links = {link.evaluate("link => link.href") for link in visit.page.locator("a[href$='.parquet']").all()}
     assert links
     for link in links:
-        found = visit.page.request.get(link, headers={"authorization": f"Bearer {KEY}"})
+        found = visit.page.request.get(link, headers=BEARER)
         assert found.status == 200 and found.body()[:4] == b"PAR1", link
     figure = visit.page.locator("figure", has=visit.page.locator("a[href$='speed.parquet']")).first
     figure.locator("summary").click()
     with visit.page.expect_download() as download:
         figure.locator("a[href$='speed.parquet']").click()
     assert Path(download.value.path()).read_bytes() == (root / "team" / "campaign" / "speed.parquet").read_bytes()
+
+
+def test_what_is_damaged_has_no_link_and_stands_on_the_page(chromium: Any, address: str) -> None:
+    visit = Visit(chromium, address)
+    run = visit.page.locator("article", has_text="a sweep")
+    assert "plan cut (a sweep/plans/cut.json" in run.inner_text()
+    links = [link.get_attribute("href") for link in run.locator("a[download]").all()]
+    assert links and all(visit.page.request.get(address + str(link), headers=BEARER).status == 200 for link in links)
+    run.locator("h2 a").click()
+    visit.page.wait_for_function("document.documentElement.dataset.drawn", timeout=30_000)
+    said = visit.page.locator("p.warning[role=status]").all_inner_texts()
+    assert any("samples.parquet is not a whole Parquet file" in line for line in said), said
+    assert visit.said == []
 
 
 def test_without_the_key_there_is_nothing(chromium: Any, address: str) -> None:

@@ -13,8 +13,9 @@ from pyarrow import parquet as pq
 from reports.schemas import SCHEMAS
 from reports.service import files
 from reports.service.conditions import Span, names_tag, span_of
-from tests.reports.runs import make_campaign, make_sweep
-from tests.reports.service.asking import ask, ask_all
+from tests.reports.runs import make_sweep
+from tests.reports.service.asking import ask, ask_all, listed
+from tests.reports.service.folders import make_campaign
 
 TABLE = "/runs/a/tables/samples.parquet"
 
@@ -134,8 +135,44 @@ def test_parts_of_a_table_are_listed_and_come_one_by_one(tmp_path: Path) -> None
         assert ask(tmp_path, f"/runs/a/{item['path']}").content == data
         # The page links to the files where they lie.
         assert ask(tmp_path, f"/runs/a/{item['path'].removeprefix('tables/')}").content == data
-    assert ask(tmp_path, "/runs/a/tables/lc_samples.parquet").status_code == 404
+    whole = ask(tmp_path, "/runs/a/tables/lc_samples.parquet")
+    assert whole.status_code == 404
+    assert "lc_samples has 3 parts; GET /runs/a/tables/lc_samples lists them" in whole.json()["error"]["message"]
     assert len(ask(tmp_path, "/runs/a/tables").json()["files"]) == 6
+
+
+def test_the_only_part_of_a_table_is_the_table(root: Path) -> None:
+    part = root / "a" / "lc_samples" / "part-00000.parquet"
+    for path in ("tables/lc_samples.parquet", "lc_samples.parquet"):
+        response = ask(root, f"/runs/a/{path}")
+        assert response.status_code == 200 and response.content == part.read_bytes()
+        assert "a-lc_samples-part-00000.parquet" in response.headers["content-disposition"]
+    assert ask(root, "/runs/a/tables/answers.parquet").status_code == 404
+    part.write_bytes(b"PAR1")
+    assert ask(root, "/runs/a/tables/lc_samples.parquet").status_code == 422
+
+
+@pytest.mark.parametrize("state", ["running", "partial", "complete"])
+def test_downloads_and_their_list_say_the_state(tmp_path: Path, state: str) -> None:
+    make_sweep(tmp_path / "a", state=state)
+    for path in ("tables/samples.parquet", "tables/lc_samples/part-00000.parquet", "plans/two.json", "manifest.json"):
+        for method, headers in (("GET", {}), ("HEAD", {}), ("GET", {"range": "bytes=0-3"}), ("GET", {"if-match": "*"})):
+            assert ask(tmp_path, f"/runs/a/{path}", method=method, headers=headers).headers["x-run-state"] == state
+    assert ask(tmp_path, "/runs/a/tables").json()["state"] == state
+    assert ask(tmp_path, "/runs/a/tables/lc_samples").json()["state"] == state
+
+
+def test_a_comparison_is_served_where_there_is_one(root: Path) -> None:
+    missing = ask(root, "/runs/a/report-against.html")
+    assert missing.status_code == 404 and "FOLDER/a --against OTHER" in missing.json()["error"]["message"]
+    assert "comparison" not in ask(root, "/").text and listed(root)["a"]["page_against"] is None
+    (root / "a" / "report-against.html").write_bytes(b"<html><body>moved</body></html>")
+    response = ask(root, "/runs/a/report-against.html")
+    assert (
+        response.text == "<html><body>moved</body></html>" and "sandbox" in response.headers["content-security-policy"]
+    )
+    assert listed(root)["a"]["page_against"] == "runs/a/report-against.html"
+    assert '<a href="runs/a/report-against.html">comparison</a>' in ask(root, "/").text
 
 
 def test_every_table_of_a_campaign_can_be_had(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from reports.page import PAGE_NAME
 from reports.service import make_service
 from reports.store import Folder
 from shortv.errors import Refused
-from tests.reports.runs import make_campaign, make_sweep
+from tests.reports.runs import make_sweep
 from tests.reports.service.asking import HTML, ask, ask_all, listed
+from tests.reports.service.folders import make_campaign
 
 PAGE = b"<!doctype html><html><head></head><body><h1>page</h1></body></html>"
 
@@ -152,7 +153,7 @@ DAMAGED = {
     "missing": (lambda folder: (folder / "lc_layers.parquet").unlink(), "lc_layers.parquet is missing"),
     "other": (
         lambda folder: (folder / "lc_layers.parquet").write_bytes((folder / "errors.parquet").read_bytes()),
-        "has columns",
+        "lc_layers.parquet holds the table errors",
     ),
     "counts": (lambda folder: _manifest(folder, counts={"used": 4, "errors": 0}), "counts 4 used"),
     "layers": (lambda folder: _manifest(folder, num_layers=6), "does not hold each layer once"),
@@ -225,7 +226,7 @@ def test_what_is_too_deep_or_hidden_is_not_listed(tmp_path: Path) -> None:
 
 def test_an_empty_root_is_an_empty_list(tmp_path: Path) -> None:
     assert listed(tmp_path) == {}
-    assert "no sweep or campaign" in ask(tmp_path, "/", headers=HTML).text
+    assert "no sweep, campaign or training" in ask(tmp_path, "/", headers=HTML).text
 
 
 def test_a_root_that_cannot_be_right_is_refused(tmp_path: Path) -> None:

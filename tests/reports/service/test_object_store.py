@@ -12,8 +12,9 @@ from pyarrow import parquet as pq
 
 from reports.service.store_tree import StoreTree
 from reports.service.trees import Kind, Missing
-from tests.reports.runs import make_campaign, make_sweep
+from tests.reports.runs import make_sweep
 from tests.reports.service.asking import ask, ask_all, listed
+from tests.reports.service.folders import make_campaign
 
 ROOT = "memory://service-tests/runs"
 
