@@ -72,6 +72,8 @@ _COMMON = (
     ),
 )
 _SHARED = ("steps", "batch_size", "learning_rate")
+_SEARCH = ("search_steps", "probability", "grows", "held_out", "candidates", "every", "eta")
+_EAS = ("skip", "kept_rank", "pia_rank", "start", *_SEARCH)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,19 +91,25 @@ def main() -> None:
 @main.command("saisa")
 @option(
     "--language-model",
-    type=click.Choice(["none", "attention", "all"]),
-    help="What the second stage trains of it. [default: the recipe's]",
+    type=click.Choice(["none", "attention", "layers", "all"]),
+    help="What the second stage trains of it. [default: all, as the paper]",
 )
 @option("--stage-1-steps", type=int, help="Steps for the projectors alone; --steps counts both stages.")
 @option("--stage-1-learning-rate", type=float, help="Learning rate of those steps. [default: the recipe's]")
-@option("--first-stage", type=click.Choice(["separate", "shared"]), help="One projector per layer at once, or shared.")
+@option(
+    "--first-stage",
+    type=click.Choice(["separate", "shared"]),
+    help="Stage 1 trains a projector for each layer, or one for all (so the reviews; that code is not released). "
+    "[default: separate: all start as copies of a trained one, and may part at once]",
+)
 @common
 def saisa(**flags: Any) -> int:
     """Projectors that give each layer its own visual tokens."""
     from shortv.learned.saisa import SaisaRecipe
 
     base = SaisaRecipe()
-    steps, first = flags.pop("steps") or base.steps, flags.pop("stage_1_steps")
+    steps, first = flags.pop("steps"), flags.pop("stage_1_steps")
+    steps = base.steps if steps is None else steps
     first = round(steps * base.projector_steps / base.steps) if first is None else first
     recipe = {
         "projector_steps": first,
@@ -120,14 +128,37 @@ def saisa(**flags: Any) -> int:
 @option(
     "--threshold", multiple=True, type=float, default=(0.5,), show_default=True, help="Exit probability; a plan each."
 )
-@option("--targets", type=click.Choice(["answers", "model"]), help="Whose answers must not change.")
-@option("--rule", type=click.Choice(["tokens", "exact"]), help="When an exit counts as safe.")
+@option(
+    "--targets",
+    type=click.Choice(["answers", "model"]),
+    help="Whose answers must not change: those of the samples (code), or the model's own, for samples that have none. "
+    "[default: answers]",
+)
+@option(
+    "--mean-over",
+    type=click.Choice(["after-image", "all-text"]),
+    help="Text that routers average: after the image (code), or all of the prompt (paper). [default: after-image: text "
+    "before an image cannot have read it]",
+)
+@option(
+    "--rule",
+    type=click.Choice(["tokens", "exact"]),
+    help="An exit is safe where over 99 % of the answer's tokens stay and its cross-entropy below 1.03 times the full "
+    "model's (code), or where the answer stays (paper, whose bound on the cross-entropy has no number). [default: "
+    "tokens, which also sees answers get less sure]",
+)
+@option(
+    "--ce-slack",
+    type=float,
+    help="Nats per token that --rule tokens allows beyond the 1.03: where the model is sure, a ratio is noise. "
+    "[default: 0; neither paper nor code has it]",
+)
 @common
 def dyvte(threshold: tuple[float, ...], **flags: Any) -> int:
     """Routers that let visual tokens leave when the text has seen enough."""
     from shortv.learned.dyvte import Recipe
 
-    recipe = {name: flags.pop(name) for name in ("width", "targets", "rule", *_SHARED)}
+    recipe = {name: flags.pop(name) for name in ("width", "targets", "mean_over", "rule", "ce_slack", *_SHARED)}
     return _train(PartsKind.DYVTE, Recipe, recipe, flags, thresholds=threshold)
 
 
@@ -137,12 +168,42 @@ def dyvte(threshold: tuple[float, ...], **flags: Any) -> int:
 @option("--search-steps", type=int, help="Of the steps, those of the search. [default: a third]")
 @option("--kept-rank", type=int, help="Rank of the adapters in kept layers. [default: the recipe's]")
 @option("--pia-rank", type=int, help="Rank of the adapters in skipped layers. [default: the recipe's]")
+@option(
+    "--start",
+    type=click.Choice(["identity", "xavier"]),
+    help="Up-projections in skipped layers: zero (LaVIN-EAS), or Xavier (LLaVA-EAS). [default: identity: an untrained "
+    "adapter changes nothing]",
+)
+@option(
+    "--probability",
+    type=click.Choice(["sigmoid", "softmax"]),
+    help="Of a layer in the search, from its score s: sigmoid(s) (LLaVA-EAS), or softmax(10 s) (LaVIN-EAS). [default: "
+    "sigmoid: the update's p (1 - p) is its derivative]",
+)
+@click.option(
+    "--grows/--no-grows",
+    " /--no_grows",
+    default=None,
+    help="Begin the search with one skipped layer (LLaVA-EAS), or with all (LaVIN-EAS). [default: grows]",
+)
+@option(
+    "--held-out",
+    type=float,
+    help="Share of samples that only reward the search (LaVIN-EAS: a validation set); 0 rewards on those of the step "
+    "(LLaVA-EAS). [default: 0.25: a reward on samples not learned from]",
+)
+@option("--candidates", type=int, help="Sets of layers in a round: LLaVA-EAS 5, LaVIN-EAS 3. [default: 5]")
+@option("--every", type=int, help="Steps from round to round: LLaVA-EAS 3, LaVIN-EAS 10. [default: 3]")
+@option("--eta", type=float, help="Step of the scores: LLaVA-EAS 1, LaVIN-EAS 2. [default: 1]")
 @common
 def eas(layers: str | None, **flags: Any) -> int:
     """Adapters, and a search for the layers whose attention a task does not need."""
     from shortv.learned.eas import EasRecipe
 
-    recipe = {name: flags.pop(name) for name in ("skip", "search_steps", "kept_rank", "pia_rank", *_SHARED)}
+    recipe = {name: flags.pop(name) for name in (*_EAS, *_SHARED)}
+    searched = [name for name in _SEARCH if recipe[name] is not None]
+    if layers is not None and searched:
+        raise Refused(f"--{searched[0].replace('_', '-')} is of the search, which --layers replaces; give one of them")
     if layers == "random":
         recipe["choice"] = "random"
     elif layers is not None:

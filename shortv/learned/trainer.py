@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shortv.errors import ShortVError
+from shortv.errors import Refused, ShortVError
 from shortv.families.parts import Learned, Parts
 from shortv.plan import Mode
 from shortv.sample import Sample
@@ -44,6 +44,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def check(self, sample: Sample) -> None:
+        """Raise the SampleError for which a step would refuse a sample, whatever it is batched with."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Trained weights and optimizer, and all else that the next step depends on: flat, for safetensors."""
         ...
@@ -69,10 +73,25 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int = 0, 
     return peak * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def check_rates(rates: Mapping[str, float]) -> None:
+    """Raise Refused for a learning rate, named by its option, that cannot be meant."""
+    for name, rate in rates.items():
+        if not 0 < rate <= 1:
+            raise Refused(f"{name} is {rate:g}; give a learning rate above 0 and at most 1")
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give all of an optimizer's parameters one learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw new weights from a seed; torch's own generators of the CPU and that device are then as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def generator(seed: int, step: int, purpose: str = "") -> torch.Generator:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from shortv.errors import Refused
 from shortv.families import encode
 from shortv.families.parts import read_header
 from shortv.plan import Mode, Plan
+from shortv.workers.training import driver
+from shortv.workers.training.request import TrainRequest
 from tests.tiny_model import TINY, bundled, calibration
+from tests.workers.training.test_driver import data_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--samples", "16", "-b", "2", "--checkpoint-every", "1", "--workers", "1", "--device", "cpu"]
@@ -45,7 +49,22 @@ def train(system: str, output: Path, *more: str) -> subprocess.CompletedProcess[
         (["dyvte", "--kinds", "nothing"], "unknown kinds of question: nothing; choose from count"),
         (["dyvte", "--samples", "8", "-b", "16"], "8 training samples are fewer than a batch of 16"),
         (["dyvte", "--steps", "0"], "steps is 0; give at least 1"),
-        (["saisa", "--learning-rate", "-1"], "joint_rate is -1"),
+        (["dyvte", "--threshold", "0.5", "--threshold", "0.50000001"], "2 plans would have the name dyvte-0.5"),
+        (["dyvte", "--ce-slack", "nan"], "--ce-slack is nan; give nats per token"),
+        (["dyvte", "--learning-rate", "1e38"], "--learning-rate is 1e+38; give a learning rate above 0"),
+        (["saisa", "--learning-rate", "-1"], "--learning-rate is -1"),
+        (["saisa", "--stage-1-learning-rate", "inf"], "--stage-1-learning-rate is inf"),
+        (["saisa", "--steps", "0"], "--steps is 0, of which --stage-1-steps are 0; give at least 1"),
+        (["saisa", "--stage-1-steps", "5000"], "--steps is 1500, of which --stage-1-steps are 5000"),
+        (["saisa", "--limit", "nan"], "--limit is nan; give a number of samples"),
+        (["eas", "--layers", "2,99"], "layer 99 does not exist: the model has 8"),
+        (["eas", "--layers", "-1,2"], "the skipped layers [-1, 2] are not distinct numbers from 0 on"),
+        (["eas", "--skip", "8"], "a search for 8 of 8 layers has no choice"),
+        (["eas", "--skip", "0"], "a search for 0 of 8 layers has no choice"),
+        (["eas", "--layers", "random", "--skip", "9"], "9 layers to skip of 8"),
+        (["eas", "--layers", "2", "--eta", "2"], "--eta is of the search, which --layers replaces"),
+        (["eas", "--held-out", "1"], "--held-out is 1; give a share"),
+        (["eas", "--eta", "inf"], "the step of the scores, --eta, is inf"),
         (["eas", "--layers", "one,two"], "--layers is 'one,two'; give numbers by commas"),
         (["eas", "--layers", "1,2", "--skip", "3"], "2 layers are listed and 3 are to be skipped"),
         (["saisa", "--data", "missing.parquet"], "missing.parquet does not exist"),
@@ -55,6 +74,35 @@ def train(system: str, output: Path, *more: str) -> subprocess.CompletedProcess[
 def test_bad_arguments_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [*arguments, "--output_path", str(tmp_path / "out")])
     assert isinstance(done.exception, Refused) and message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["saisa", "--steps", "1", "--language-model", "layers"], {"joint_steps": 1, "language_model": "layers"}),
+        (["dyvte", "--mean-over", "all-text", "--ce-slack", "0.1"], {"mean_over": "all-text", "ce_slack": 0.1}),
+        (["eas", "--start", "xavier", "--probability", "softmax"], {"start": "xavier", "probability": "softmax"}),
+        (["eas", "--no-grows", "--held_out", "0"], {"grows": False, "held_out": 0.0}),
+        (["eas", "--candidates", "3", "--every", "10", "--eta", "2"], {"candidates": 3, "every": 10, "eta": 2.0}),
+        (["eas"], {"start": "identity", "probability": "sigmoid", "grows": True, "held_out": 0.25, "candidates": 5}),
+    ],
+)
+def test_what_paper_and_code_choose_differently_is_an_option(
+    arguments: list[str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[TrainRequest] = []
+    monkeypatch.setattr(driver, "run_training", asked.append)
+    done = CliRunner().invoke(main, [*arguments, "--output-path", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    recipe = asdict(asked[0].recipe)
+    assert {name: recipe[name] for name in expected} == expected
+
+
+def test_routers_are_not_trained_without_images(tmp_path: Path) -> None:
+    arguments = ["dyvte", "--data", data_file(tmp_path), "-b", "2", "--output-path", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*arguments, "--model", str(TINY / "model")])
+    assert isinstance(done.exception, Refused) and "none of 10 training samples has an image" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -184,8 +184,9 @@ def test_samples_that_cannot_be_used_are_named_before_anything_changes() -> None
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"width": 0}, {"steps": 0}, {"learning_rate": float("nan")}, {"agreement": 1.0}, {"ce_ratio": 0.9},
-        {"ce_slack": -1.0}, {"rule": "some"}, {"targets": "none"}, {"mean_over": "image"},
+        {"width": 0}, {"steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": 2.0}, {"agreement": 1.0},
+        {"ce_ratio": 0.9}, {"ce_slack": -1.0}, {"ce_slack": float("inf")}, {"rule": "some"}, {"targets": "none"},
+        {"mean_over": "image"},
     ],
 )  # fmt: skip
 def test_recipes_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:

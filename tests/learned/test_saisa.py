@@ -55,6 +55,18 @@ def test_the_first_stage_trains_projectors_and_the_second_the_language_model_too
     assert not any(weight.requires_grad or weight.grad is not None for weight in bundled().model.parameters())
 
 
+def test_the_second_stage_starts_with_a_fresh_optimizer() -> None:
+    trainer = trainer_of()
+    run(trainer, 0, 2)
+    assert steps_taken(trainer) == {2}
+    run(trainer, 2, 3)
+    assert steps_taken(trainer) == {1}
+
+
+def steps_taken(trainer: ProjectorTrainer) -> set[int]:
+    return {int(value) for name, value in trainer.state().items() if name.startswith("step/")}
+
+
 def test_training_learns() -> None:
     losses = run(trainer_of(projector_steps=6, joint_steps=6, warmup_share=0.0), 0, 12)
     assert losses[-1] < 0.7 * losses[0]
@@ -127,10 +139,12 @@ def test_rates_warm_up_and_fall_in_each_stage() -> None:
     ("changes", "why"),
     [
         ({"batch_size": 0}, "batch size is 0"),
-        ({"projector_steps": 0, "joint_steps": 0}, "at least a step"),
-        ({"joint_steps": -1}, "at least a step"),
-        ({"joint_rate": 0.0}, "joint_rate is 0"),
-        ({"projector_rate": float("nan")}, "projector_rate is nan"),
+        ({"projector_steps": 0, "joint_steps": 0}, "--steps is 0, of which --stage-1-steps are 0"),
+        ({"joint_steps": -1}, "--steps is 1, of which --stage-1-steps are 2"),
+        ({"joint_rate": 0.0}, "--learning-rate is 0"),
+        ({"joint_rate": 1e38}, "--learning-rate is 1e\\+38"),
+        ({"projector_rate": float("nan")}, "--stage-1-learning-rate is nan"),
+        ({"gradient_norm": float("inf")}, "gradient_norm is inf"),
         ({"warmup_share": 1.0}, "warmup_share is 1"),
         ({"first_stage": "none"}, "choose one of separate, shared"),
     ],

@@ -21,6 +21,19 @@ def with_own_answers(loaded: LoadedModel, samples: Sequence[Sample], max_tokens:
     Raises:
         SampleError: a sample cannot be encoded, or the model says nothing.
     """
+    texts = _written(loaded, samples, max_tokens)
+    answered = []
+    for sample, batched in zip(samples, texts, strict=True):
+        # Padding moves the rounding: whether a sample can be used must not depend on those beside it.
+        text = batched if batched.strip() else _written(loaded, [sample], max_tokens)[0]
+        if not text.strip():
+            message = f"the model's own answer to sample {sample.sample_id!r} is empty; leave the sample out"
+            raise SampleError(stage="answer", error="no-answer", message=message)
+        answered.append(replace(sample, answer=text))
+    return answered
+
+
+def _written(loaded: LoadedModel, samples: Sequence[Sample], max_tokens: int) -> list[str]:
     batch = batch_of(loaded, [prompt_of(loaded, [turn_of(sample)]) for sample in samples], padding_side="left")
     inputs = batch.on(loaded).inputs
     tokenizer = loaded.processor.tokenizer
@@ -38,9 +51,5 @@ def with_own_answers(loaded: LoadedModel, samples: Sequence[Sample], max_tokens:
             eos_token_id=ends,
             pad_token_id=pad,
         )
-    texts = tokenizer.batch_decode(ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    for sample, text in zip(samples, texts, strict=True):
-        if not text.strip():
-            message = f"the model's own answer to sample {sample.sample_id!r} is empty; leave the sample out"
-            raise SampleError(stage="answer", error="no-answer", message=message)
-    return [replace(sample, answer=text) for sample, text in zip(samples, texts, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts

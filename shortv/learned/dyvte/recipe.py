@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from shortv.errors import Refused
 from shortv.families.parts.dyvte import MeanOver, RouterSettings
+from shortv.learned.trainer import check_rates
 
 Rule = Literal["tokens", "exact"]
 Targets = Literal["answers", "model"]
@@ -47,12 +48,13 @@ class Recipe:
         for name in ("steps", "batch_size", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise Refused(f"{name} is {getattr(self, name)}; give at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise Refused(f"the learning rate is {self.learning_rate:g}; give a positive number")
+        check_rates({"--learning-rate": self.learning_rate})
         if not 0 <= self.agreement < 1:
             raise Refused(f"agreement is {self.agreement:g}; give a share of tokens, from 0 to below 1")
-        if not self.ce_ratio >= 1 or not self.ce_slack >= 0:
-            raise Refused(f"ce_ratio is {self.ce_ratio:g} and ce_slack {self.ce_slack:g}; give at least 1, at least 0")
+        if not 1 <= self.ce_ratio < math.inf:
+            raise Refused(f"ce_ratio is {self.ce_ratio:g}; give a number of at least 1")
+        if not 0 <= self.ce_slack < math.inf:
+            raise Refused(f"--ce-slack is {self.ce_slack:g}; give nats per token, 0 or more")
         for name, known in (("rule", get_args(Rule)), ("targets", get_args(Targets))):
             if getattr(self, name) not in known:
                 raise Refused(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")

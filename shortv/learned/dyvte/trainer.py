@@ -25,6 +25,7 @@ from shortv.learned.trainer import (
     generator,
     learning_rate,
     restore_flat_state,
+    seeded,
     set_learning_rate,
 )
 from shortv.plan import modes_of_exit
@@ -43,8 +44,7 @@ class RouterTrainer:
     def __init__(self, loaded: LoadedModel, recipe: Recipe, *, executing: Executing, reduce: Reduce) -> None:
         self.steps, self.batch_size = recipe.steps, recipe.batch_size
         self._loaded, self._recipe, self._executing, self._reduce = loaded, recipe, executing, reduce
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed, loaded.device):
             self._parts = ExitRouters.build(loaded.decoder, recipe.settings)
         self._optimizer = torch.optim.AdamW(
             self._parts.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -57,7 +57,8 @@ class RouterTrainer:
             `loss` in nats, `layer`, `safe` (the share of samples that may exit there) and `accuracy` of its router.
 
         Raises:
-            SampleError: a sample has no image, no answer where answers are the targets, or cannot be encoded.
+            SampleError: a sample has no image, no answer (its own, or the model's where that is the target), or cannot
+                be encoded.
         """
         layer = self.layer_of(step)
         batch = self._encoded(samples)
@@ -75,6 +76,10 @@ class RouterTrainer:
         right_B = logits_B2.detach().argmax(1) == classes_B
         safe, right = torch.stack([safe_B.to(right_B.device), right_B]).float().mean(1).tolist()
         return {"loss": float(loss.detach()), "layer": float(layer), "safe": safe, "accuracy": right}
+
+    def check(self, sample: Sample) -> None:
+        """Raise the SampleError for which a step would refuse a sample."""
+        self._encoded([sample])
 
     def layer_of(self, step: int) -> int:
         """The exit layer of a step, drawn from the seed and the step alone."""

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from shortv.errors import Refused
 from shortv.families.parts.eas import EasSettings
 from shortv.learned.eas.search import Probability, SearchSettings
+from shortv.learned.trainer import check_rates
 
 Choice = Literal["search", "random", "given"]
 
@@ -63,11 +64,11 @@ class EasRecipe:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise Refused(f"{name} is {getattr(self, name)}; give at least 1")
-        for name in ("learning_rate", "search_learning_rate", "gradient_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise Refused(f"{name} is {getattr(self, name):g}; give a positive number")
+        check_rates({"--learning-rate": self.learning_rate, "search_learning_rate": self.search_learning_rate})
+        if not 0 < self.gradient_norm < math.inf:
+            raise Refused(f"gradient_norm is {self.gradient_norm:g}; give a positive number")
         if not 0 <= self.held_out < 1:
-            raise Refused(f"held_out is {self.held_out:g}; give a share of the samples, from 0 to below 1")
+            raise Refused(f"--held-out is {self.held_out:g}; give a share of the samples, from 0 to below 1")
         if self.layers and self.choice != "given":
             raise Refused(f"layers are listed, but the choice is {self.choice!r}; make it 'given', or list none")
         if self.choice == "given" and self.skip not in (None, len(self.layers)):

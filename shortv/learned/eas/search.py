@@ -56,8 +56,8 @@ class SearchSettings:
                 f"a round of {self.candidates} candidates every {self.every} steps after {self.warmup} compares "
                 "nothing; give at least 2 candidates and 1 step"
             )
-        if not self.eta > 0:
-            raise Refused(f"the step of the scores, eta, is {self.eta:g}; give a positive number")
+        if not 0 < self.eta < math.inf:
+            raise Refused(f"the step of the scores, --eta, is {self.eta:g}; give a positive number")
         if self.probability not in get_args(Probability):
             raise Refused(f"unknown probability {self.probability!r}; choose one of {', '.join(get_args(Probability))}")
 

@@ -29,6 +29,7 @@ from shortv.learned.trainer import (
     flat_state,
     learning_rate,
     restore_flat_state,
+    seeded,
     set_learning_rate,
 )
 from shortv.plan import Mode, modes_of_layers
@@ -76,8 +77,7 @@ class AdapterTrainer:
             kept = tuple(layer for layer in self._layers if layer not in chosen)
             scores = tuple(round(score, 6) for score in self._search.scores_L.tolist()) if self._search else ()
             settings = self._recipe.settings(kept=kept, skipped=chosen, scores=scores)
-        with torch.random.fork_rng():
-            torch.manual_seed(self._recipe.seed)
+        with seeded(self._recipe.seed, self._loaded.device):
             self._parts = Eas.build(self._loaded.decoder, settings)
         self._optimizer = _optimizer(self._parts, self._recipe)
 
@@ -108,6 +108,10 @@ class AdapterTrainer:
         else:
             skipped = self._parts.settings.skipped
         return self._descend(given, held_out, skipped, step)
+
+    def check(self, sample: Sample) -> None:
+        """Raise the SampleError for which a step would refuse a sample."""
+        self._encoded([sample])
 
     def _descend(
         self, given: Supervised | None, held_out: Supervised | None, skipped: Candidate, step: int

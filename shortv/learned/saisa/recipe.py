@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 from shortv.errors import Refused
 from shortv.families.parts.saisa import LanguageModel, ProjectorSettings
-from shortv.learned.trainer import learning_rate
+from shortv.learned.trainer import check_rates, learning_rate
 
 FirstStage = Literal["separate", "shared"]
 
@@ -53,11 +53,12 @@ class SaisaRecipe:
             raise Refused(f"the batch size is {self.batch_size}; give at least 1")
         if min(self.projector_steps, self.joint_steps) < 0 or not self.steps:
             raise Refused(
-                f"the stages have {self.projector_steps} and {self.joint_steps} steps; one needs at least a step"
+                f"--steps is {self.steps}, of which --stage-1-steps are {self.projector_steps}; give at least 1 step, "
+                "and of them 0 to all to stage 1"
             )
-        for name in ("projector_rate", "joint_rate", "gradient_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise Refused(f"{name} is {getattr(self, name)}; give a positive number")
+        check_rates({"--stage-1-learning-rate": self.projector_rate, "--learning-rate": self.joint_rate})
+        if not 0 < self.gradient_norm < math.inf:
+            raise Refused(f"gradient_norm is {self.gradient_norm:g}; give a positive number")
         if not 0 <= self.weight_decay < math.inf:
             raise Refused(f"weight_decay is {self.weight_decay}; give zero or a positive number")
         if not 0 <= self.warmup_share < 1:

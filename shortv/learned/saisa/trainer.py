@@ -73,6 +73,10 @@ class ProjectorTrainer:
         self._optimizer.step()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm), "learning_rate": stage.rate}
 
+    def check(self, sample: Sample) -> None:
+        """Raise the SampleError for which a step would refuse a sample."""
+        supervised(self._loaded, [sample])
+
     def state(self) -> dict[str, Tensor]:
         """Weights of the parts and AdamW's moments, flat, on the CPU."""
         return flat_state(dict(self._parts.named_parameters()), self._optimizer)

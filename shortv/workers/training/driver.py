@@ -20,7 +20,7 @@ from shortv.workers.resources import Pool
 from shortv.workers.stopping import stop_on_signal
 from shortv.workers.training.keeping import Keeper
 from shortv.workers.training.kinds import KINDS, Kind
-from shortv.workers.training.messages import Progressed, Saved
+from shortv.workers.training.messages import Progressed, Saved, Unusable
 from shortv.workers.training.prepare import Prepared, prepare
 from shortv.workers.training.record import open_training
 from shortv.workers.training.request import TrainRequest
@@ -89,7 +89,7 @@ def _train_on_ray(prepared: Prepared, keeper: Keeper, console: Console) -> dict[
         if pool.note:
             console.print(pool.note, highlight=False)
         workers = workers_of(pool, request.workers, recipe.batch_size)
-        _begin(prepared)
+        _begin(prepared, keeper)
         total, done = recipe.steps * recipe.batch_size, keeper.step * recipe.batch_size
         with SampleProgress(total=total, done=done, console=console, label=str(request.kind)) as progress:
 
@@ -113,9 +113,11 @@ def _last_row(message: Any) -> StepRow | None:
     return message.rows[-1] if isinstance(message, Saved) and message.rows else None
 
 
-def _begin(prepared: Prepared) -> None:
-    """Write what a run that is under way shows: its manifest and the samples that were generated for it."""
+def _begin(prepared: Prepared, keeper: Keeper) -> None:
+    """Write what a run that is under way shows: its manifest, and what is generated for it or already unusable."""
     prepared.record.save(prepared.folder)
+    if prepared.unusable:
+        keeper.handle(Unusable(errors=prepared.unusable))
     if prepared.generated is not None and not prepared.folder.exists(DATA_NAME):
         sink = pa.BufferOutputStream()
         pq.write_table(prepared.generated, sink, compression="zstd")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from shortv.errors import Refused
 from shortv.families.loading import LoadedModel
 from shortv.families.parts import Parts
-from shortv.learned.trainer import Executing, Reduce, Trainer
+from shortv.learned.trainer import Executing, Reduce, Trainer, alone
 from shortv.plan import Mode, PartsKind, modes_of_layers
 from shortv.tiny.training_data import LEARNED_KINDS
+from shortv.workers.training.outline import outline
+from shortv.workers.training.request import TrainRequest
 from shortv.workers.training.result import PlanSpec
 
 
@@ -34,6 +38,25 @@ class Kind:
     """Whether a recipe learns from the samples' answers."""
     questions: tuple[str, ...]
     """Kinds of question that the bundled model's default training set is made of."""
+    needs_images: bool = False
+    """Whether samples without an image teach nothing."""
+
+    def check(self, request: TrainRequest) -> None:
+        """Make the trainer for the model's outline, and name the plans that would come of it.
+
+        Raises:
+            Refused: the model cannot have such parts, the recipe does not fit it, or two plans would have one name.
+        """
+        loaded = outline(request.model)
+        trainer = self.make_trainer(loaded, request.recipe, executing=lambda *_: nullcontext(), reduce=alone)
+        plans = self.plans(trainer.parts(), loaded.architecture.num_layers, request.thresholds)
+        names = [plan.name for plan in plans]
+        for name in names:
+            if names.count(name) > 1:
+                raise Refused(
+                    f"{names.count(name)} plans would have the name {name}; give each --threshold once, and thresholds "
+                    "that differ in six digits"
+                )
 
 
 def _saisa(loaded: LoadedModel, recipe: Any, *, executing: Executing, reduce: Reduce) -> Trainer:
@@ -78,6 +101,7 @@ KINDS: Mapping[PartsKind, Kind] = MappingProxyType(
             plans=_exiting,
             needs_answers=lambda recipe: recipe.targets == "answers",
             questions=LEARNED_KINDS,
+            needs_images=True,
         ),
         PartsKind.EAS: Kind(
             make_trainer=_eas, plans=_adapted, needs_answers=lambda _: True, questions=("shape-of-colour",)

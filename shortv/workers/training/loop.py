@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +17,6 @@ from shortv.records import ErrorRecord
 from shortv.sample import Sample
 from shortv.workers.training.rows import StepRow
 
-Fault = Callable[[Sample], SampleError | None]
-"""Says what is wrong with a sample taken alone, if anything is."""
 _KNOWN = ("loss", "learning_rate")
 
 
@@ -71,7 +69,6 @@ def run_loop(
     *,
     start: int,
     checkpoint_every: int,
-    fault: Fault,
     report: Reporting,
     team: Team,
 ) -> None:
@@ -90,7 +87,7 @@ def run_loop(
         if batch.step != done:
             raise ShortVError(f"the data of step {done + 1} did not come, but that of step {batch.step + 1}")
         began = time.monotonic()
-        metrics = team.mean(_step(trainer, batch, known, fault, report))
+        metrics = team.mean(_step(trainer, batch, known, report))
         _check_finite(metrics["loss"], done + 1, kept)
         done += 1
         row = _row(metrics, done, trainer.batch_size, time.monotonic() - began)
@@ -108,20 +105,17 @@ def run_loop(
         raise ShortVError(f"the data ended after step {done} of {trainer.steps}; run the same command to continue")
 
 
-def _step(
-    trainer: Trainer, batch: StepSamples, known: dict[str, ErrorRecord], fault: Fault, report: Reporting
-) -> dict[str, float]:
+def _step(trainer: Trainer, batch: StepSamples, known: dict[str, ErrorRecord], report: Reporting) -> dict[str, float]:
     """Take a step; where a sample turns out to be bad, take it with others in the bad ones' places."""
     samples = _replaced(batch, known)
     try:
         return trainer.step(samples, batch.step)
     except SampleError as error:
-        found = [_record(sample, reason) for sample in batch.samples if (reason := fault(sample)) is not None]
-        new = [record for record in found if record.sample_id not in known]
+        new = {sample.sample_id: found for sample in samples if (found := _fault(trainer, sample)) is not None}
         if not new:
             raise ShortVError(f"the samples of step {batch.step + 1} cannot be used together: {error}") from error
-    known.update({record.sample_id: record for record in new})
-    report.errors(new)
+    known.update(new)
+    report.errors(list(new.values()))
     return trainer.step(_replaced(batch, known), batch.step)
 
 
@@ -139,8 +133,12 @@ def _replaced(batch: StepSamples, known: Mapping[str, ErrorRecord]) -> list[Samp
     ]
 
 
-def _record(sample: Sample, error: SampleError) -> ErrorRecord:
-    return ErrorRecord(sample_id=sample.sample_id, stage=error.stage, error=error.error, message=error.message)
+def _fault(trainer: Trainer, sample: Sample) -> ErrorRecord | None:
+    try:
+        trainer.check(sample)
+    except SampleError as error:
+        return ErrorRecord(sample_id=sample.sample_id, stage=error.stage, error=error.error, message=error.message)
+    return None
 
 
 def _row(metrics: Mapping[str, float], step: int, batch_size: int, seconds: float) -> StepRow:

@@ -12,6 +12,7 @@ from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.learned.order import Order
+from shortv.records import ErrorRecord
 from shortv.sample import Sample
 from shortv.tiny.training_data import training_table
 from shortv.workers.calibration import calibration_digest, resolve_calibration
@@ -32,6 +33,9 @@ class Prepared:
     engine: Engine
     folder: Folder
     samples: tuple[Sample, ...]
+    """Those to train on."""
+    unusable: tuple[ErrorRecord, ...]
+    """What is wrong with the others."""
     generated: Any
     """The table of generated samples, or None."""
     order: Order
@@ -46,11 +50,14 @@ def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
     request.check_numbers()
     request = replace(request, model=engine.pin(request.model))
     architecture = engine.describe(request.model)
+    kind.check(request)
     samples, generated = _samples(request, kind)
     if kind.needs_answers(request.recipe):
         _check_answers(samples)
+    unusable = _without_images(samples) if kind.needs_images else {}
+    usable = tuple(sample for sample in samples if sample.sample_id not in unusable)
     recipe = request.recipe
-    order = Order(samples=len(samples), batch_size=recipe.batch_size, seed=recipe.seed)
+    order = Order(samples=len(usable), batch_size=recipe.batch_size, seed=recipe.seed)
     path = Path(request.model.name)
     model_folder = path.resolve() if path.is_dir() else None
     digest = folder_digest(model_folder) if model_folder else None
@@ -61,7 +68,8 @@ def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
         kind=kind,
         engine=engine,
         folder=folder,
-        samples=tuple(samples),
+        samples=usable,
+        unusable=tuple(unusable.values()),
         generated=generated,
         order=order,
         model_folder=model_folder,
@@ -90,6 +98,22 @@ def _check_answers(samples: Sequence[Sample]) -> None:
             f"{len(without)} of {len(samples)} training samples have no answer, the first is {without[0]!r}; "
             "this training learns from answers: add a column answer, or leave those rows out"
         )
+
+
+def _without_images(samples: Sequence[Sample]) -> dict[str, ErrorRecord]:
+    found = {
+        sample.sample_id: ErrorRecord(
+            sample_id=sample.sample_id,
+            stage="prompt",
+            error="no-image",
+            message=f"sample {sample.sample_id!r} has no image, and this training is about images; leave it out",
+        )
+        for sample in samples
+        if not sample.images
+    }
+    if len(found) == len(samples):
+        raise Refused(f"none of {len(samples)} training samples has an image, and this training is about images")
+    return found
 
 
 def _record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,12 +72,14 @@ class TrainRequest:
         for name, value in at_least_1.items():
             if value < 1:
                 raise Refused(f"{name} is {value}; give 1 or more")
-        if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
+        if abs(self.recipe.seed) >= 2**63:
+            raise Refused(f"--seed is {self.recipe.seed}; give a number that fits into 64 bits")
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise Refused(f"--limit is {self.limit:g}; give a number of samples, or a share between 0 and 1")
         if not 0 <= self.fail_on_error <= 1:
             raise Refused(f"--fail-on-error is {self.fail_on_error:g}; give a share of samples between 0 and 1")
         for threshold in self.thresholds:
             if not 0 <= threshold <= 1:
                 raise Refused(f"--threshold is {threshold:g}; give an exit probability, 0 to 1")
-        if self.timeout <= 0:
+        if not 0 < self.timeout < math.inf:
             raise Refused(f"--timeout is {self.timeout:g}; give seconds")

@@ -11,13 +11,9 @@ from typing import Any
 
 import torch
 
-from shortv.errors import SampleError, ShortVError
+from shortv.errors import ShortVError
 from shortv.families import LoadedModel
-from shortv.families.encoding import turn_of
-from shortv.families.prompts import batch_of, prompt_of
-from shortv.families.supervised import supervised
 from shortv.learned.trainer import Trainer, alone
-from shortv.sample import Sample
 from shortv.workers.cluster import first_line
 from shortv.workers.engine import Engine
 from shortv.workers.request import ModelSpec
@@ -25,7 +21,7 @@ from shortv.workers.shipping import ShippedFolder
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, from_bytes
 from shortv.workers.training.data import read_steps
 from shortv.workers.training.kinds import Kind
-from shortv.workers.training.loop import Alone, Fault, run_loop
+from shortv.workers.training.loop import Alone, run_loop
 from shortv.workers.training.messages import Failed, QueueReport, Trained
 from shortv.workers.training.result import result_files
 from shortv.workers.training.team import Distributed, PeerLost
@@ -97,7 +93,6 @@ def _train(job: WorkerJob, report: QueueReport) -> None:
             read_steps(ray.train.get_dataset_shard(shard_name(rank))),
             start=start,
             checkpoint_every=job.checkpoint_every,
-            fault=_fault(loaded, job.kind.needs_answers(job.recipe)),
             report=report,
             team=team,
         )
@@ -123,20 +118,6 @@ def _restore(job: WorkerJob, trainer: Trainer, content: bytes | None) -> int:
     checkpoint = from_bytes(content, job.identity, CHECKPOINT_NAME)
     trainer.restore(checkpoint.state)
     return checkpoint.step
-
-
-def _fault(loaded: LoadedModel, needs_answers: bool) -> Fault:
-    def fault(sample: Sample) -> SampleError | None:
-        try:
-            if needs_answers:
-                supervised(loaded, [sample])
-            else:
-                batch_of(loaded, [prompt_of(loaded, [turn_of(sample)])])
-        except SampleError as error:
-            return error
-        return None
-
-    return fault
 
 
 def _result(job: WorkerJob, loaded: LoadedModel, trainer: Trainer, seconds: float) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from shortv.workers.training.messages import Saved, Trained, Unusable
 from shortv.workers.training.record import TrainingRecord
 from shortv.workers.training.request import TrainRequest
 from tests.architectures import architecture
+from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
 from tests.workers.training.test_loop import trained
 from tests.workers.training.toy import TOY, ToyRecipe, toy_samples
@@ -54,7 +56,7 @@ class ToyEngine(FakeEngine):
         )
 
 
-def data_file(place: Path, number: int = 10, **columns: list[Any]) -> str:
+def data_file(place: Path, number: int = 10, **columns: Any) -> str:
     rows = toy_samples(number)
     table = {
         "sample_id": [row.sample_id for row in rows],
@@ -69,7 +71,7 @@ def data_file(place: Path, number: int = 10, **columns: list[Any]) -> str:
 
 def request(place: Path, recipe: ToyRecipe | None = None, **more: Any) -> TrainRequest:
     given: dict[str, Any] = {
-        "model": ModelSpec(name="toy"),
+        "model": ModelSpec(name=str(TINY / "model")),
         "kind": PartsKind.SAISA,
         "recipe": recipe or ToyRecipe(),
         "output_path": str(place / "out"),
@@ -128,6 +130,21 @@ def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: lis
     assert run(replace(wanted, fail_on_error=0.1))[0] == 0
 
 
+def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path) -> None:
+    """A worker's share of a batch may be text alone, and a training must not end of that."""
+    images = pa.array([[b"image"] if index % 2 else [] for index in range(10)], pa.list_(pa.binary()))
+    wanted = request(tmp_path, data=(data_file(tmp_path, images=images),))
+    prepared = driver.prepare(wanted, replace(TOY, needs_images=True), ToyEngine())
+    assert [sample.sample_id for sample in prepared.samples] == ["s1", "s3", "s5", "s7", "s9"]
+    assert prepared.order.samples == 5 and prepared.record.counts["samples"] == 10
+    keeper = Keeper(prepared.folder, "run")
+    driver._begin(prepared, keeper)
+    rows = prepared.folder.read_table("errors").to_pylist()
+    assert [(row["sample_id"], row["error"]) for row in rows] == [
+        (f"s{index}", "no-image") for index in range(0, 10, 2)
+    ]
+
+
 def test_another_recipe_on_the_same_folder_is_refused_with_what_differs(tmp_path: Path, without_ray: list[int]) -> None:
     run(request(tmp_path))
     with pytest.raises(Refused, match=r"another training \(learning-rate 0.1 there, 0.2 here\)"):
@@ -148,6 +165,11 @@ def test_another_recipe_on_the_same_folder_is_refused_with_what_differs(tmp_path
         (lambda place: {"checkpoint_every": 0}, "--checkpoint-every is 0"),
         (lambda place: {"thresholds": (0.5, 1.5)}, "--threshold is 1.5; give an exit probability"),
         (lambda place: {"timeout": 0}, "--timeout is 0"),
+        (lambda place: {"timeout": math.nan}, "--timeout is nan"),
+        (lambda place: {"limit": math.inf}, "--limit is inf"),
+        (lambda place: {"limit": math.nan}, "--limit is nan"),
+        (lambda place: {"limit": 1.5}, "--limit is 1.5"),
+        (lambda place: {"recipe": ToyRecipe(seed=2**63)}, "--seed is 9223372036854775808"),
     ],
 )
 def test_bad_input_is_refused(

@@ -16,7 +16,7 @@ from shortv.sample import Sample
 from shortv.workers.training.checkpoint import from_bytes, to_bytes
 from shortv.workers.training.loop import Alone, StepSamples, run_loop
 from shortv.workers.training.rows import StepRow
-from tests.workers.training.toy import ToyRecipe, ToyTrainer, toy_fault, toy_samples
+from tests.workers.training.toy import ToyRecipe, ToyTrainer, toy_samples
 
 
 class Recorded:
@@ -60,7 +60,7 @@ def trained(
         trainer.restore(state)
     data = batches(samples, recipe, start, recipe.steps if end is None else end)
     try:
-        run_loop(trainer, data, start=start, checkpoint_every=every, fault=toy_fault, report=report, team=Alone())
+        run_loop(trainer, data, start=start, checkpoint_every=every, report=report, team=Alone())
     except ShortVError:
         if end is None:
             raise
@@ -90,6 +90,15 @@ def test_a_bad_sample_is_reported_once_and_replaced() -> None:
     assert report.rows[-1].step == 12
 
 
+def test_a_bad_sample_that_comes_twice_in_a_batch_is_reported_once() -> None:
+    """As where a batch reaches over an epoch's end."""
+    good, bad = toy_samples(2, bad=(1,))
+    data, report = [StepSamples(step=0, samples=(bad, good, bad))], Recorded()
+    trainer = ToyTrainer(ToyRecipe(steps=1), alone)
+    run_loop(trainer, data, start=0, checkpoint_every=1, report=report, team=Alone())
+    assert [error.sample_id for error in report.bad] == ["s1"] and report.told == [1]
+
+
 def test_a_batch_of_bad_samples_alone_ends_the_run_with_their_name() -> None:
     with pytest.raises(ShortVError, match=r"none of the 4 samples of step 1 .* is bad"):
         trained(ToyRecipe(), toy_samples(4, bad=range(4)))
@@ -103,7 +112,6 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before() -> None:
             batches(toy_samples(9), recipe, 0, recipe.steps),
             start=0,
             checkpoint_every=2,
-            fault=toy_fault,
             report=report,
             team=Alone(),
         )
@@ -121,7 +129,6 @@ def test_missing_data_is_an_error(start: int, message: str) -> None:
             batches(toy_samples(9), recipe, start, recipe.steps),
             start=0,
             checkpoint_every=2,
-            fault=toy_fault,
             report=Recorded(),
             team=Alone(),
         )

@@ -77,8 +77,7 @@ class ToyTrainer:
     def step(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         recipe = self._recipe
         for sample in samples:
-            if (error := toy_fault(sample)) is not None:
-                raise error
+            self.check(sample)
         if step == recipe.dies_at and not Path(recipe.marker).exists():
             Path(recipe.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -95,6 +94,10 @@ class ToyTrainer:
         self._optimizer.step()
         return {"loss": float(loss.detach()), "learning_rate": rate, "share": 0.5}
 
+    def check(self, sample: Sample) -> None:
+        if sample.prompt == "bad":
+            raise SampleError(stage="decode", error="fake", message=f"{sample.sample_id} is bad")
+
     def state(self) -> dict[str, Tensor]:
         return flat_state(dict(self._parts.named_parameters()), self._optimizer)
 
@@ -103,13 +106,6 @@ class ToyTrainer:
 
     def parts(self) -> ToyParts:
         return self._parts
-
-
-def toy_fault(sample: Sample) -> SampleError | None:
-    """Samples whose prompt says so are bad."""
-    if sample.prompt != "bad":
-        return None
-    return SampleError(stage="decode", error="fake", message=f"{sample.sample_id} is bad")
 
 
 def _numbers(sample: Sample) -> Tensor:

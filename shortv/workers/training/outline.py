@@ -1,0 +1,45 @@
+"""A model without its weights: what tells on the driver whether parts can be trained for it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from shortv.architecture import Architecture
+from shortv.errors import Refused
+from shortv.families import LoadedModel, decoder_of
+from shortv.families.loading import first_line
+from shortv.workers.request import ModelSpec
+
+
+def outline(spec: ModelSpec) -> LoadedModel:
+    """Build a model of a checked spec on torch's meta device, in a fraction of a second: it has shapes and cannot run.
+
+    Raises:
+        Refused: a configuration that no model can be built from, or a text backbone that is not supported.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    remote = spec.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(spec.name, revision=spec.revision, trust_remote_code=remote)
+        with torch.device("meta"):
+            model = cast(Any, AutoModelForImageTextToText).from_config(
+                config, attn_implementation=spec.attn_implementation, trust_remote_code=remote
+            )
+    except Exception as error:  # whatever a configuration makes the model's own code raise
+        raise Refused(
+            f"a model cannot be built from the configuration of {spec.name!r}: {first_line(error)}"
+        ) from error
+    return LoadedModel(
+        name=spec.name,
+        revision=spec.revision,
+        model=model.eval().requires_grad_(False),
+        processor=None,
+        decoder=decoder_of(model),
+        architecture=Architecture.from_config_dict(config.to_dict()),
+        device=torch.device("meta"),
+        context=int(config.get_text_config().max_position_embeddings),
+        chat_template=spec.chat_template,
+    )
