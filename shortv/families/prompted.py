@@ -1,8 +1,8 @@
 """Which positions of a forward are the prompt, where prompt and answer pass the model together.
 
-Learned parts that summarise a prompt must not see its answer. When generating they cannot: the first forward of a
-cache is the prompt. Where one forward brings both (training, the likelihood of a given answer, generation without a
-cache) the caller says which is which.
+Learned parts that judge a prompt must not see its answer. With a cache they cannot: its first forward is the prompt.
+Where one forward brings both (training, the likelihood of a given answer, generation without a cache) the caller says
+which is which.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def prompted(decoder: Decoder, prompt_BT: Tensor) -> Iterator[None]:
         yield
     finally:
         state.pop(_PROMPT) if before is None else state.update({_PROMPT: before})
+
+
+def is_prompted(decoder: Decoder) -> bool:
+    """Whether the caller has said which positions are the prompt's."""
+    return _PROMPT in decoder.text.__dict__
 
 
 def prompt_rows(decoder: Decoder, types: TokenTypes) -> Tensor:

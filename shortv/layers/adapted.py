@@ -96,7 +96,7 @@ class AdaptedRun:
         decoder = self._decoder
 
         def leave(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
-            entered_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+            entered_BTD: Tensor = (args[0] if args else kwargs["hidden_states"]).to(decoder.device(layer))
             adapted_BTD = self._adapted(index, sequence, decoder.attention_norm(layer)(entered_BTD))
             output_BTD: Tensor = decoder.ffn(layer)(_norm_weight(decoder, layer) * adapted_BTD)
             return entered_BTD + output_BTD
@@ -141,7 +141,9 @@ class AdaptedRun:
         """The fold of trained adapters is made once for all plans that share the parts; one in training each time."""
         if pia.first.weight.requires_grad:
             return fold(self._decoder, layer, pia)
-        weights = (*pia.parameters(), cast(Any, self._decoder.ffn(layer)).gate_proj.weight)
+        ffn = cast(Any, self._decoder.ffn(layer))
+        own = (_norm_weight(self._decoder, layer), ffn.gate_proj.weight, ffn.up_proj.weight)
+        weights = (*pia.parameters(), *own)
         state = tuple((value.data_ptr(), 0 if value.is_inference() else value._version) for value in weights)
         if self._parts.derived.get(index, (None,))[0] != state:
             # Outside inference mode, because what is made here serves callers with and without gradients.

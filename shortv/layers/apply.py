@@ -14,7 +14,7 @@ from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
-from shortv.families.parts import Learned, load_parts
+from shortv.families.parts import Learned, held_parts
 from shortv.layers.fast import RUNS, PlannedLayer
 from shortv.layers.learned import run_of
 from shortv.layers.progress import Progress
@@ -27,7 +27,12 @@ _MARK = "_shortv_applied"
 def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]]:
     """Run a transformers model under a plan: `model(...)`, `model.generate(...)` and everything built on them.
 
-    No weights are copied; leaving the context, also by an exception, gives the model back bit for bit.
+    No weights are copied; leaving the context, also by an exception, gives the model back bit for bit. Learned parts
+    are read once and stay with the model, two plans' at most.
+
+    EAS and DyVTE judge a prompt by the first forward of its KV cache: prefill it at once, because tokens that come
+    later (chunks, turns, answers) give no information and let no visual token leave. Without a cache they cannot tell
+    prompt from answer, and refuse a sequence that grows token by token.
 
     Args:
         plan: a Plan, a plan file, a folder with `shortv_plan.json`, or the name of a published plan.
@@ -50,7 +55,7 @@ def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]
     )
     decoder, learned = decoder_of(model), None
     if plan.parts is not None:
-        parts = load_parts(plan.parts, decoder, architecture)
+        parts = held_parts(plan.parts, decoder, architecture)
         learned = Learned(parts=parts, threshold=plan.parts.threshold)
     with executing(model, plan.modes, learned):
         yield warnings

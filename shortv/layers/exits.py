@@ -2,7 +2,7 @@
 
 Visual rows of a sample that exits after layer e are in no later layer: not among the rows of its products and not in
 its KV cache. Text keeps its positions. Nothing is decided while decoding; each layer's mask is that of what it kept.
-Without a KV cache every token is a prefill of its own, decisions included.
+Routers read the prompt alone, also where its answer passes the model with it (`families.prompted`).
 Shapes: B batch, T positions, S rows of a sample (packed), N rows of all samples, K keys, D width, C width of a head.
 """
 
@@ -71,7 +71,7 @@ class Exits:
         def begin(*_: Any) -> None:
             self._prefill = None
             if progress.has_visual:
-                self._prefill = _Prefill(progress.types, self._parts, self._threshold)
+                self._prefill = _Prefill(progress, self._parts, self._threshold)
             elif not progress.past:
                 progress.history = replace(progress.history, exits_B=_nobody(progress.types, len(self._parts.routers)))
 
@@ -103,14 +103,15 @@ class Exits:
 class _Prefill:
     """One prefill with images: who has left so far, and which rows are there."""
 
-    def __init__(self, types: TokenTypes, parts: ExitRouters, threshold: float) -> None:
+    def __init__(self, sequence: SequenceState, parts: ExitRouters, threshold: float) -> None:
+        types, read = sequence.types, prompt_types(sequence)
         self._types, self._parts, self._threshold = types, parts, threshold
         self._num_layers = len(parts.routers)
-        mean_BT = averaged(types, parts.settings.mean_over)
+        mean_BT = averaged(read, parts.settings.mean_over)
         # All that the host has to know is asked for at once; from here on, only who leaves.
         counts = torch.stack([types.text_BT.sum(1), types.visual_BT.sum(1), mean_BT.sum(1)])
         self._n_text, self._n_visual, n_mean = counts.tolist()
-        self._all_text = TextRows.of(types, parts.settings.mean_over, width=max(n_mean))
+        self._all_text = TextRows.of(read, parts.settings.mean_over, width=max(n_mean))
         self._text = self._all_text
         self._exits = [self._num_layers] * len(self._n_visual)
         self._has_image_B = types.visual_BT.any(1)
@@ -149,6 +150,12 @@ class _Prefill:
         self.split = Split(left_BT, counts=counts)
         self._text = self._all_text.among(left_BT)
         self.kept[layer + 1 :] = [self.split.updated] * (self._num_layers - layer - 1)
+
+
+def prompt_types(sequence: SequenceState) -> TokenTypes:
+    """What routers read: text of the prompts, and where their images are."""
+    types = sequence.types
+    return TokenTypes(visual_BT=types.visual_BT, text_BT=types.text_BT & sequence.prompt_BT)
 
 
 def _nobody(types: TokenTypes, num_layers: int) -> Tensor:
@@ -217,10 +224,9 @@ def _attach_reference(
         if not sequence.has_visual:
             return
         exits_B = cast(Tensor, sequence.history.exits_B).clone()
+        types = prompt_types(sequence)
         for row in (exits_B == num_layers).nonzero()[:, 0].tolist():
-            state_1E = text_state(
-                output_BTD[row], sequence.types.visual_BT[row], sequence.types.text_BT[row], parts.settings.mean_over
-            )
+            state_1E = text_state(output_BTD[row], types.visual_BT[row], types.text_BT[row], parts.settings.mean_over)
             if state_1E is not None and parts.exit_probability(index, state_1E) >= threshold:
                 exits_B[row] = index
         sequence.history = replace(sequence.history, exits_B=exits_B)

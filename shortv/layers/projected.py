@@ -98,7 +98,7 @@ class ProjectedRun:
         for owner, name, weight in self._parts.places(self._decoder):
             own = owner._parameters[name]
             assert own is not None
-            if weight.device != own.device:  # of a model that is spread over several, from the first time on
+            if weight.device != own.device:  # the model moved since the parts were made
                 weight.data = weight.data.to(own.device)
             undo.callback(owner._parameters.__setitem__, name, own)
             owner._parameters[name] = weight

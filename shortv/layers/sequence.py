@@ -19,7 +19,7 @@ from transformers import Cache
 from shortv.errors import ShortVError
 from shortv.families import Decoder
 from shortv.families.parts.base import Learned
-from shortv.families.prompted import prompt_rows
+from shortv.families.prompted import is_prompted, prompt_rows
 from shortv.plan import Mode, PartsKind
 from shortv.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
 
@@ -94,6 +94,7 @@ class SequenceState:
         self._thread: int | None = None
         self._entered = True
         self.types = TokenTypes(visual_BT=torch.empty(0), text_BT=torch.empty(0))
+        self._uncached_BT: Tensor | None = None
         self.history: History
         self.past = 0
         """Positions before this forward."""
@@ -163,6 +164,7 @@ class SequenceState:
         if input_ids_BT is None:
             raise ShortVError("this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids")
         cache = call.get("past_key_values")
+        self._check_cached(input_ids_BT, cache)
         self.past = int(cache.get_seq_length()) if cache is not None else 0
         mask_BK = _key_mask(call.get("attention_mask"))
         mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
@@ -205,6 +207,18 @@ class SequenceState:
             )
         visual_BK = torch.cat([before.visual_BK[:, : self.past], self.types.visual_BT], dim=1)
         return replace(before, visual_BK=visual_BK, has_visual=before.has_visual or self.has_visual)
+
+    def _check_cached(self, ids_BT: Tensor, cache: Cache | None) -> None:
+        """Refuse to generate without a KV cache where learned parts would take each new token for the prompt's."""
+        if self._learned is None or not self._learned.parts.reads_prompt or is_prompted(self._decoder):
+            return
+        before_BT = self._uncached_BT
+        if cache is None and before_BT is not None and torch.equal(before_BT.to(ids_BT.device), ids_BT[:, :-1]):
+            raise ShortVError(
+                f"tokens are generated without a KV cache, so {self._learned.parts.kind} parts would take the answer "
+                "for the prompt; generate with use_cache=True"
+            )
+        self._uncached_BT = ids_BT.clone() if cache is None else None
 
     def _check_text(self) -> None:
         if not bool(self.types.text_BT.any()):

@@ -137,8 +137,8 @@ def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str)
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True, "temperature": 0.8}],
-    ids=["greedy", "beams", "no-cache", "sampling"],
+    [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}],
+    ids=["greedy", "beams", "sampling"],
 )
 @pytest.mark.parametrize("kind", RUNNING)
 def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None:

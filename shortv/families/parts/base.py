@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -18,12 +18,16 @@ class Parts(nn.Module):
     kind: ClassVar[PartsKind]
     needs_tower: ClassVar[bool] = False
     """Whether a prefill needs the vision tower itself to run: features that are kept from before are not enough."""
+    reads_prompt: ClassVar[bool] = False
+    """Whether they judge a sequence by its prompt, and must not take its answer for it."""
+    digest: str | None = None
+    """What names them: of weights and settings on disk. None: never saved, or in training."""
     settings: Any
     """A frozen dataclass of numbers, texts and tuples of them: what the weights alone don't tell."""
 
     @classmethod
     def build(cls, decoder: Decoder, settings: Any) -> Self:
-        """Make parts with fresh weights, float32, on the decoder's device. Raises Refused where a family has none."""
+        """Make parts with fresh weights, float32, each where its layer is. Raises Refused where a family has none."""
         raise NotImplementedError
 
     @classmethod
@@ -38,10 +42,17 @@ class Parts(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """Parts as a plan uses them; plans that differ in the threshold alone share the parts."""
+    """Parts as a plan uses them; plans that differ in the threshold alone share the parts.
 
-    parts: Parts
+    Equal are those that do the same: parts of one digest, however often they were loaded.
+    """
+
+    parts: Parts = field(compare=False)
     threshold: float | None = None
+    identity: tuple[PartsKind, str | Parts] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identity", (self.parts.kind, self.parts.digest or self.parts))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learned:
         """Itself: a copied KV cache goes on under the plan that filled it, and shares its weights."""

@@ -62,6 +62,7 @@ class ExitRouters(Parts):
     """One router per decoder layer, not shared (`reference/dyvte.md`, section 2)."""
 
     kind: ClassVar[PartsKind] = PartsKind.DYVTE
+    reads_prompt: ClassVar[bool] = True
     settings: RouterSettings
 
     def __init__(

@@ -142,6 +142,7 @@ class Eas(Parts):
     """The adapters of a model's layers."""
 
     kind: ClassVar[PartsKind] = PartsKind.EAS
+    reads_prompt: ClassVar[bool] = True
     settings: EasSettings
 
     def __init__(self, settings: EasSettings, kept: dict[str, Adapter], skipped: dict[str, Pia]) -> None:

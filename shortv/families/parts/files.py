@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from shortv.architecture import Architecture
@@ -115,7 +115,7 @@ def check_parts(named: LearnedParts, config_digest: str) -> Header:
     """Check, without the weights, that the parts a plan names are there and for a model of this architecture.
 
     Raises:
-        Refused: nothing there, or parts of another model, of another kind, or not those of the plan.
+        Refused: nothing there, parts of another model or another kind, weights cut short, or not those of the plan.
     """
     header = read_header(named.path)
     if header.kind is not named.kind:
@@ -130,16 +130,26 @@ def check_parts(named: LearnedParts, config_digest: str) -> Header:
             f"the parts in {named.path} ({header.digest[:12]}) are not those that the plan names "
             f"({named.digest[:12]}); make the plan again, or restore the folder"
         )
-    if not (Path(named.path) / WEIGHTS_NAME).is_file():
-        raise Refused(f"{named.path} holds {HEADER_NAME} and no {WEIGHTS_NAME}; {_AGAIN}")
+    _check_length(Path(named.path) / WEIGHTS_NAME)
     return header
 
 
+def _check_length(weights: Path) -> None:
+    if not weights.is_file():
+        raise Refused(f"{weights.parent} holds {HEADER_NAME} and no {WEIGHTS_NAME}; {_AGAIN}")
+    try:
+        # Opening compares the file's length with what its first bytes say, and reads no tensor.
+        with safe_open(weights, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{weights} is cut short, or no file of weights ({error}); {_AGAIN}") from error
+
+
 def load_parts(named: LearnedParts, decoder: Decoder, architecture: Architecture) -> Parts:
-    """Load what a plan names for a model: in its dtype, on its device, in evaluation mode, without gradients.
+    """Load what a plan names for a model: in its dtype, where its layers are, in evaluation mode, without gradients.
 
     Raises:
-        Refused: nothing there, parts of another model or another kind, weights cut short, or not those of the plan.
+        Refused: what `check_parts` refuses, or weights that were changed.
     """
     header = check_parts(named, architecture.config_digest)
     if header.kind not in PARTS:
@@ -153,8 +163,8 @@ def load_parts(named: LearnedParts, decoder: Decoder, architecture: Architecture
         parts.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:
         raise Refused(f"the weights in {named.path} do not fit: {str(error).splitlines()[0]}; {_AGAIN}") from error
-    like = next(decoder.layers[0].parameters())
-    return parts.to(like.device, like.dtype).eval().requires_grad_(False)
+    parts.digest = header.digest
+    return parts.to(next(decoder.layers[0].parameters()).dtype).eval().requires_grad_(False)
 
 
 def _digest(weights: bytes, settings: Mapping[str, Any]) -> str:

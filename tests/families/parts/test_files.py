@@ -85,6 +85,12 @@ def _cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
 
 
+def _turn(folder: Path) -> None:
+    file = folder / "parts.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -100,7 +106,12 @@ def _cut(folder: Path) -> None:
         (_edit(config_digest="cd" * 32), r"were trained on random \(architecture cdcdcdcdcdcd\), and this model has"),
         (_edit(digest="cd" * 32), r"\(cdcdcdcdcdcd\) are not those that the plan names"),
         (_edit(settings={"layers": [0, 1]}), "not as they were saved: changed, or cut short; train the parts again"),
-        (_cut, "not as they were saved: changed, or cut short; train the parts again, or restore the folder"),
+        (_turn, "not as they were saved: changed, or cut short; train the parts again, or restore the folder"),
+        (_cut, r"parts\.safetensors is cut short, or no file of weights \(.*\); train the parts again, or restore"),
+        (
+            lambda folder: (folder / "parts.safetensors").write_bytes(b""),
+            r"parts\.safetensors is cut short, or no file",
+        ),
         (lambda folder: (folder / "parts.safetensors").unlink(), r"holds parts\.json and no parts\.safetensors"),
     ],
 )
@@ -122,10 +133,23 @@ def test_parts_of_another_model_are_refused_without_reading_weights(
     register(monkeypatch)
     model, other = loaded(random_model()), loaded(random_model("qwen2-vl"))
     named = save_shifts(tmp_path, model, layers=(0,))
-    (tmp_path / "parts.safetensors").write_bytes(b"")
+    _turn(tmp_path)
     assert check_parts(named, model.architecture.config_digest).digest == named.digest
     with pytest.raises(Refused, match="train parts for this model"):
         check_parts(named, other.architecture.config_digest)
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_weights_cut_short_are_found_without_a_model(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch)
+    model = loaded(random_model())
+    named = save_shifts(tmp_path, model, layers=(0,))
+    weights = tmp_path / "parts.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(Refused, match="cut short"):
+        check_parts(named, model.architecture.config_digest)
 
 
 def test_weights_that_do_not_fit_the_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
