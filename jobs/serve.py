@@ -42,7 +42,8 @@ from shortv.workers.serving.arguments import BUNDLED_NAME, EndpointArguments
 @option("--max-queued", type=int, default=64, show_default=True, help="Requests that may wait in each replica.")
 @option("--timeout", type=float, default=120.0, show_default=True, help="Seconds after which a request is given up.")
 @option("--max-body-mb", type=float, default=20.0, show_default=True, help="Largest request body.")
-@option("--max-image-megapixels", type=float, default=36.0, show_default=True, help="Largest image.")
+@option("--max-images", type=int, default=16, show_default=True, help="Most images of a request.")
+@option("--max-image-megapixels", type=float, default=64.0, show_default=True, help="Of a request's images together.")
 def main(host: str | None, port: int, **arguments: Any) -> int:
     if not arguments["model"]:
         arguments |= {"model": bundled("model"), "served_model_name": arguments["served_model_name"] or BUNDLED_NAME}

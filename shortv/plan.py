@@ -193,7 +193,8 @@ class Plan:
         warnings = []
         if model != self.model:
             warnings.append(f"{made_for}, not {model}; the architectures agree, the weights may not")
-        if revision != self.revision or revision is None:
+        # A folder has no revision, and a plan made for that folder names none: nothing to warn of.
+        if revision != self.revision or (revision is None and model != self.model):
             warnings.append(
                 f"plan {self.name!r} was made for revision {self.revision or 'unknown'}, "
                 f"the model's is {revision or 'unknown'}"

@@ -121,9 +121,7 @@ def _fitting(source: PlanSource, model: ModelFacts) -> tuple[Entry, list[str]]:
 
         header = check_parts(plan.parts, sizes.config_digest)
         training = Training(header.parameters, header.train_seconds)
-    # A folder has no revision, and a plan made for that folder names none: nothing to warn of.
-    known = plan.model == model.name and plan.revision == model.revision
-    return Entry(plan=plan, kind=Kind(source.kind), training=training), [] if known else warnings
+    return Entry(plan=plan, kind=Kind(source.kind), training=training), warnings
 
 
 def _distinct(entries: Sequence[Entry], model: str) -> tuple[Entry, ...]:

@@ -85,8 +85,12 @@ def replica_app(
     *,
     engine: EngineSettings,
     folder: ShippedFolder | None = None,
+    drain_s: float = 10.0,
 ) -> Any:
-    """The deployment of replicas, bound; it is an application of its own for callers with a handle."""
+    """The deployment of replicas, bound; it is an application of its own for callers with a handle.
+
+    A replica that is no longer needed has `drain_s` to end what it answers.
+    """
     setup = ReplicaSetup(
         spec=spec,
         device=resources.device,
@@ -97,18 +101,20 @@ def replica_app(
         environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
     )
     low, high = resources.range
+    most = engine.batch_size + engine.max_queued
     size = {"num_replicas": low} if low == high else {"autoscaling_config": _autoscaling(low, high, engine.batch_size)}
     deployment: Any = serve.deployment(
         Replica,
         name=REPLICA,
         # Requests wait in the engine, which sees them all: Serve's own queue polls, with pauses of growing length.
-        max_ongoing_requests=2 * (engine.batch_size + engine.max_queued),
-        max_queued_requests=engine.batch_size + engine.max_queued,
+        max_ongoing_requests=2 * most,
+        # While no replica is there, all that an endpoint takes waits here, and looks at the plans beside it.
+        max_queued_requests=2 * high * most,
         user_config={"plans": [json.loads(plan.to_json()) for plan in plans]},
         ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=_LOGGING,
         **size,
@@ -148,6 +154,7 @@ def build(arguments: EndpointArguments) -> Any:
         max_queued_requests=_REFUSING,
         backpressure_config={"status_code": 429, "retry_after_s": settings.retry_after_s},
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=arguments.timeout,
         logging_config=_LOGGING,
     )
     return face.bind(replicas_of(arguments), arguments, settings)
@@ -168,6 +175,7 @@ def replicas_of(arguments: EndpointArguments, *, folder: ShippedFolder | None = 
         resources,
         engine=EngineSettings(batch_size=arguments.batch_size, max_queued=arguments.max_queued),
         folder=folder,
+        drain_s=arguments.timeout,
     )
 
 
@@ -176,10 +184,11 @@ def endpoint_settings(arguments: EndpointArguments) -> EndpointSettings:
     return EndpointSettings(
         key_digests=key_digests_of(arguments.api_key_file) if arguments.api_key_file else (),
         max_body_bytes=int(arguments.max_body_mb * 2**20),
+        max_images=arguments.max_images,
         max_image_pixels=int(arguments.max_image_megapixels * 1e6),
         timeout_s=arguments.timeout,
-        # Fewer than the replicas take: what is too much is turned away here, where that costs next to nothing.
-        max_in_flight=arguments.range.high * arguments.max_queued,
+        # As many as the replicas take: what is too much is turned away here, where that costs next to nothing.
+        max_in_flight=arguments.range.high * (arguments.batch_size + arguments.max_queued),
     )
 
 

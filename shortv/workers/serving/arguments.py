@@ -14,6 +14,15 @@ from shortv.workers.request import ModelSpec, WorkerRange, parse_workers, read_c
 
 BUNDLED_NAME = "shortv-tiny"
 """The name under which the bundled model is served unless another is given."""
+_POSITIVE = (
+    "batch_size",
+    "max_queued",
+    "timeout",
+    "max_body_mb",
+    "max_images",
+    "max_image_megapixels",
+    "gpus_per_replica",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +31,7 @@ class EndpointArguments:
 
     `plans` are files, folders or published names, as a list or as text parted by commas. `replicas` is `N` or
     `MIN:MAX`. Times are in seconds. `max_queued` bounds the questions that wait in a replica.
+    `max_images` and `max_image_megapixels` bound the images of a request, the latter all of them together.
     `reports` is the folder or object-store URI above runs to serve below /reports/.
     """
 
@@ -41,12 +51,13 @@ class EndpointArguments:
     max_queued: int = 64
     timeout: float = 120.0
     max_body_mb: float = 20.0
-    max_image_megapixels: float = 36.0
+    max_images: int = 16
+    max_image_megapixels: float = 64.0
     api_key_file: str | None = None
     reports: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_queued", "timeout", "max_body_mb", "max_image_megapixels", "gpus_per_replica"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise Refused(f"{_option(name)} is {getattr(self, name):g}; give more than 0")
         if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
@@ -14,10 +15,10 @@ from ray.serve.handle import DeploymentHandle
 
 from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
 
-T = TypeVar("T")
 # How long a handle may take to find a replica that can list its plans.
 _PLANS_S = 10.0
-_PLANS_KEPT_S = 1.0
+# Plans older than the first are looked up; those older than the second are not used.
+_PLANS_FRESH_S, _PLANS_KEPT_S = 1.0, 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 # Together these outlast the time until Serve no longer sends questions to a replica whose device is lost.
 _LOSS_PAUSE_S = 0.5
@@ -39,7 +40,8 @@ class ReplicaClient:
         self._patient = patient
         self._suspects = asyncio.Lock()
         self._plans: Mapping[str, str] = {}
-        self._plans_until = 0.0
+        self._plans_at = -math.inf
+        self._looking: asyncio.Task[bool] | None = None
 
     async def answer(self, question: Question) -> Answer | Failure:
         """Answer one question. Raises CancelledError when the caller gives up; its place is free then."""
@@ -74,18 +76,40 @@ class ReplicaClient:
                 response.cancel()
 
     async def plans(self) -> Mapping[str, str]:
-        """Digest of each plan by name, as one of the replicas knows them; at most a second old."""
-        if time.monotonic() > self._plans_until:
-            self._plans = await asyncio.wait_for(_awaited(self._handle.plans.remote()), _PLANS_S)
-            self._plans_until = time.monotonic() + _PLANS_KEPT_S
+        """Digest of each plan by name, as one of the replicas knew them in the last seconds.
+
+        Raises:
+            TimeoutError: no replica could be asked.
+        """
+        if not await self._looked(_PLANS_KEPT_S):
+            raise TimeoutError("no replica can list its plans")
         return self._plans
 
     async def healthy(self) -> bool:
         """Whether a replica answers."""
         try:
-            await self.plans()
+            return await self._looked(_PLANS_FRESH_S)
         except Exception:  # whatever is wrong, there is no replica to talk to
             return False
+
+    async def _looked(self, within_s: float) -> bool:
+        """Whether the plans were seen within that time; where they were not, a look that all callers share decides."""
+        age = time.monotonic() - self._plans_at
+        if age <= _PLANS_FRESH_S:
+            return True
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        return age <= within_s or await asyncio.shield(self._looking)
+
+    async def _look(self) -> bool:
+        """Ask until a replica lists its plans."""
+        try:
+            async with asyncio.timeout(_PLANS_S):
+                while isinstance(found := await _outcome(self._handle.plans.remote()), Failure):
+                    await asyncio.sleep(_FIRST_PAUSE_S)
+        except TimeoutError:
+            return False
+        self._plans, self._plans_at = found, time.monotonic()
         return True
 
     async def aclose(self) -> None:
@@ -121,10 +145,6 @@ async def _outcome(response: Any) -> Any:
         if failure is None:
             raise
         return failure
-
-
-async def _awaited(response: Awaitable[T]) -> T:
-    return await response
 
 
 def _failure(error: Exception) -> Failure | None:

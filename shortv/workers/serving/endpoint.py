@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -42,7 +43,7 @@ class Replicas(Protocol):
         ...
 
     async def plans(self) -> Mapping[str, str]:
-        """Digest of each plan by name; asked for every request, so it must be cheap."""
+        """Digest of each plan by name; asked for every request, so it must be cheap. Raises TimeoutError."""
         ...
 
     async def healthy(self) -> bool:
@@ -178,6 +179,7 @@ def _json(body: bytes) -> Response:
 async def _route_problem(request: Request, error: Exception) -> Response:
     """What the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    known = f"POST /v1/chat/completions, GET /v1/models, GET {HEALTH_PATH}"
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    known = ", ".join(f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ()))
     allowed = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     raise Rejected(error.status_code, f"{error.detail.lower()}; there is {known}", code="no_route", headers=allowed)

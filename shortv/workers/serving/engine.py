@@ -39,8 +39,9 @@ class EngineSettings:
 
     At most `batch_size` rows run at once, in `max_batches` batches; more batches, and small ones while many rows wait,
     begin only where no place has become free for `patience_s`. A batch that could be larger waits for company for
-    `wait_ms`. More than `max_queued` waiting rows are turned away. `vision_bytes` bounds the kept vision features. An
-    engine whose step takes longer than `stall_s` counts as stuck.
+    `wait_ms`. Beyond `max_queued` rows that wait while `batch_size` run, rows are turned away. `vision_bytes` bounds
+    the kept vision features, `image_bytes` the decoded images of all rows. An engine whose step takes longer than
+    `stall_s` counts as stuck.
     """
 
     batch_size: int = 16
@@ -49,6 +50,7 @@ class EngineSettings:
     patience_s: float = 5.0
     max_queued: int = 64
     vision_bytes: int = 1 << 30
+    image_bytes: int = 2 << 30
     stall_s: float = 300.0
 
 
@@ -78,9 +80,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, row: Row) -> None:
-        """Hand over a row, from any thread; it fails at once where too many wait already."""
-        if self.load[1] >= self.settings.max_queued:
-            row.fail(Reason.OVERLOADED, f"{self.settings.max_queued} requests wait already; ask again later")
+        """Hand over a row, from any thread; it fails at once where too many are there already."""
+        most = self.settings.batch_size + self.settings.max_queued
+        if sum(self.load) >= most:
+            row.fail(Reason.OVERLOADED, f"this replica has {most} requests already; ask again later")
         else:
             self._inbox.put(row)
             if self._ended:
@@ -104,7 +107,8 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Rows that run and rows that wait."""
-        return sum(batch.places for batch in self._batches), len(self._waiting) + self._inbox.qsize()
+        waiting = sum(not row.over for row in self._waiting)
+        return sum(batch.places for batch in self._batches), waiting + self._inbox.qsize()
 
     def _work(self) -> None:
         try:
@@ -178,11 +182,14 @@ class Engine:
 
     def _prefill(self, rows: Sequence[Row]) -> None:
         self._under(rows[0])
+        begun = []
         if rows[0].continuation is None:
-            self._batches.append(RunningBatch(self._loaded, self.vision, rows))
+            begun.append(RunningBatch(self._loaded, self.vision, rows))
         else:
             self._score(rows)
+        # In this order no row is ever counted twice.
         self._waiting = [row for row in self._waiting if row not in rows]
+        self._batches += begun
 
     def _score(self, rows: Sequence[Row]) -> None:
         named = [NamedPrompt(name="it", prompt=row.prompt, continuation=row.continuation or "") for row in rows]

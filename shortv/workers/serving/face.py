@@ -12,6 +12,7 @@ from reports.service import make_service
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
+from shortv.workers.serving.gate import log_requests
 from shortv.workers.serving.settings import EndpointSettings
 
 
@@ -22,6 +23,7 @@ class Endpoint:
         self, replicas: DeploymentHandle[Any], arguments: EndpointArguments, settings: EndpointSettings
     ) -> None:
         """Take the handle of the replicas."""
+        log_requests()
         client, reports = ReplicaClient(replicas), reports_of(arguments)
         self._app = make_endpoint(arguments.served_name, client, settings, reports=reports)
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,7 +22,16 @@ from shortv.workers.serving.settings import EndpointSettings
 logger = logging.getLogger("shortv.endpoint")
 HEALTH_PATH = "/healthz"
 _VISIT = "shortv.visit"
+_LONGEST_PATH = 200
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+def log_requests() -> None:
+    """Let this process write a line per request to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +42,8 @@ class Visit:
     shown_id: str
     """The caller's own id where it is acceptable."""
     unique_id: str
+    line: str
+    """Method and path; quoted, so that it is one line whatever the path holds."""
     model: str | None = None
     """The model's name, once it is known to be one of ours."""
     received: int = 0
@@ -43,12 +55,13 @@ class Visit:
     def begin(cls, scope: Scope) -> Visit:
         """Begin the notes of a request."""
         headers = dict(scope["headers"])
+        line = f"{scope['method']} {quote(scope['path'])[:_LONGEST_PATH]}"
         given, own = headers.get(b"x-request-id", b""), uuid.uuid4().hex
         if not _ACCEPTED_ID.fullmatch(given):
-            return cls(headers=headers, shown_id=own, unique_id=own)
+            return cls(headers=headers, shown_id=own, unique_id=own, line=line)
         # Two callers may choose one id, and replicas must not mistake their questions for each other.
         shown = given.decode("ascii")
-        return cls(headers=headers, shown_id=shown, unique_id=f"{shown}.{own[:12]}")
+        return cls(headers=headers, shown_id=shown, unique_id=f"{shown}.{own[:12]}", line=line)
 
 
 def visit_of(scope: Scope) -> Visit:
@@ -152,5 +165,5 @@ async def _tell(problem: Rejected, visit: Visit, send: Send) -> None:
 def _log(visit: Visit) -> None:
     milliseconds = 1000 * (time.perf_counter() - visit.started)
     status, model = visit.status or CLIENT_GONE, visit.model or "-"
-    form = "%s status=%d model=%s received=%d sent=%d ms=%.1f"
-    logger.info(form, visit.shown_id, status, model, visit.received, visit.sent, milliseconds)
+    form = "%s %s status=%d model=%s received=%d sent=%d ms=%.1f"
+    logger.info(form, visit.shown_id, visit.line, status, model, visit.received, visit.sent, milliseconds)

@@ -17,6 +17,7 @@ from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
 from shortv.errors import Refused, SampleError
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.image_room import ImageRoom
 from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.row import Event, Row
@@ -25,6 +26,8 @@ from shortv.workers.worker import Environment
 
 LOG = logging.getLogger("shortv.replica")
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
+
+_NO_ROOM = Failure(reason=Reason.OVERLOADED, message="the images of other requests fill the memory; ask again later")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class Replica:
         import torch
 
         from shortv.families import load, quiet_transformers
+        from shortv.workers.serving.prompt_length import PromptLength
 
         quiet_transformers()
         if setup.threads:
@@ -73,6 +77,8 @@ class Replica:
         self._name = setup.spec.name
         self._shelf = PartsShelf(self._loaded, setup.parts)
         self._book = self._book_of({})
+        self._length = PromptLength(self._loaded)
+        self._room = ImageRoom(setup.engine.image_bytes)
         self._engine = Engine(self._loaded, setup.engine)
         self._engine.start()
         self._metrics = _Metrics()
@@ -138,22 +144,23 @@ class Replica:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        row = await self._row(question, tell, streams=streams, continuation=continuation)
-        if isinstance(row, Failure):
-            self._metrics.note(question, row, started)
-            yield row
-            return
-        self._engine.submit(row)
-        try:
-            while True:
-                event = await events.get()
-                yield event
-                if not isinstance(event, Piece):
-                    self._metrics.note(question, event, started)
-                    return
-        finally:
-            # Also when the caller goes away: the place is free after the current step.
-            row.cancelled = True
+        with self._room.taken(question.turns) as fits:
+            row = await self._row(question, tell, streams=streams, continuation=continuation) if fits else _NO_ROOM
+            if isinstance(row, Failure):
+                self._metrics.note(question, row, started)
+                yield row
+                return
+            self._engine.submit(row)
+            try:
+                while True:
+                    event = await events.get()
+                    yield event
+                    if not isinstance(event, Piece):
+                        self._metrics.note(question, event, started)
+                        return
+            finally:
+                # Also when the caller goes away: the place is free after the current step.
+                row.cancelled = True
 
     async def _row(self, question: Question, tell: Any, *, streams: bool, continuation: str | None) -> Row | Failure:
         from shortv.families.prompts import prompt_of
@@ -168,6 +175,7 @@ class Replica:
             return Failure(reason=Reason.LOST, message=self._engine.trouble)
         try:
             prompt = await asyncio.to_thread(prompt_of, self._loaded, question.turns)
+            await self._length.check(prompt.text + (continuation or ""))
         except SampleError as error:
             return Failure(reason=Reason.INVALID, message=str(error))
         return Row(

@@ -7,12 +7,15 @@ refusal pays too (see jobs/bench.py campaign). Behind proxies runs `app.endpoint
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import uvicorn
@@ -29,15 +32,19 @@ from shortv.errors import Refused
 from shortv.families import load_architecture, load_processor
 from shortv.listening import address_of, bound, check_host
 from shortv.workers.cluster import connected
+from shortv.workers.engine import ModelEngine
 from shortv.workers.serving.app import deploy, endpoint_settings, replicas_of, shipped
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.face import reports_of
+from shortv.workers.serving.gate import log_requests
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.stopping import Stopped, stop_on_signal
 
 APP = "shortv"
+_DELETION_S = 15.0
+_GONE = "gone"
 
 
 def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, console: Console) -> int:
@@ -48,10 +55,13 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
         ShortVError: the replicas do not come up.
     """
     host = check_host(host, with_key=arguments.api_key_file is not None)
+    # Replicas that start later load the same weights, whatever a branch on the hub names by then.
+    arguments = replace(arguments, revision=ModelEngine().pin(arguments.spec()).revision)
     check_model(arguments, console)
     settings, reports = endpoint_settings(arguments), reports_of(arguments)
     # The endpoint has a limit of its own, and an answer for images beyond it.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    log_requests()
     with bound(host, port) as listening, connected(), suppress(Stopped), stop_on_signal():
         others = _applications()
         if APP in others:
@@ -70,7 +80,11 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
 
 def _end(*, alone: bool) -> None:
     """End the application. Those of others on the cluster go on, and so does Serve where it has any."""
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)
+    # Nobody waits for an answer any more, so replicas end at once; one that does not ends with its cluster.
+    until = time.monotonic() + _DELETION_S
+    while _status() != _GONE and time.monotonic() < until:
+        time.sleep(0.1)
     # A Ray of this process ends with it, more quietly.
     if alone and os.environ.get("RAY_ADDRESS"):
         serve.shutdown()  # type: ignore[no-untyped-call]
@@ -81,11 +95,17 @@ async def _listen(face: FastAPI, listening: socket.socket, say: Callable[[], Non
     server = uvicorn.Server(
         uvicorn.Config(face, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10)
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     serving = asyncio.create_task(server.serve([listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.02)
     say()
     await serving
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback of a request that the stop has cut off: uvicorn says how many those are."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _applications() -> list[str]:
@@ -143,4 +163,4 @@ def _status() -> str:
         application = serve.status().applications.get(APP)
     except (RayError, RayServeException):
         return "out of reach"
-    return str(application.status.value) if application else "gone"
+    return str(application.status.value) if application else _GONE

@@ -16,11 +16,11 @@ class EndpointSettings:
 
     key_digests: tuple[str, ...] = ()
     max_body_bytes: int = 20 * 2**20
-    max_image_pixels: int = 36_000_000
+    max_image_pixels: int = 64_000_000
+    """Of all images of a request together."""
     max_images: int = 16
     max_prompt_chars: int = 1_000_000
     """Of all texts together: far beyond any context, so that nobody tokenizes megabytes in order to refuse them."""
-    max_tokens: int = 4096
     default_max_tokens: int = 1024
     timeout_s: float = 120.0
     max_in_flight: int = 64

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 from PIL import Image
+from starlette.types import ASGIApp
 
 from shortv.chat import Answer, Failure, Piece, Question, Reason, TokenLogprob
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
@@ -129,9 +130,15 @@ def body(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
 
 
-def client_of(replicas: FakeReplicas, address: str = "127.0.0.1", host: str = "localhost", **settings: Any) -> Any:
+def client_of(
+    replicas: FakeReplicas,
+    address: str = "127.0.0.1",
+    host: str = "localhost",
+    reports: ASGIApp | None = None,
+    **settings: Any,
+) -> Any:
     """An HTTP client whose requests reach an endpoint without a socket."""
-    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings))
+    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings), reports=reports)
     transport = httpx.ASGITransport(app, client=(address, 4711))
     return httpx.AsyncClient(transport=transport, base_url=f"http://{host}")
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 
 from shortv.chat import FULL_MODEL, Failure, Reason
 from tests.workers.serving.endpoint_fakes import (
@@ -146,7 +147,9 @@ def test_a_broken_service_says_nothing_of_its_inside() -> None:
 
 
 def test_unknown_paths_and_methods_have_the_form_of_errors() -> None:
-    assert "/v1/chat/completions" in problem(get("/v1/nothing"), 404)["message"]
+    known = "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{name}, GET /healthz"
+    assert problem(get("/v1/nothing"), 404)["message"] == f"not found; there is {known}"
+    assert problem(get("/v1/nothing", reports=Starlette()), 404)["message"].endswith(f"{known}, GET /reports")
     response = get("/v1/chat/completions")
     problem(response, 405)
     assert response.headers["allow"] == "POST"

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from shortv.chat import Failure, Reason
 from shortv.layers.sequence import keep_rows
 from shortv.workers.serving.batch import RunningBatch, end_tokens
-from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.transcript import Transcript
 from tests.processors import CHECKPOINTS, build_tokenizer
@@ -51,6 +51,33 @@ def test_places_that_stay_free_are_given_to_those_who_wait(long: tuple[int, ...]
         assert not any(told.row.done for told in slow)
         for told in slow:
             told.row.cancelled = True
+
+
+def test_a_replica_takes_what_runs_and_what_may_wait() -> None:
+    """All come before any has a place."""
+    engine = Engine(bundled(), EngineSettings(batch_size=3, max_queued=1))
+    *taken, surplus = submit(engine, *(row_of(bundled(), calibration()[0], max_tokens=2) for _ in range(5)))
+    engine.start()
+    try:
+        assert [told.answer().completion_tokens for told in taken] == [2] * 4
+        assert refused(surplus).reason is Reason.OVERLOADED
+    finally:
+        engine.stop()
+
+
+def test_rows_that_nobody_waits_for_take_no_place() -> None:
+    engine = Engine(bundled(), EngineSettings(batch_size=1, max_queued=1))
+    engine._waiting = [row_of(bundled(), calibration()[0]).row for _ in range(2)]
+    assert engine.load == (0, 2)
+    engine._waiting[0].cancelled = True
+    assert engine.load == (0, 1)
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    long = row_of(bundled(), replace(calibration()[0], prompt="circle " * 900), min_tokens=49152, max_tokens=49152)
+    with running() as engine:
+        answer = submit(engine, long)[0].answer()
+    assert answer.finish == "length" and answer.prompt_tokens + answer.completion_tokens == bundled().context
 
 
 def test_an_idle_engine_holds_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:

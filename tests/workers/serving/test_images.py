@@ -6,13 +6,13 @@ import zlib
 
 import pytest
 
-from shortv.workers.serving.images import read_image
+from shortv.workers.serving.images import ImageReader
 from shortv.workers.serving.rejection import Rejected
 from tests.workers.serving.endpoint_fakes import FakeReplicas, body, image_part, picture, post, problem, uri
 
 
 def read(url: str, max_pixels: int = 36_000_000) -> bytes:
-    return read_image(url, param="url", max_pixels=max_pixels)
+    return ImageReader(max_pixels).read(url, param="url")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -64,7 +64,7 @@ def test_anything_else_is_refused(url: str, why: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (60_000, 1), (1, 60_000)])
 def test_a_bomb_is_refused_unopened(size: tuple[int, int]) -> None:
     started = time.process_time()
     response = post(body(image_part(uri(bomb(*size)))))
@@ -78,6 +78,20 @@ def test_the_limit_is_a_number_of_pixels() -> None:
     assert read(uri(picture()), 32 * 24)
     with pytest.raises(Rejected, match="has 32 x 24 pixels, and 767 are allowed"):
         read(uri(picture()), 32 * 24 - 1)
+
+
+def test_the_images_of_a_request_share_the_limit() -> None:
+    two = [image_part(uri(picture()))] * 2
+    assert post(body(*two), max_image_pixels=2 * 32 * 24).status_code == 200
+    error = problem(post(body(*two), max_image_pixels=2 * 32 * 24 - 1), 400)
+    assert error["code"] == "image_too_large" and error["param"] == "messages.0.content.1.image_url.url"
+    assert "1535 are allowed for all images of a request together" in error["message"]
+
+
+def test_a_strip_that_processors_would_blow_up_is_refused() -> None:
+    assert read(uri(picture(size=(200, 1)))) and read(uri(picture(size=(2, 400))))
+    with pytest.raises(Rejected, match="has 201 x 1 pixels, and one side may be 200 times the other at most"):
+        read(uri(picture(size=(201, 1))))
 
 
 def test_a_truncated_jpeg_is_the_callers_error() -> None:

@@ -190,7 +190,7 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
 
     assert asyncio.run(change(plan)) == {"learned": plan.digest}
     before = asyncio.run(ask())
-    with pytest.raises(Refused, match=r"plan 'learned': the parts in .* changed, or cut short; train the parts again"):
+    with pytest.raises(Refused, match=r"plan 'learned': .* cut short.*; train the parts again"):
         asyncio.run(change(at(plan, 0.7), other))
     assert asyncio.run(replica.plans()) == {"learned": plan.digest}
     after = asyncio.run(ask())

@@ -62,7 +62,7 @@ def serve_deploy(*plans: Plan) -> None:
         "deployments": [{"name": REPLICA, "user_config": user_config}],
     }
     config = ServeDeploySchema.parse_obj({"proxy_location": "Disabled", "applications": [application]})
-    _get_global_client().deploy_apps(config, _blocking=True)
+    _get_global_client().deploy_apps(config)
     deadline = time.monotonic() + 120
     while (found := serve.status().applications[APP]).status != "RUNNING":
         assert found.status != "DEPLOY_FAILED" and time.monotonic() < deadline, found

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from shortv.api_keys import key_digests_of
 from shortv.errors import Refused
 from shortv.listening import is_loopback
+from shortv.workers.serving.gate import log_requests
 from tests.workers.serving.endpoint_fakes import (
     KEY,
     MODEL,
+    PATH,
     FakeReplicas,
     body,
     get,
@@ -119,6 +122,19 @@ def test_behind_serve_the_id_is_added_once() -> None:
     assert "x-request-id" not in get("/v1/models", sends_request_id=False).headers
 
 
+def test_a_line_per_request_is_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("shortv.endpoint")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    log_requests()
+    log_requests()
+    get("/v1/none%0A2026-01-01?a=b", headers={"x-request-id": "mine"})
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"[-0-9]+ [:,0-9]+ INFO mine GET /v1/none%0A2026-01-01 status=404 model=- received=0 sent=\d+ ms=[.0-9]+", line
+    )
+
+
 def test_the_log_holds_sizes_and_ids_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     secret = "Hildegard"
@@ -129,8 +145,9 @@ def test_the_log_holds_sizes_and_ids_only(caplog: pytest.LogCaptureFixture) -> N
     post(f'{{"{secret}": '.encode())
     get("/v1/models", headers={"authorization": f"Bearer {secret}"}, key_digests=DIGESTS)
     lines = [record for record in caplog.records if record.name == "shortv.endpoint"]
-    assert [record.getMessage().split()[1] for record in lines if record.levelno == logging.INFO] == [
-        f"status={status}" for status in (200, 404, 400, 500, 400, 401)
+    assert [record.getMessage().split()[1:4] for record in lines if record.levelno == logging.INFO] == [
+        *(["POST", PATH, f"status={status}"] for status in (200, 404, 400, 500, 400)),
+        ["GET", "/v1/models", "status=401"],
     ]
     assert f"model={MODEL} received=" in lines[0].getMessage() and "model=- " in lines[1].getMessage()
     # httpx2 and asyncio log too, and neither may know.

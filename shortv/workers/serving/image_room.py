@@ -1,0 +1,43 @@
+"""The memory that the decoded images of a replica's questions take together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from shortv.chat import Turn
+from shortv.workers.serving.images import ImageSize, size_of
+
+_BYTES_PER_PIXEL = 3  # RGB
+
+
+class ImageRoom:
+    """Bounds the images that are decoded at a time. For one thread at a time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.held = 0
+        """Bytes that are taken now."""
+        self._max_bytes = max_bytes
+
+    @contextmanager
+    def taken(self, turns: Sequence[Turn]) -> Iterator[bool]:
+        """Take the room that the images need inside the block; tells whether there is any.
+
+        However large they are, they may be decoded while no others are.
+        """
+        size = sum(_decoded_bytes(part) for turn in turns for part in turn.parts)
+        fits = not size or not self.held or self.held + size <= self._max_bytes
+        taken = size if fits else 0
+        self.held += taken
+        try:
+            yield fits
+        finally:
+            self.held -= taken
+
+
+def _decoded_bytes(part: object) -> int:
+    try:
+        size = size_of(part) if isinstance(part, bytes) else ImageSize(*getattr(part, "size", (0, 0)))
+    except Exception:  # no image: whoever decodes it says so
+        return 0
+    return size.width * size.height * _BYTES_PER_PIXEL

@@ -1,0 +1,64 @@
+"""What arguments make of the deployments: places, devices, replicas and times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shortv.errors import Refused
+from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.serving.app import ReplicaResources, endpoint_settings, replica_app, resources_of
+from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.engine import EngineSettings
+
+NODES = [{"Resources": {"CPU": 16.0, "GPU": 4.0}}, {"Resources": {"CPU": 9.0}}]
+
+
+def deployment(replicas: WorkerRange, *, gpus: float = 0, cpus: float = 0, **more: Any) -> Any:
+    resources = ReplicaResources(range=replicas, gpus=gpus, cpus=cpus)
+    engine = EngineSettings(batch_size=8, max_queued=24)
+    return replica_app(ModelSpec(name="org/model"), (), resources, engine=engine, **more)._bound_deployment
+
+
+def test_a_range_of_replicas_follows_the_load() -> None:
+    options = deployment(WorkerRange(1, 2))._deployment_config.autoscaling_config
+    assert (options.min_replicas, options.max_replicas, options.initial_replicas) == (1, 2, 1)
+    # Where a replica has more than it can run at once, another one helps.
+    assert options.target_ongoing_requests == 8
+    fixed = deployment(WorkerRange(2, 2))
+    assert fixed._deployment_config.autoscaling_config is None and fixed.num_replicas == 2
+
+
+def test_what_the_endpoint_takes_is_what_runs_and_what_may_wait() -> None:
+    taken = endpoint_settings(EndpointArguments(replicas="1:2", batch_size=8, max_queued=24)).max_in_flight
+    assert taken == 2 * (8 + 24)
+    found = deployment(WorkerRange(1, 2))
+    assert found.max_queued_requests > taken and 2 * found.max_ongoing_requests > taken
+
+
+def test_a_replica_ends_what_it_answers_before_it_goes() -> None:
+    assert deployment(WorkerRange(1, 2), drain_s=120.0)._deployment_config.graceful_shutdown_timeout_s == 120
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "found", "used"),
+    [("auto", 1, "cuda", 1), ("auto", 2, "auto-map", 2), ("cuda", 0.5, "cuda", 0.5), ("cpu", 2, "cpu", 0)],
+)
+def test_a_model_goes_over_as_many_gpus_as_its_replica_has(device: str, gpus: float, found: str, used: float) -> None:
+    resources = resources_of(WorkerRange(1, 2), device=device, gpus=gpus, cpus=None, nodes=NODES)
+    assert (resources.device, resources.gpus) == (found, used)
+    app = deployment(WorkerRange(1, 2), gpus=resources.gpus, cpus=resources.cpus)
+    assert app.init_args[0].device == found
+    assert app.ray_actor_options == {"num_cpus": 12 if found == "cpu" else 1, "num_gpus": used}
+
+
+def test_cpus_are_shared_where_there_are_no_gpus() -> None:
+    resources = resources_of(WorkerRange(1, 2), device="auto", gpus=2, cpus=None, nodes=NODES[1:])
+    assert (resources.device, resources.gpus, resources.cpus) == ("cpu", 0, 4)
+
+
+def test_the_number_of_images_is_an_argument() -> None:
+    assert endpoint_settings(EndpointArguments.parse({"max-images": "3"})).max_images == 3
+    with pytest.raises(Refused, match="--max-images is 0; give more than 0"):
+        EndpointArguments(max_images=0)

@@ -1,0 +1,57 @@
+"""How an endpoint begins and ends, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from shortv.families import load_architecture
+from shortv.plan import Plan
+from shortv.workers.serving import run
+from shortv.workers.serving.arguments import EndpointArguments
+from tests.tiny_model import TINY
+
+MODEL = str(TINY / "model")
+
+
+@pytest.mark.parametrize(("status", "least"), [("gone", 0.0), ("DELETING", 0.3)])
+def test_the_end_does_not_wait_for_a_replica_that_never_ends(
+    status: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted = []
+    monkeypatch.setattr(run.serve, "delete", lambda name, _blocking: deleted.append((name, _blocking)))
+    monkeypatch.setattr(run, "_status", lambda: status)
+    monkeypatch.setattr(run, "_DELETION_S", 0.3)
+    started = time.monotonic()
+    run._end(alone=False)
+    assert deleted == [(run.APP, False)]
+    assert least <= time.monotonic() - started < least + 1
+
+
+def test_requests_that_the_stop_cuts_off_are_counted_without_tracebacks() -> None:
+    def news(error: BaseException | None) -> bool:
+        exc_info = (type(error), error, None) if error else None
+        return run._is_news(logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "it", (), exc_info))
+
+    assert news(None) and news(ValueError()) and not news(asyncio.CancelledError())
+
+
+def test_a_plan_made_for_this_very_folder_is_nothing_to_warn_of(tmp_path: Path) -> None:
+    found = load_architecture(MODEL)
+    plan = Plan.full(num_layers=found.num_layers, name="p", model=MODEL, config_digest=found.config_digest)
+    said = io.StringIO()
+
+    def check(plan: Plan) -> str:
+        file = plan.save(tmp_path / "p.json")
+        run.check_model(EndpointArguments(model=MODEL, plans=(str(file),)), Console(file=said))
+        return said.getvalue()
+
+    assert check(plan) == ""
+    assert "made for revision abc" in check(replace(plan, revision="abc"))
