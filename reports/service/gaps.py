@@ -6,7 +6,7 @@ from typing import Any, Final
 from reports.manifest import Manifest
 from reports.service.contents import Contents
 from reports.service.files import shown
-from reports.service.training import TrainingManifest
+from reports.training import TrainingManifest
 
 _SWEEP: Final = ("samples", "lc_layers", "errors", "lc_samples")
 _CAMPAIGN: Final = ("cells", "metrics", "comparisons", "speed")

@@ -19,8 +19,8 @@ from reports.service.finding import Found, split
 from reports.service.listing import label_of
 from reports.service.replies import Problem, file_reply, json_reply
 from reports.service.summary import AnyManifest, Summaries, Summary, read_run
-from reports.service.training import TrainingManifest
 from reports.service.trees import Missing, Names, Opened, checked
+from reports.training import TrainingManifest
 from shortv.errors import ShortVError
 
 PARQUET: Final = "application/vnd.apache.parquet"

@@ -12,8 +12,8 @@ from reports.page.campaign_data import KINDS, CampaignData, Group, Point
 from reports.service.contents import PARTS, PLANS, Contents
 from reports.service.files import Files, shown
 from reports.service.gaps import campaign_gaps, campaign_tables_missing, sweep_gaps, training_gaps
-from reports.service.training import TrainingManifest
 from reports.service.trees import Missing
+from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode
 

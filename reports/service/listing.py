@@ -15,7 +15,7 @@ from reports.service.contents import AGAINST_NAME
 from reports.service.markup import LIST, STYLE
 from reports.service.replies import POLICY
 from reports.service.summary import AnyManifest, Summary, choices, models
-from reports.service.training import TrainingManifest
+from reports.training import TrainingManifest
 
 _UNFINISHED: Final = (
     "This run is not finished: it is being written, or was stopped. What can be downloaded may be some of it only."

@@ -14,8 +14,8 @@ from reports.service.files import Files, shown, why
 from reports.service.finding import MOST_FOLDERS, Found
 from reports.service.headline import Headline, campaign_headline, sweep_headline, training_headline
 from reports.service.memory import Memory
-from reports.service.training import TrainingManifest
 from reports.service.trees import Missing, Names
+from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 
 AnyManifest = Manifest | CampaignManifest | TrainingManifest

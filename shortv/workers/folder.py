@@ -1,21 +1,24 @@
-"""Whether an output folder may be used: new, the same sweep to continue, the same sweep finished, or refused."""
+"""Whether an output folder may be used: new, the same run to continue, the same run finished, or refused."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from reports.manifest import MANIFEST_NAME, Manifest, State
 from reports.store import Folder
+from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.workers.driver_lock import LOCK_NAME
 from shortv.workers.request import shown
 
 # Decide nothing: the digest of the samples stands for them, wherever they were read from.
-NOT_DECIDING = ("calibration",)
+NOT_DECIDING = ("calibration", "data")
 # Set by Ray for the entrypoint of a submitted job.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+AnyManifest = TypeVar("AnyManifest", Manifest, TrainingManifest)
 
 
 def check_output(path: str, option: str = "--output-path") -> None:
@@ -27,38 +30,34 @@ def check_output(path: str, option: str = "--output-path") -> None:
         )
 
 
-def open_folder(folder: Folder, wanted: Manifest) -> Manifest | None:
-    """Return the manifest of an earlier run of the same sweep, or None for a new folder.
+def open_folder(folder: Folder, wanted: AnyManifest) -> AnyManifest | None:
+    """Return the manifest of an earlier run of the same sweep or training, or None for a new folder.
 
     Raises:
-        Refused: the folder holds another sweep, with the arguments that differ, or something else; or it cannot
-            be written.
+        Refused: the folder holds another one, with the arguments that differ, or something else; or it cannot be
+            written.
     """
     try:
         names = [name for name in folder.list() if name != LOCK_NAME]
-        found = Manifest.load(folder) if MANIFEST_NAME in names else None
+        found = type(wanted).load(folder) if MANIFEST_NAME in names else None
     except Refused:
         raise
     except ShortVError as error:
         raise Refused(f"{error}; choose another --output-path") from error
     if found is not None:
-        _check_same(folder, found, wanted)
+        if found.arguments_digest != wanted.arguments_digest:
+            raise Refused(
+                f"{folder.shown} holds another {wanted.kind} ({_differing(found.arguments, wanted.arguments)}); "
+                "choose another --output-path, or repeat its arguments"
+            )
     elif names:
         raise Refused(
-            f"{folder.shown} holds {len(names)} files ({names[0]}) and no sweep; choose a new or empty --output-path"
+            f"{folder.shown} holds {len(names)} files ({names[0]}) and no {wanted.kind}; "
+            "choose a new or empty --output-path"
         )
     if found is None or found.state is State.RUNNING:
         folder.check_writable()
     return found
-
-
-def _check_same(folder: Folder, found: Manifest, wanted: Manifest) -> None:
-    if found.arguments_digest == wanted.arguments_digest:
-        return
-    differing = _differing(found.arguments, wanted.arguments)
-    raise Refused(
-        f"{folder.shown} holds another sweep ({differing}); choose another --output-path, or repeat its arguments"
-    )
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

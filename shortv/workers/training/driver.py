@@ -14,6 +14,7 @@ from reports.manifest import State, utc_now
 from shortv.errors import Refused
 from shortv.workers.driver_lock import one_driver
 from shortv.workers.engine import Engine, ModelEngine
+from shortv.workers.folder import open_folder
 from shortv.workers.progress import SampleProgress
 from shortv.workers.request import WorkerRange
 from shortv.workers.resources import Pool
@@ -22,7 +23,6 @@ from shortv.workers.training.keeping import Keeper
 from shortv.workers.training.kinds import KINDS, Kind
 from shortv.workers.training.messages import Progressed, Saved, Unusable
 from shortv.workers.training.prepare import Prepared, prepare
-from shortv.workers.training.record import open_training
 from shortv.workers.training.request import TrainRequest
 from shortv.workers.training.rows import StepRow
 
@@ -51,7 +51,7 @@ def run_training(
 def _trained(prepared: Prepared, console: Console) -> Prepared:
     """Start an attempt on the folder, which is this driver's alone, and end it with the final manifest."""
     # Another driver may have been at work until the lock was had.
-    latest = open_training(prepared.folder, prepared.record) or prepared.record
+    latest = open_folder(prepared.folder, prepared.record) or prepared.record
     if latest.state is not State.RUNNING:
         return replace(prepared, record=latest)
     started = time.monotonic()

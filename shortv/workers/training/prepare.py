@@ -9,6 +9,7 @@ from typing import Any
 
 from reports.manifest import State, arguments_digest, utc_now, versions
 from reports.store import Folder
+from reports.training import TrainingManifest
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.learned.order import Order
@@ -17,10 +18,9 @@ from shortv.sample import Sample
 from shortv.tiny.training_data import training_table
 from shortv.workers.calibration import calibration_digest, resolve_calibration
 from shortv.workers.engine import Engine
-from shortv.workers.folder import check_output
+from shortv.workers.folder import NOT_DECIDING, check_output, open_folder
 from shortv.workers.shipping import folder_digest
 from shortv.workers.training.kinds import Kind
-from shortv.workers.training.record import NOT_DECIDING, TrainingRecord, open_training
 from shortv.workers.training.request import TrainRequest
 
 
@@ -41,7 +41,7 @@ class Prepared:
     order: Order
     model_folder: Path | None
     model_digest: str | None
-    record: TrainingRecord
+    record: TrainingManifest
 
 
 def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
@@ -74,7 +74,7 @@ def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
         order=order,
         model_folder=model_folder,
         model_digest=digest,
-        record=open_training(folder, wanted) or wanted,
+        record=open_folder(folder, wanted) or wanted,
     )
 
 
@@ -118,7 +118,7 @@ def _without_images(samples: Sequence[Sample]) -> dict[str, ErrorRecord]:
 
 def _record(
     request: TrainRequest, samples: Sequence[Sample], architecture: Architecture, model_digest: str | None
-) -> TrainingRecord:
+) -> TrainingManifest:
     data_digest = calibration_digest(samples)
     arguments = {
         **request.arguments(),
@@ -126,7 +126,7 @@ def _record(
         "config-digest": architecture.config_digest,
         "data-digest": data_digest,
     }
-    return TrainingRecord(
+    return TrainingManifest(
         parts=str(request.kind),
         state=State.RUNNING,
         arguments=arguments,

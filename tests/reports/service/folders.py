@@ -6,8 +6,8 @@ from typing import Any
 
 from reports.schemas import SCHEMAS
 from reports.store import Folder
+from reports.training import TrainingManifest
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan
-from shortv.workers.training.record import TrainingRecord
 from tests.reports import runs
 from tests.reports.runs import DIGEST
 
@@ -59,7 +59,7 @@ def make_training(path: Path, *, steps: int = 3, **changes: Any) -> Folder:
         "finished": "2026-01-01T00:01:00+00:00",
         "details": {"device": "cpu", "loss": 0.0775, "train_seconds": 112.0},
     }
-    TrainingRecord(**(values | changes)).save(folder)
+    TrainingManifest(**(values | changes)).save(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load
 
 from reports.manifest import State
 from reports.store import Folder
+from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.plan import PartsKind, Plan
@@ -28,7 +29,6 @@ from shortv.workers.training import driver
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, to_bytes
 from shortv.workers.training.keeping import Keeper
 from shortv.workers.training.messages import Saved, Trained, Unusable
-from shortv.workers.training.record import TrainingRecord
 from shortv.workers.training.request import TrainRequest
 from tests.architectures import architecture
 from tests.tiny_model import TINY
@@ -126,7 +126,7 @@ def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: lis
     assert status == 3 and "1 samples could not be used" in text
     out = Folder(str(tmp_path / "out"))
     assert [row["sample_id"] for row in out.read_table("errors").to_pylist()] == ["s4"]
-    assert TrainingRecord.load(out).state is State.PARTIAL
+    assert TrainingManifest.load(out).state is State.PARTIAL
     assert run(replace(wanted, fail_on_error=0.1))[0] == 0
 
 
