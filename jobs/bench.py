@@ -189,11 +189,12 @@ def scheduling(workers: str, units: int, unit_seconds: float) -> int:
 
 def _print_speed(result: SpeedResult, limit: int) -> None:
     lmms, startup = sum(run.seconds for run in result.lmms), sum(run.startup for run in result.lmms)
+    campaign = f"one campaign, {result.replicas} replicas"
     click.echo(
         f"six plans x {limit} questions\n"
         f"{'':28}{'seconds':>9}{'start-up':>10}\n"
         f"{'six lmms_eval runs, batch 1':28}{lmms:>9.1f}{startup:>10.1f}\n"
-        f"{'one campaign':28}{result.campaign_seconds:>9.1f}{result.campaign_startup:>10.1f}\n"
+        f"{campaign:28}{result.campaign_seconds:>9.1f}{result.campaign_startup:>10.1f}\n"
         f"{result.ratio:.2f} times faster, {result.ratio_with_startup:.2f} with start-up; scores are "
         f"{'equal' if result.same_scores else 'NOT equal'}"
     )

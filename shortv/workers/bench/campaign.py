@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from shortv.workers.serving.arguments import BUNDLED_NAME
 TINY = Path(__file__).resolve().parents[2] / "tiny"
 JOB = TINY.parents[1] / "jobs" / "serve.py"
 MODEL, TASKS, BENCHMARK = TINY / "model", TINY / "task", TINY / "benchmark.parquet"
+_MOST_REPLICAS = 8
 
 
 class SpeedResult(NamedTuple):
@@ -40,6 +42,8 @@ class SpeedResult(NamedTuple):
     lmms: Sequence[LmmsRun]
     campaign_seconds: float
     campaign_startup: float
+    replicas: int
+    """Of the campaign."""
     same_scores: bool
 
     @property
@@ -62,10 +66,12 @@ def bench_speed(limit: int, console: Console) -> SpeedResult:
             runs.append(run_lmms_eval("shortv", arguments, limit=limit, include_path=TASKS))
             console.print(f"lmms_eval {name}: {runs[-1].seconds:.1f} s after {runs[-1].startup:.1f} s", highlight=False)
         started = time.perf_counter()
-        cells, scores = _campaign([str(file) for file in files.values() if file], limit, replicas=1)
+        # A replica computes in one thread here, and lmms_eval in as many as there are cores.
+        replicas = min(os.cpu_count() or 1, _MOST_REPLICAS)
+        cells, scores = _campaign([str(file) for file in files.values() if file], limit, replicas=replicas)
         whole = time.perf_counter() - started
     same = scores == [run.scores for run in runs]
-    return SpeedResult(runs, cells, whole - cells, same)
+    return SpeedResult(runs, cells, whole - cells, replicas, same)
 
 
 @contextmanager
