@@ -91,9 +91,9 @@ def _qwen2_5_vl_7b(layers: int | None) -> tuple[Any, Any]:
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
     }
-    return hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLConfig(
-        text_config=text, vision_config={"out_hidden_size": 3584, "depth": 32}
-    )
+    # transformers' own default width is another model's.
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": 3584}
+    return hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
 
 
 def _llava_pixels(batch: int, visual_tokens: int) -> dict[str, torch.Tensor]:
