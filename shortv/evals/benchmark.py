@@ -84,9 +84,6 @@ class Benchmark:
 
         Args:
             folder: where tasks that write files (submissions) write them; by default they are thrown away.
-
-        Raises:
-            ShortVError: the task's own aggregation of a metric fails.
         """
         if len(replies) != len(self._asks):
             raise ValueError(f"{len(replies)} replies to {len(self._asks)} asks of {self.name}; give one for each")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shortv.errors import ShortVError
 from shortv.evals.aggregation import MetricRow, aggregate, number_of
 from shortv.evals.asking import Reply
 from shortv.evals.marking import Marked, mark
@@ -39,10 +40,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """All documents of a run, each once and in order, and the metrics over those without an error."""
+    """All documents of a run, each once and in order, and the metrics over those without an error.
+
+    Where the task's own aggregation fails there are no metrics, and `problem` says why.
+    """
 
     samples: tuple[Sample, ...]
     metrics: tuple[MetricRow, ...]
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +73,7 @@ def score(
     seed: int,
     folder: str | None,
 ) -> Scored:
-    """Score a task's requests (lmms-eval's instances), given the replies to each; `names` are all documents' ids.
-
-    Raises:
-        ShortVError: the task's own aggregation of a metric fails.
-    """
+    """Score a task's requests (lmms-eval's instances), given the replies to each; `names` are all documents' ids."""
     documents = _by_document(instances, replies)
     answered = {doc_id: _responded(task, doc) for doc_id, doc in documents.items() if doc.failure is None}
     marked = mark(task, answered, seed)
@@ -80,7 +81,10 @@ def score(
         _sample(task, doc_id, names[doc_id], document, marked.get(doc_id)) for doc_id, document in documents.items()
     ]
     kept = [found for doc_id in documents if isinstance(found := marked.get(doc_id), Marked)]
-    return Scored(samples=tuple(samples), metrics=aggregate(name, task, kept, folder))
+    try:
+        return Scored(samples=tuple(samples), metrics=aggregate(name, task, kept, folder))
+    except ShortVError as error:
+        return Scored(samples=tuple(samples), metrics=(), problem=str(error))
 
 
 def _by_document(instances: Sequence[Any], replies: Sequence[Sequence[Reply]]) -> dict[int, _Document]:

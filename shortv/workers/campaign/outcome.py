@@ -28,10 +28,10 @@ def record_of(cell: Cell, result: CellResult, started: str, wall_seconds: float)
     return CellRecord(
         key=cell.key,
         identity=cell.identity,
-        state=CellState.FAILED if len(errors) == len(result.samples) else state,
+        state=CellState.FAILED if result.problem or len(errors) == len(result.samples) else state,
         n=len(result.samples),
         errors=len(errors),
-        message=_failed_samples(errors, len(result.samples)) if errors else None,
+        message=result.problem or (_failed_samples(errors, len(result.samples)) if errors else None),
         answers_digest=None,
         metrics=tuple(_finite(metric) for metric in result.metrics),
         speed=measure_speed(cell, result, wall_seconds if result.seconds is None else result.seconds),

@@ -31,12 +31,14 @@ class CellResult:
     """All samples of a cell, each once, and the metrics over those without an error.
 
     `seconds` is how long the questions took, without loading and scoring (None: the driver's own clock counts).
+    `problem` says why there are no metrics: the answers are kept, and the cell has failed.
     """
 
     samples: Sequence[Sample]
     metrics: Sequence[MetricRow]
     seconds: float | None = None
     replicas: int | None = None
+    problem: str | None = None
 
 
 RunCell = Callable[[Plan | None, str], CellResult]

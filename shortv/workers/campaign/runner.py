@@ -117,7 +117,13 @@ class ReplicaRunner:
         seconds = time.monotonic() - started
         _check_digests(replies, plan)
         scored = benchmark.score(replies)
-        return CellResult(samples=scored.samples, metrics=scored.metrics, seconds=seconds, replicas=replicas)
+        return CellResult(
+            samples=scored.samples,
+            metrics=scored.metrics,
+            seconds=seconds,
+            replicas=replicas,
+            problem=scored.problem,
+        )
 
 
 def _spec(model: str, recipe: Recipe) -> ModelSpec:

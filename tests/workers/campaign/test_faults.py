@@ -83,6 +83,16 @@ def test_a_cell_without_any_answer_has_failed(tmp_path: Path) -> None:
     assert {row["state"] for row in tables(tmp_path)["cells"]} == {"failed"}
 
 
+def test_a_cell_whose_metrics_fail_keeps_its_answers(tmp_path: Path) -> None:
+    said = campaign(small(tmp_path, plans=()), FakeRunner(unscored=True), status=3)
+    assert "[1/1] tiny full shapes: failed: no judge" in said
+    found = tables(tmp_path)
+    assert [row["state"] for row in found["cells"]] == ["failed"] and not found["metrics"]
+    assert len(found["answers"]) == 60 and {row["prediction"] for row in found["answers"]} == {"red", "blue"}
+    campaign(small(tmp_path, plans=(), retry_failed=True), FakeRunner())
+    assert state(tmp_path) is State.COMPLETE
+
+
 def test_a_retry_that_fails_keeps_the_answers(tmp_path: Path) -> None:
     campaign(small(tmp_path), FakeRunner(failing=frozenset({"s3"})), status=3)
     before = tables(tmp_path)
