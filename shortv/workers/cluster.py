@@ -70,7 +70,7 @@ def _connect() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**options)
         else:
-            _start(options)
+            start(**options)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -89,7 +89,8 @@ def _muted_stderr() -> Iterator[None]:
         os.close(before)
 
 
-def _start(options: dict[str, Any]) -> None:
+def start(**options: Any) -> None:
+    """Start Ray on this machine, again where its processes take too long. Raises what `ray.init` raises at last."""
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(address="local", include_dashboard=False, **options)

@@ -25,6 +25,7 @@ from shortv.families import load_architecture
 from shortv.families.prompts import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
+from shortv.workers.cluster import start
 from shortv.workers.progress import SampleProgress
 from tests.tiny_model import bundled
 
@@ -36,7 +37,7 @@ MODEL = "shortv/tiny/model"
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

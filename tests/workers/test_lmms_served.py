@@ -24,6 +24,7 @@ from shortv.evals.prompts import NamedPrompt
 from shortv.families.prompts import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
+from shortv.workers.cluster import start
 from shortv.workers.lmms_served import ShortVServe
 from shortv.workers.request import ModelSpec, WorkerRange
 from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
@@ -54,7 +55,7 @@ def plan() -> Plan:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The address of an endpoint in this process before a replica on Serve, the application `lmms`."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
     resources = ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0)
     app = replica_app(ModelSpec(name=MODEL), [plan()], resources, engine=EngineSettings())

@@ -21,6 +21,7 @@ import ray
 from reports.manifest import Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
+from shortv.workers.cluster import start
 from shortv.workers.ledger import RemoteLedger, start_ledger
 from shortv.workers.shipping import CHUNK, folder_digest, ship
 from shortv.workers.stream import stream_results
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start(num_cpus=6, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -131,10 +132,10 @@ import json, sys
 from pathlib import Path
 from tests.workers.fakes import FakeEngine, make_request
 from shortv.errors import ShortVError
+from shortv.workers.cluster import start
 from shortv.workers.sweep import run_sweep
-import ray
 folder, workers, seconds = sys.argv[1:]
-ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+start(num_cpus=4, log_to_driver=False, logging_level="ERROR")
 try:
     run_sweep(make_request(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds)))
 except ShortVError as error:

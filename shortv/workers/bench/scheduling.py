@@ -22,6 +22,7 @@ from shortv.families import load_architecture
 from shortv.plan import Mode
 from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
+from shortv.workers.cluster import start
 from shortv.workers.outcome import Measured
 from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
 from shortv.workers.sweep import run_sweep
@@ -96,8 +97,7 @@ def bench_scheduling(model: str, workers: int, *, units_each: int, unit_seconds:
         trace = Path(folder, "trace")
         trace.mkdir()
         engine = SleepEngine(architecture=load_architecture(model), unit_seconds=unit_seconds, trace=trace)
-        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=1, num_gpus=workers, **quiet)
+        start(num_cpus=1, num_gpus=workers, log_to_driver=False, logging_level="ERROR")
         try:
             request = _request(Path(folder), workers, workers * units_each)
             run_sweep(request, engine=engine, console=Console(file=io.StringIO()))

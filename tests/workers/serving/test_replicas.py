@@ -23,6 +23,7 @@ from shortv.evals.asking import answer_all
 from shortv.families import load_architecture
 from shortv.families.encoding import turn_of
 from shortv.plan import Mode, Plan
+from shortv.workers.cluster import start
 from shortv.workers.request import ModelSpec, WorkerRange
 from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
@@ -38,7 +39,7 @@ APP = "replicas"
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
     yield
     ray.shutdown()
