@@ -63,21 +63,21 @@ def join() -> None:
 
 
 def _connect() -> None:
-    # Ray's C++ layer reports every retried task on stderr, in several lines, and that it was told not to.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with _muted_stderr():
-        if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
+        with _muted():
             ray.init(**options)
-        else:
-            start(**options)
+    else:
+        start(**options)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
-def _muted_stderr() -> Iterator[None]:
+def _muted() -> Iterator[None]:
     """Keep what C++ code writes to the process's stderr out of sight; exceptions pass."""
+    # Ray's own layer would later report every retried task there, in several lines.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     before = os.dup(2)
     try:
@@ -93,7 +93,8 @@ def start(**options: Any) -> None:
     """Start Ray on this machine, again where its processes take too long. Raises what `ray.init` raises at last."""
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            with _muted():
+                ray.init(address="local", include_dashboard=False, **options)
             return
         except ShortVError:
             raise

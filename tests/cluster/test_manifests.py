@@ -140,7 +140,7 @@ def test_secrets_are_documented_and_go_where_they_are_needed() -> None:
 @pytest.mark.parametrize("path", [*sorted(CLUSTER.iterdir()), ROOT / ".dockerignore"], ids=lambda path: path.name)
 def test_no_file_names_a_host_or_a_place_of_one_machine(path: Path) -> None:
     text = path.read_text()
-    assert not re.search(r"index-url|find-links|trusted-host|pypi|/work/|/home/|/root/", text)
+    assert not re.search(r"index-url|find-links|trusted-host|pyp[i]|/(work|home|root)/", text)
     assert set(re.findall(r"https?://([^/:\s\"]+)", text)) <= {"127.0.0.1"}
     assert not re.search(r"(?i)(password|secret|token|key)\w*\s*[=:]\s*['\"]?[A-Za-z0-9+/]{20,}", text)
 
