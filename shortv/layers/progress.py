@@ -44,8 +44,6 @@ class Progress(SequenceState):
         if self._asked_for("output_attentions", call):
             raise ShortVError("a plan does not compute the attention of every row; leave output_attentions off")
         super().observe(call)
-        if self.past and self.has_visual:
-            raise ShortVError("a prompt with images cannot be prefilled in chunks under a plan; prefill it at once")
         self.length = self.types.text_BT.shape[1]
         self.joined = self._asked_for("output_hidden_states", call)
         self._forget()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,10 +168,15 @@ class SequenceState:
         self.past = int(cache.get_seq_length()) if cache is not None else 0
         mask_BK = _key_mask(call.get("attention_mask"))
         mask_BT = None if mask_BK is None else mask_BK[:, -input_ids_BT.shape[1] :]
-        # After the prompt a placeholder is a token like any other, unless it comes with pixels.
-        images = self.past == 0 or any(call[name] is not None for name in call if name.startswith("pixel_values"))
+        # After the prompt a placeholder is a token like any other, unless an image comes with it.
+        images = self.past == 0 or _brings_images(call)
         self.types = token_types(input_ids_BT, mask_BT, self._decoder.visual_ids if images else ())
         self.has_visual = images and bool(self.types.visual_BT.any())
+        if self.has_visual and self.past:
+            raise ShortVError(
+                f"an image arrives after the first {self.past} positions of the sequence, where a plan cannot follow "
+                "it; prefill all images in one forward (no prefill_chunk_size, no image in a later turn)"
+            )
         if self.has_visual:
             self._check_text()
         self.history = self._started() if cache is None or not self.past else self._continued(cache)
@@ -247,6 +252,14 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
         return {}
     named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
     return dict(list(named.items())[1:])
+
+
+def _brings_images(call: dict[str, Any]) -> bool:
+    """Whether a forward gets pixels, or features that `generate()` or the caller has made of them already."""
+    encoded = call.get("mm_encoder_outputs")
+    features = list(encoded.values()) if isinstance(encoded, Mapping) else [encoded]
+    pixels = [value for name, value in call.items() if name.startswith("pixel_values")]
+    return any(value is not None for value in pixels + features)
 
 
 def _key_mask(mask: Any) -> Tensor | None:
