@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
 from shortv.errors import ShortVError
+from shortv.spec import Spec, flag_of
+from shortv.terminal import printable
 
 # Read when Ray is imported: what still touches it after a job has disconnected would start it anew in the background.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -30,6 +33,52 @@ def option(name: str, *rest: Any, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, *rest, **attributes)
 
 
+def options_of(spec: type[Spec], *, leave_out: Collection[str] = ()) -> Callable[[Any], Any]:
+    """Add one option per field of a spec to a command. An option that was not given is None, or an empty tuple.
+
+    Values stay text, so that one place, the spec, checks them whether they come from a flag or from a file.
+    """
+
+    def decorate(command: Any) -> Any:
+        for name, field in reversed(spec.model_fields.items()):
+            if name not in leave_out:
+                command = _option_of(name, field)(command)
+        return command
+
+    return decorate
+
+
+def _option_of(name: str, field: FieldInfo) -> Callable[[Any], Any]:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    if "flag" in extra and extra["flag"] is None:
+        return lambda command: command
+    annotation = field.annotation
+    kinds = {annotation, *get_args(annotation)}
+    default = (
+        "" if field.is_required() or field.default in (None, (), False) else f" [default: {_shown(field.default)}]"
+    )
+    attributes: dict[str, Any] = {"default": None, "help": (field.description or "") + default}
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+    if bool in kinds:
+        attributes["is_flag"] = True
+    elif choices:
+        attributes["type"] = click.Choice([str(choice) for choice in choices])
+    elif get_origin(annotation) is tuple and annotation is not tuple:
+        attributes["multiple"] = True
+    if "metavar" in extra or not (bool in kinds or choices):
+        attributes["metavar"] = str(extra.get("metavar") or _metavar(kinds))
+    short = [str(extra["short"])] if "short" in extra else []
+    return option(flag_of(name, field), *short, name, **attributes)
+
+
+def _metavar(kinds: Collection[Any]) -> str:
+    return "INTEGER" if int in kinds and float not in kinds else "NUMBER" if float in kinds else "TEXT"
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
 def run(command: click.Command) -> None:
     """Run a job; 0 complete, 1 failed while working, 2 refused before work starts, 3 finished with failures."""
     try:
@@ -38,7 +87,7 @@ def run(command: click.Command) -> None:
         error.show()
         sys.exit(error.exit_code)
     except ShortVError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(error)}", err=True)
         sys.exit(error.exit_status)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped; the same command continues.", err=True)

@@ -29,3 +29,11 @@ class SampleError(ShortVError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def one_line(error: BaseException, *, limit: int = 300) -> str:
+    """Return an error's message as one printable line, or its type where it has no message."""
+    lines = [line.strip() for line in str(error)[: 4 * limit].splitlines() if line.strip()]
+    text = " ".join(lines) or type(error).__name__
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

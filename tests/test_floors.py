@@ -1,4 +1,4 @@
-"""Imports only go down the floors, and the heavy libraries stay on theirs."""
+"""Imports only go down the list of packages, and the heavy libraries stay in theirs."""
 
 import ast
 import subprocess
@@ -11,25 +11,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACADE = "shortv"
-# The longest prefix decides. The facade hands out names of many floors, so only jobs may use it.
-FLOORS = {
-    "jobs": 4,
-    "shortv.workers": 3,
-    "reports": 2,
-    "shortv.sweep": 2,
-    "shortv.layers": 2,
-    "shortv.evals": 2,
-    "shortv.tiny": 2,
-    "shortv.learned": 2,
-    "shortv.families": 1,
-    "shortv.tokens": 1,
-    "shortv": 0,
-}
-# A module beside the rooms of its floor is no room: they may all import it, it imports none of them.
-SHARED = {"shortv.tokens"}
-RAY_ROOMS = {"jobs", "shortv.workers"}
-TORCH_FREE_ROOMS = {"reports", "shortv"}
-LIBRARIES_OF_FLOOR_0 = {*sys.stdlib_module_names, "shortv"}
+# Packages from the top down: imports go down this list only. The longest prefix decides where a module belongs.
+# The facade hands out names of many packages, so only jobs may use it.
+ORDER = (
+    "jobs",
+    "shortv.cli",
+    "shortv.bench",
+    "shortv.workers",
+    "reports",
+    "shortv.evals",
+    "shortv.tiny",
+    "shortv.sweep",
+    "shortv.learned",
+    "shortv.layers",
+    "shortv.families",
+    "shortv.tokens",
+    "shortv",
+)
+RAY_PACKAGES = {"jobs", "shortv.workers", "shortv.bench"}
+TORCH_FREE_PACKAGES = {"reports", "shortv"}
+# What modules directly in `shortv` may import: light libraries, so that reading a plan or a manifest stays quick.
+LIGHT_LIBRARIES = {*sys.stdlib_module_names, "shortv", "pydantic", "pydantic_core", "PIL", "pyarrow", "rich"}
 
 
 class Import(NamedTuple):
@@ -40,10 +42,10 @@ class Import(NamedTuple):
     line: int
 
 
-def room_of(module: str) -> str | None:
-    """Return the room that holds a module of this project, or None for a library."""
-    rooms = [room for room in FLOORS if module == room or module.startswith(room + ".")]
-    return max(rooms, key=len) if rooms else None
+def package_of(module: str) -> str | None:
+    """Return the package in `ORDER` that holds a module of this project, or None for a library."""
+    found = [package for package in ORDER if module == package or module.startswith(package + ".")]
+    return max(found, key=len) if found else None
 
 
 def imports_of(root: Path) -> Iterator[Import]:
@@ -55,7 +57,7 @@ def imports_of(root: Path) -> Iterator[Import]:
             for target in _targets(node, package):
                 # `from a import b` means the module a.b where there is one.
                 shorter = target.rpartition(".")[0]
-                known = room_of(target) is None or target in modules or target in _packages(modules)
+                known = package_of(target) is None or target in modules or target in _packages(modules)
                 yield Import(module, target if known else shorter, getattr(node, "lineno", 0))
 
 
@@ -65,24 +67,23 @@ def violations(root: Path) -> list[str]:
 
 
 def _why_wrong(found: Import) -> str | None:
-    here, there = room_of(found.module), room_of(found.target)
+    here, there = package_of(found.module), package_of(found.target)
     assert here is not None
     library = found.target.split(".")[0]
     if there is None:
-        if library == "ray" and here not in RAY_ROOMS:
+        if library == "ray" and here not in RAY_PACKAGES:
             return "imports ray"
-        if library in ("torch", "torchvision") and here in TORCH_FREE_ROOMS:
+        if library in ("torch", "torchvision") and here in TORCH_FREE_PACKAGES:
             return f"imports {library}"
-        if here == "shortv" and library not in LIBRARIES_OF_FLOOR_0:
-            return f"imports {library}, and floor 0 is standard library only"
+        if here == "shortv" and library not in LIGHT_LIBRARIES:
+            return f"imports {library}, which is not a light library"
         return None
     if found.target == FACADE:
         return None if here == "jobs" else "imports the facade; import the module that defines the name"
-    if here == "reports" != there and FLOORS[there] > 0:
-        return f"in reports imports {found.target}; it reads floor 0 alone"
-    lowest_banned = FLOORS[here] + (there in SHARED)
-    if here != there and FLOORS[there] >= lowest_banned:
-        return f"on floor {FLOORS[here]} imports {found.target} on floor {FLOORS[there]}"
+    if here == "reports" != there and there != "shortv":
+        return f"in reports imports {found.target}; it reads the modules of shortv itself alone"
+    if ORDER.index(there) < ORDER.index(here):
+        return f"in {here} imports {found.target} of {there}, which is above"
     return None
 
 
@@ -139,23 +140,23 @@ def test_the_tree_was_read() -> None:
     [
         ("shortv/costs.py", "import torch", "imports torch"),
         ("shortv/costs.py", "def f():\n    from torch import nn", "imports torch"),
-        ("shortv/costs.py", "import numpy as np", "imports numpy, and floor 0"),
-        ("shortv/costs.py", "from shortv.sweep import ranking", "imports shortv.sweep.ranking on floor 2"),
-        ("shortv/costs.py", "from .sweep.ranking import f", "imports shortv.sweep.ranking on floor 2"),
-        ("shortv/__init__.py", "from shortv.sweep.ranking import f", "imports shortv.sweep.ranking on floor 2"),
+        ("shortv/costs.py", "import numpy as np", "imports numpy, which is not a light library"),
+        ("shortv/costs.py", "import pydantic", None),
+        ("shortv/costs.py", "from shortv.sweep import ranking", "imports shortv.sweep.ranking"),
+        ("shortv/costs.py", "from .sweep.ranking import f", "imports shortv.sweep.ranking"),
+        ("shortv/__init__.py", "from shortv.sweep.ranking import f", "imports shortv.sweep.ranking"),
         ("shortv/__init__.py", "if TYPE_CHECKING:\n    from shortv.sweep.ranking import f", None),
-        ("shortv/plan.py", "if TYPE_CHECKING:\n    from shortv.sweep.ranking import f", "on floor 2"),
-        ("shortv/tokens.py", "import ray.data", "imports ray"),
-        ("shortv/families/a.py", "from shortv import sweep", "imports shortv.sweep on floor 2"),
-        ("shortv/sweep/a.py", "import reports.store", "imports reports.store on floor 2"),
-        ("shortv/sweep/a.py", "from ..layers import fast", "imports shortv.layers.fast on floor 2"),
+        ("shortv/plan.py", "if TYPE_CHECKING:\n    from shortv.sweep.ranking import f", "which is above"),
+        ("shortv/families/a.py", "from shortv import sweep", "imports shortv.sweep"),
+        ("shortv/families/a.py", "import ray.data", "imports ray"),
+        ("shortv/sweep/a.py", "import reports.store", "imports reports.store"),
+        ("shortv/layers/a.py", "from ..sweep import ranking", "imports shortv.sweep.ranking"),
+        ("shortv/sweep/a.py", "from ..layers import fast", None),
         ("shortv/sweep/a.py", "import importlib\nimportlib.import_module('ray')", "imports ray"),
         ("shortv/sweep/a.py", "from shortv import Plan", "imports the facade"),
-        ("shortv/families/a.py", "from shortv.tokens import x", None),
-        ("shortv/tokens.py", "from shortv.families import a", "imports shortv.families on floor 1"),
         ("reports/a.py", "import torch.nn", "imports torch"),
-        ("reports/a.py", "from shortv.tokens import x", "in reports imports shortv.tokens"),
-        ("shortv/workers/a.py", "from jobs.common import run", "imports jobs.common on floor 4"),
+        ("reports/a.py", "from shortv.layers import fast", "in reports imports shortv.layers"),
+        ("shortv/workers/a.py", "from jobs.common import run", "imports jobs.common"),
         ("shortv/workers/a.py", "import ray\nfrom shortv.sweep import ranking\nimport reports.store", None),
         ("shortv/sweep/a.py", "from . import ranking\nfrom shortv.plan import Plan\nimport torch", None),
         ("jobs/a.py", "from shortv import Plan\nfrom jobs.common import run\nimport ray", None),
@@ -199,7 +200,7 @@ def test_the_facade_hands_out_what_it_lists() -> None:
 
     assert shortv.Plan is Plan
     assert set(shortv._HOMES) == set(shortv.__all__)
-    light = [name for name, home in shortv._HOMES.items() if room_of(home) == "shortv"]
+    light = [name for name, home in shortv._HOMES.items() if package_of(home) == "shortv"]
     assert all(getattr(shortv, name).__name__ == name for name in light)
     assert set(shortv.__all__) <= set(dir(shortv))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,0 +1,149 @@
+"""Readers of data from outside accept what is right and refuse what is damaged or too large, in one line."""
+
+import io
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet as pq
+
+from shortv.errors import Refused, SampleError
+from shortv.untrusted import image_size, open_image, parse_json, parse_toml, read_file, read_parquet
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, format, **options)
+    return sink.getvalue()
+
+
+def test_json_is_read_as_it_stands() -> None:
+    value = {"a": [1, -(2**63), 1.5, None, True, "é\u0000"], "b": {}}
+    assert parse_json(json.dumps(value), what="x") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 401,
+        "-" + "9" * 5000,
+        "1e999",
+        "NaN",
+        "[-Infinity]",
+        str(2**63),
+        '{"a": 1, "a": 2}',
+        '"\\ud800"',
+        '{"\\ud800": 1}',
+        "[" * 100 + "]" * 100,
+        "[" * 100_000,
+        '{"a":' * 600 + "1" + "}" * 600,
+        "{",
+        b"\xff\xfe\xff",
+        "",
+    ],
+)
+def test_bad_json_is_refused_in_one_short_line(text: str | bytes) -> None:
+    with pytest.raises(Refused) as caught:
+        parse_json(text, what="manifest")
+    assert "manifest" in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"a = " + b"9" * 401, b"a = " + b"9" * 5000, b"a = 1e999", b"a = nan", b"a = " + b"[" * 2000, b"\xff", b"a"],
+)
+def test_bad_toml_is_refused(text: bytes) -> None:
+    with pytest.raises(Refused):
+        parse_toml(text, what="recipe")
+
+
+def test_files_are_bounded_and_must_be_regular(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    assert read_file(tmp_path / "a", what="plan", limit_bytes=5) == b"12345"
+    for path, limit in [("a", 4), ("missing", 9), ("fifo", 9), ("", 9), ("loop", 9), ("x\0y", 9), ("\ud800", 9)]:
+        with pytest.raises(Refused):
+            read_file(os.path.join(tmp_path, path), what="plan", limit_bytes=limit)
+    with pytest.raises(Refused):
+        read_file("/dev/zero", what="plan")
+
+
+def test_parquet_counts_decoded_bytes_and_rows() -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": ["x" * 1000] * 200_000, "n": list(range(200_000))}), sink, compression="zstd")
+    data = sink.getvalue()
+    assert len(data) < 2 << 20
+    with pytest.raises(Refused):
+        read_parquet(data, what="table", max_bytes=10 << 20)
+    with pytest.raises(Refused):
+        read_parquet(data, what="table", max_rows=199_999)
+    table = read_parquet(data, what="table", columns=["n"])
+    assert table.column_names == ["n"] and table["n"].to_pylist() == list(range(200_000))
+    with pytest.raises(Refused):
+        read_parquet(data, what="table", columns=["missing"])
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"no parquet"])
+def test_damaged_parquet_is_refused(data: bytes) -> None:
+    with pytest.raises(Refused):
+        read_parquet(data, what="table")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_images_come_as_rgb(mode: str) -> None:
+    image = Image.effect_noise((20, 10), 90).convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    assert image_size(data) == (20, 10)
+    with Image.open(io.BytesIO(data)) as expected:
+        assert open_image(data).tobytes() == expected.convert("RGB").tobytes()
+    assert open_image(image).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_images_of_16_bits_keep_their_brightness() -> None:
+    values = [0, 255, 256, 32768, 40000, 65535]
+    image = Image.frombytes("I;16", (6, 1), struct.pack("<6H", *values))
+    for source in (encoded(image), encoded(image, "TIFF"), image):
+        assert list(open_image(source).getchannel(0).tobytes()) == [value >> 8 for value in values]
+
+
+def test_an_image_that_would_start_another_program_is_refused(tmp_path: Path) -> None:
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(SampleError):
+        open_image(script)
+
+
+def progressive_with_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = encoded(Image.effect_noise((16, 16), 50), "JPEG", progressive=True)
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[start:end] * count + data[end:]
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", "empty-image"),
+        (encoded(Image.new("RGB", (1, 201))), "too-elongated"),
+        (encoded(Image.new("1", (9500, 9500))), "too-large"),
+        (progressive_with_scans(1500), "too-many-scans"),
+        (encoded(Image.effect_noise((64, 64), 50))[:-200], "OSError"),
+        (b"no image", "UnidentifiedImageError"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "unsupported-mode"),
+    ],
+)
+def test_unusable_images_say_why(data: bytes, error: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        open_image(data)
+    assert (caught.value.stage, caught.value.error) == ("decode", error)
+
+
+def test_ordinary_progressive_jpegs_are_read() -> None:
+    assert open_image(progressive_with_scans(0)).size == (16, 16)
