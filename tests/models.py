@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shortv.architecture import Architecture
 from shortv.families import Batch, LoadedModel, decoder_of
-from shortv.tokens import token_types
+from shortv.families.tokens import token_types
 
 LAYERS = 4
 VOCABULARY = 96

@@ -25,7 +25,6 @@ ORDER = (
     "shortv.learned",
     "shortv.layers",
     "shortv.families",
-    "shortv.tokens",
     "shortv",
 )
 RAY_PACKAGES = {"jobs", "shortv.workers", "shortv.bench"}
@@ -165,7 +164,7 @@ def test_the_tree_was_read() -> None:
 def test_the_checker_finds_what_is_wrong(file: str, code: str, why: str | None, tmp_path: Path) -> None:
     names = [
         "shortv/plan.py",
-        "shortv/tokens.py",
+        "shortv/families/tokens.py",
         "shortv/sweep/ranking.py",
         "shortv/layers/fast.py",
         "reports/store.py",

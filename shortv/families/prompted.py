@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from shortv.errors import ShortVError
 from shortv.families.decoder import Decoder
-from shortv.tokens import TokenTypes
+from shortv.families.tokens import TokenTypes
 
 _PROMPT = "_shortv_prompt"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shortv.chat import Turn
 from shortv.errors import SampleError
 from shortv.families.loading import LoadedModel
-from shortv.tokens import TokenTypes, token_types
+from shortv.families.tokens import TokenTypes, token_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from shortv.errors import Refused
 from shortv.families import Decoder
 from shortv.families.parts.base import Learned
 from shortv.families.parts.dyvte import ExitRouters, TextRows, averaged, check_can_exit
+from shortv.families.tokens import Selection, TokenTypes, hide_keys
 from shortv.layers.attention import attend, project, rotate
 from shortv.layers.cache import shortened_layer
 from shortv.layers.fast import PlannedLayer
@@ -28,7 +29,6 @@ from shortv.layers.progress import Progress
 from shortv.layers.sequence import SequenceState, history_of
 from shortv.layers.streams import Split
 from shortv.plan import Mode
-from shortv.tokens import Selection, TokenTypes, hide_keys
 
 
 def exit_layers(cache: Cache) -> list[int] | None:

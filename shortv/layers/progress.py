@@ -12,10 +12,10 @@ from transformers import StaticCache
 from shortv.errors import ShortVError
 from shortv.families import Decoder
 from shortv.families.parts.base import Learned
+from shortv.families.tokens import Selection, may_attend
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
 from shortv.plan import Mode
-from shortv.tokens import Selection, may_attend
 
 
 class Progress(SequenceState):

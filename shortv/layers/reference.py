@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.families.parts.base import Learned
+from shortv.families.tokens import TokenTypes, hide_keys
 from shortv.layers.learned import LEARNED
 from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, validate_modes
-from shortv.tokens import TokenTypes, hide_keys
 
 
 @contextmanager

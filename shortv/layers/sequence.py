@@ -20,8 +20,8 @@ from shortv.errors import ShortVError
 from shortv.families import Decoder
 from shortv.families.parts.base import Learned
 from shortv.families.prompted import is_prompted, prompt_rows
+from shortv.families.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
 from shortv.plan import Mode, PartsKind
-from shortv.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
 
 SHORTENING = frozenset({Mode.SKIP_ATTENTION, Mode.DROP_VISUAL})
 """Modes that leave positions out of a layer's KV cache."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shortv.tokens import Selection, explicit_mask
+from shortv.families.tokens import Selection, explicit_mask
 
 
 class Split:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from shortv.families import Batch, Decoder
+from shortv.families.tokens import Selection, explicit_mask, last_true
 from shortv.plan import Mode
 from shortv.sweep.clean import CleanPass
 from shortv.sweep.passes import PassCounter
-from shortv.tokens import Selection, explicit_mask, last_true
 
 
 class Ablation(NamedTuple):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shortv.errors import Refused, ShortVError
 from shortv.families import Batch, Decoder, LoadedModel
+from shortv.families.tokens import Selection, explicit_mask, hide_keys
 from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
 from shortv.sweep.clean import run_clean
-from shortv.tokens import Selection, explicit_mask, hide_keys
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 
 MODES = tuple(Mode)

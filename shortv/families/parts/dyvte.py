@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from shortv.errors import Refused
 from shortv.families.decoder import Decoder
 from shortv.families.parts.base import Parts
+from shortv.families.tokens import Selection, TokenTypes, last_true
 from shortv.plan import PartsKind
-from shortv.tokens import Selection, TokenTypes, last_true
 
 STAY, EXIT = 0, 1
 """The two classes of a router."""

@@ -15,6 +15,7 @@ from shortv.errors import SampleError
 from shortv.families import LoadedModel
 from shortv.families.parts.dyvte import EXIT, STAY, ExitRouters, TextRows
 from shortv.families.supervised import IGNORED, Supervised, supervised
+from shortv.families.tokens import TokenTypes
 from shortv.learned.dyvte.answers import with_own_answers
 from shortv.learned.dyvte.labels import AnswerScores, is_safe
 from shortv.learned.dyvte.recipe import Recipe
@@ -30,7 +31,6 @@ from shortv.learned.trainer import (
 )
 from shortv.plan import modes_of_exit
 from shortv.sample import Sample
-from shortv.tokens import TokenTypes
 
 
 def make_trainer(loaded: LoadedModel, recipe: Recipe, *, executing: Executing, reduce: Reduce) -> RouterTrainer:

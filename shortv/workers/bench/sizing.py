@@ -20,12 +20,12 @@ from shortv.architecture import Architecture
 from shortv.costs import STACK_SHARE, SweepMemory, activation_bytes, decoder_parameters, sweep_flops, sweep_memory
 from shortv.errors import Refused
 from shortv.families import Batch, LoadedModel, decoder_of
+from shortv.families.tokens import token_types
 from shortv.layers.roofline import fastest, seconds
 from shortv.layers.shapes import SHAPES
 from shortv.sizing import MODES
 from shortv.sweep.engine import measure
 from shortv.sweep.stacking import CPU_BUDGET, automatic_stack
-from shortv.tokens import token_types
 
 PADDING: Final = 8
 """Padding tokens of every sample but the first: real batches have some, and with them a mask."""

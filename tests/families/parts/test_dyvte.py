@@ -11,8 +11,8 @@ from torch.nn.functional import gelu
 from shortv.errors import Refused
 from shortv.families.parts import load_parts, save_parts
 from shortv.families.parts.dyvte import EXIT, ExitRouters, RouterSettings, TextRows, averaged
+from shortv.families.tokens import TokenTypes
 from shortv.plan import LearnedParts, PartsKind
-from shortv.tokens import TokenTypes
 from tests.models import LAYERS, loaded, random_model
 
 
