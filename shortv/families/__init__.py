@@ -1,8 +1,17 @@
 """Everything that knows a model's internals: which families are supported, where their layers and visual tokens are."""
 
 from shortv.families.decoder import Decoder, decoder_of
-from shortv.families.encoding import Encoded, encode
-from shortv.families.loading import LoadedModel, commit_of, load, load_architecture, load_processor, quiet_transformers
+from shortv.families.encoding import Encoded, encode, preprocess
+from shortv.families.loading import (
+    LoadedModel,
+    Preprocessor,
+    commit_of,
+    load,
+    load_architecture,
+    load_preprocessor,
+    load_processor,
+    quiet_transformers,
+)
 from shortv.families.prompts import Batch
 from shortv.families.table import FAMILIES, supported
 
@@ -12,12 +21,15 @@ __all__ = [
     "Decoder",
     "Encoded",
     "LoadedModel",
+    "Preprocessor",
     "commit_of",
     "decoder_of",
     "encode",
     "load",
     "load_architecture",
+    "load_preprocessor",
     "load_processor",
+    "preprocess",
     "quiet_transformers",
     "supported",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shortv.chat import Turn
 from shortv.errors import SampleError
-from shortv.families.loading import LoadedModel
+from shortv.families.loading import LoadedModel, Preprocessor
 from shortv.families.prompts import Batch, Prompt, batch_of, prompt_of
 from shortv.sample import Sample
 
@@ -16,7 +16,7 @@ IMAGE_MARKER = "<image>"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """The samples of a batch that could be encoded, on the model's device, and those that could not."""
+    """The samples of a batch that could be encoded, and those that could not."""
 
     batch: Batch | None
     samples: tuple[Sample, ...]
@@ -24,7 +24,13 @@ class Encoded:
 
 
 def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> Encoded:
-    """Encode samples into one padded batch; a bad sample becomes an error and never takes a good one with it."""
+    """Encode samples into one padded batch on the model's device; a bad sample becomes an error of its own."""
+    found = preprocess(loaded, samples)
+    return replace(found, batch=found.batch.on(loaded)) if found.batch else found
+
+
+def preprocess(loaded: LoadedModel | Preprocessor, samples: Sequence[Sample]) -> Encoded:
+    """Encode samples into one padded batch in CPU memory; a bad sample becomes an error of its own."""
     errors: list[tuple[Sample, SampleError]] = []
     prompts: list[tuple[Sample, Prompt]] = []
     for sample in samples:
@@ -42,16 +48,16 @@ def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> Encoded:
     return Encoded(batch=batch, samples=tuple(sample for sample, _ in prompts), errors=tuple(errors))
 
 
-def _batch(loaded: LoadedModel, prompts: Sequence[tuple[Sample, Prompt]]) -> Batch | None:
+def _batch(loaded: LoadedModel | Preprocessor, prompts: Sequence[tuple[Sample, Prompt]]) -> Batch | None:
     if not prompts:
         return None
     batch = batch_of(loaded, [prompt for _, prompt in prompts])
-    if loaded.decoder.family.positions_from_mask:
+    if loaded.family.positions_from_mask:
         batch.inputs["position_ids"] = (batch.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return batch.on(loaded)
+    return batch
 
 
-def _fault(loaded: LoadedModel, prompt: Prompt) -> SampleError | None:
+def _fault(loaded: LoadedModel | Preprocessor, prompt: Prompt) -> SampleError | None:
     try:
         batch_of(loaded, [prompt])
     except SampleError as error:

@@ -11,12 +11,26 @@ import torch
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
-from shortv.families.decoder import Decoder, decoder_of, family_of
+from shortv.families.decoder import Decoder, decoder_of, family_of, visual_ids_of
+from shortv.families.table import Family
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations whose masks have rows and columns that an ablation can select."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessor:
+    """What turns samples into model inputs: everything of a model but its weights."""
+
+    processor: Any
+    chat_template: str | None
+    """Overrides the processor's own template when given."""
+    family: Family
+    visual_ids: frozenset[int]
+    context: int
+    """Most tokens a prompt may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +49,16 @@ class LoadedModel:
     """Most tokens a prompt may have."""
     chat_template: str | None
     """Overrides the processor's own template when given."""
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.decoder.family
+
+    @property
+    def visual_ids(self) -> frozenset[int]:
+        """Ids of the placeholder tokens that vision features replace."""
+        return self.decoder.visual_ids
 
 
 def load_architecture(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
@@ -97,7 +121,6 @@ def load(
     )
     if device != "auto-map":
         model.to(device)
-    text = config.get_text_config()
     return LoadedModel(
         name=name,
         revision=getattr(config, "_commit_hash", None) or revision,
@@ -106,8 +129,34 @@ def load(
         decoder=decoder_of(model),
         architecture=architecture,
         device=model.get_input_embeddings().weight.device,
-        context=int(text.max_position_embeddings),
+        context=_context(config),
         chat_template=chat_template,
+    )
+
+
+def load_preprocessor(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Preprocessor:
+    """Load what prepares the inputs of a model, without its weights.
+
+    Raises:
+        Refused: no such model, unsupported family, or no chat template.
+    """
+    config = _config(name, revision, trust_remote_code)
+    family = family_of(config.model_type)
+    processor = load_processor(
+        name, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
+    )
+    return Preprocessor(
+        processor=processor,
+        chat_template=chat_template,
+        family=family,
+        visual_ids=visual_ids_of(config, family),
+        context=_context(config),
     )
 
 
@@ -148,6 +197,10 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
             f"model {name!r} cannot be found or read: {first_line(error)} "
             "(give a hub id that can be reached, or a folder with config.json and weights)"
         ) from error
+
+
+def _context(config: Any) -> int:
+    return int(config.get_text_config().max_position_embeddings)
 
 
 def _architecture(config: Any) -> Architecture:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shortv.chat import Turn
 from shortv.errors import SampleError
-from shortv.families.loading import LoadedModel
+from shortv.families.loading import LoadedModel, Preprocessor
 from shortv.families.tokens import TokenTypes, token_types
 
 
@@ -46,7 +46,7 @@ class Batch:
         return Batch(inputs=moved, types=types)
 
 
-def prompt_of(loaded: LoadedModel, turns: Sequence[Turn], *, generation_prompt: bool = True) -> Prompt:
+def prompt_of(loaded: LoadedModel | Preprocessor, turns: Sequence[Turn], *, generation_prompt: bool = True) -> Prompt:
     """Apply the chat template to a conversation and decode its images.
 
     Args:
@@ -102,7 +102,7 @@ def _whole_images_only() -> Iterator[None]:
 
 
 def batch_of(
-    loaded: LoadedModel,
+    loaded: LoadedModel | Preprocessor,
     prompts: Sequence[Prompt],
     *,
     continuations: Sequence[str] | None = None,
@@ -136,19 +136,19 @@ def batch_of(
     except Exception as error:  # processors raise whatever their libraries raise on odd sizes and texts
         raise SampleError(stage="tokenise", error=type(error).__name__, message=one_line(error)) from error
     inputs: dict[str, Tensor] = dict(found)
-    types = token_types(inputs["input_ids"], inputs["attention_mask"], loaded.decoder.visual_ids)
+    types = token_types(inputs["input_ids"], inputs["attention_mask"], loaded.visual_ids)
     for prompt, n_text, n_visual in zip(prompts, types.n_text, types.n_visual, strict=True):
         _check_fits(loaded, prompt, n_text, n_visual)
     return Batch(inputs=inputs, types=types)
 
 
-def adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
+def adds_special_tokens(loaded: LoadedModel | Preprocessor, text: str) -> bool:
     """Whether the tokenizer has to add what a template that writes its own beginning of sequence has put there."""
     bos = loaded.processor.tokenizer.bos_token
     return not (bos and text.startswith(bos))
 
 
-def _check_fits(loaded: LoadedModel, prompt: Prompt, n_text: int, n_visual: int) -> None:
+def _check_fits(loaded: LoadedModel | Preprocessor, prompt: Prompt, n_text: int, n_visual: int) -> None:
     if bool(prompt.images) != bool(n_visual):
         message = f"{len(prompt.images)} images became {n_visual} visual tokens; does the chat template place images?"
         raise SampleError(stage="tokenise", error="visual-tokens", message=message)
