@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from shortv.api_keys import key_digests_of
+from reports.access import key_digests_of
 from shortv.errors import ShortVError
 from shortv.plan import Plan
 from shortv.workers.cluster import first_line, living_nodes

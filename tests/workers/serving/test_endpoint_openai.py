@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from shortv.api_keys import key_digests_of
+from reports.access import key_digests_of
 from shortv.chat import Failure, Reason
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 from tests.workers.serving.endpoint_fakes import KEY, MODEL, FakeReplicas, image_part, picture, uri
