@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from shortv.chat import Likelihood
 from shortv.errors import ShortVError
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
 from shortv.families.prompted import prompted
 from shortv.families.supervised import continuation_ids
+from shortv.request import Likelihood
 
 
 def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Likelihood]:

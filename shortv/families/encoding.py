@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shortv.chat import Turn
 from shortv.errors import SampleError
 from shortv.families.loading import LoadedModel, Preprocessor
 from shortv.families.prompts import Batch, Prompt, batch_of, prompt_of
+from shortv.request import Message
 from shortv.sample import Sample
 
 IMAGE_MARKER = "<image>"
@@ -65,7 +65,7 @@ def _fault(loaded: LoadedModel | Preprocessor, prompt: Prompt) -> SampleError | 
     return None
 
 
-def turn_of(sample: Sample) -> Turn:
+def turn_of(sample: Sample) -> Message:
     """A sample as one user turn: its prompt split at the image markers; without markers the images come first.
 
     Raises:
@@ -74,7 +74,7 @@ def turn_of(sample: Sample) -> Turn:
     pieces = sample.prompt.split(IMAGE_MARKER)
     markers, images = len(pieces) - 1, list(sample.images)
     if markers == 0:
-        return Turn(role="user", parts=(*images, sample.prompt))
+        return Message(role="user", parts=(*images, sample.prompt))
     if markers != len(images):
         message = f"the prompt has {markers} {IMAGE_MARKER} markers but the sample has {len(images)} images"
         raise SampleError(stage="prompt", error="image-count", message=message)
@@ -84,4 +84,4 @@ def turn_of(sample: Sample) -> Turn:
             parts.append(images[number - 1])
         if piece.strip():
             parts.append(piece.strip("\n"))
-    return Turn(role="user", parts=tuple(parts))
+    return Message(role="user", parts=tuple(parts))

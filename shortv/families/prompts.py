@@ -12,10 +12,10 @@ from typing import Any, Literal
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from shortv.chat import Turn
 from shortv.errors import SampleError
 from shortv.families.loading import LoadedModel, Preprocessor
 from shortv.families.tokens import TokenTypes, token_types
+from shortv.request import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,9 @@ class Batch:
         return Batch(inputs=moved, types=types)
 
 
-def prompt_of(loaded: LoadedModel | Preprocessor, turns: Sequence[Turn], *, generation_prompt: bool = True) -> Prompt:
+def prompt_of(
+    loaded: LoadedModel | Preprocessor, turns: Sequence[Message], *, generation_prompt: bool = True
+) -> Prompt:
     """Apply the chat template to a conversation and decode its images.
 
     Args:

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shortv.chat import Turn
 from shortv.errors import SampleError
 from shortv.families.encoding import turn_of
 from shortv.families.loading import LoadedModel
 from shortv.families.prompts import Batch, Prompt, adds_special_tokens, batch_of, prompt_of
+from shortv.request import Message
 from shortv.sample import Sample
 
 IGNORED = -100
@@ -108,9 +108,9 @@ def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
     Raises:
         SampleError: the template cannot write a conversation with an answer.
     """
-    question = Turn(role="user", parts=("question",))
+    question = Message(role="user", parts=("question",))
     asked = prompt_of(loaded, [question]).text
-    whole = prompt_of(loaded, [question, Turn(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
+    whole = prompt_of(loaded, [question, Message(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
     eos: str = loaded.processor.tokenizer.eos_token
     before, found, after = whole.removeprefix(asked).partition(_ANSWER)
     if not whole.startswith(asked) or not found:  # the template writes past answers in another way than new ones

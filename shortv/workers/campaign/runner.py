@@ -15,13 +15,13 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from shortv.architecture import Architecture
-from shortv.chat import FULL_MODEL
 from shortv.errors import ShortVError
 from shortv.evals.asking import Reply, replies_to
 from shortv.evals.asks import Ask
 from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
+from shortv.request import FULL_MODEL
 from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
 from shortv.workers.cluster import connected, living_nodes

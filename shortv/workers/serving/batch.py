@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from shortv.chat import Reason
 from shortv.families import LoadedModel
 from shortv.families.ends import end_tokens
 from shortv.families.prompts import batch_of
 from shortv.families.vision import VisionCache
 from shortv.layers.exits import exit_layers
 from shortv.layers.sequence import keep_rows
+from shortv.request import Reason
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.sampling import Sampler, choose_all
 from shortv.workers.serving.transcript import Transcript
@@ -72,8 +72,8 @@ class RunningBatch:
     def _enter(self, ids_BT: Tensor, mask_BT: Tensor, started: float) -> None:
         tokenizer = self._loaded.processor.tokenizer
         for row, ids_T, mask_T in zip(self.rows, ids_BT, mask_BT, strict=True):
-            decoding = row.question.decoding
-            ends, texts = end_tokens(self._loaded, decoding.stops)
+            decoding = row.request.sampling
+            ends, texts = end_tokens(self._loaded, decoding.stop)
             prompt = ids_T[mask_T.bool()].tolist()
             row.begin(
                 Sampler(decoding, seed=row.seed, prompt=prompt, ends=ends, tokenizer=tokenizer),
