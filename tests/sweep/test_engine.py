@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shortv.bench.sweep import measure_released
 from shortv.families import Batch, LoadedModel, encode
 from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
@@ -19,7 +20,6 @@ from shortv.sweep import engine
 from shortv.sweep.clean import run_clean
 from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
 from shortv.sweep.passes import PassCounter
-from shortv.sweep.released import measure_released
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import bundled, calibration
 

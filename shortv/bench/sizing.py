@@ -1,45 +1,39 @@
-"""What a sweep really takes, against the memory and the time that `shortv.costs` predicts for it.
+"""Measured memory and time of a sweep against what `shortv.costs` predicts.
 
-In a process of its own: a model with random weights, a batch of random prompts, and the sweep engine. On a CPU memory
-is the growth of the process as Linux counts it, on a GPU what torch's allocator hands out.
+A new process sweeps a batch of random prompts through a model with random weights. On a CPU, memory is the growth of
+the process as Linux counts it; on a GPU, what torch's allocator hands out.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 
 from shortv.architecture import Architecture
+from shortv.bench.device import product_rate, seconds
+from shortv.bench.models import image_prompt, published, random_model
+from shortv.bench.tables import MODES
 from shortv.costs import STACK_SHARE, SweepMemory, activation_bytes, decoder_parameters, sweep_flops, sweep_memory
 from shortv.errors import Refused
 from shortv.families import Batch, LoadedModel, decoder_of
 from shortv.families.tokens import token_types
-from shortv.layers.roofline import fastest, seconds
-from shortv.layers.shapes import SHAPES
-from shortv.sizing import MODES
 from shortv.sweep.engine import measure
 from shortv.sweep.stacking import CPU_BUDGET, automatic_stack
 
 PADDING: Final = 8
-"""Padding tokens of every sample but the first: real batches have some, and with them a mask."""
-SIDE: Final = MappingProxyType({"cpu": 2048, "cuda": 8192})
-"""Of the square matrices whose product gives the rate that a prediction of seconds assumes."""
-BEFORE_IMAGE: Final = 35
-"""Text tokens before the image in LLaVA-1.5's prompt."""
+"""Padding tokens of every sample but the first, so that the batch needs a mask, as real batches do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is swept: a shape cut to so many layers, and a batch whose longest prompt has t + v tokens.
+    """A published model cut to `layers` layers, and a batch whose longest prompt has t + v tokens.
 
-    `stack` ablations run together, as many as the engine chooses by itself when it is None.
+    `stack` ablations run together; None lets the engine choose.
     """
 
     shape: str
@@ -67,15 +61,15 @@ class Sizing:
     stack: int
     """Ablations that ran together."""
     weights: int
-    """What loading the model left behind, in bytes."""
+    """Bytes in use after loading the model."""
     work: int
-    """The most that the sweep took on top of it, in bytes."""
+    """Peak bytes of the sweep on top of the weights."""
     flops: float
-    """Of the sweep of one batch, predicted."""
+    """Predicted for the sweep of one batch."""
     rate: float
-    """FLOP per second of one large product, measured."""
+    """Measured FLOP per second of one large matrix product."""
     seconds: float
-    """Of the fastest sweep of the batch."""
+    """Seconds of the fastest sweep of the batch."""
 
     @property
     def predicted_seconds(self) -> float:
@@ -85,6 +79,7 @@ class Sizing:
 
 def bench_sizing(case: Case) -> Sizing:
     """Sweep one batch in a new process; raises Refused where the memory of a process cannot be read."""
+    published(case.shape)
     if torch.device(case.device).type == "cpu" and not _STATUS.exists():
         raise Refused(f"the memory of a process is read from {_STATUS}, which is not there; use Linux or a GPU")
     # A new interpreter, so that nothing the caller has loaded or freed counts.
@@ -94,24 +89,21 @@ def bench_sizing(case: Case) -> Sizing:
 
 def _measured(case: Case) -> Sizing:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
-    model_class, config = BUILDS[case.shape](case.layers)
     # First, because it also starts threads and libraries, whose memory is not the model's.
-    rates = [_rate(device, dtype)]
+    rates = [product_rate(device, dtype)]
     before = _occupied(device)
-    with device:
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    loaded = _loaded(model.eval().requires_grad_(False), case.shape)
+    loaded = _loaded(random_model(case.shape, layers=case.layers, dtype=dtype, device=device), case.shape)
     weights = _occupied(device) - before
     batch, layers = _random_batch(loaded, case), range(case.layers)
     stack = min(case.stack or automatic_stack(loaded, case.batch, case.tokens), len(MODES) * case.layers)
     _forget_peak(device)
     times = [seconds(lambda: measure(loaded, batch, layers=layers, modes=MODES, stack=stack), device)]
     work = _peak(device) - before - weights
-    # Interleaved, because others may be using the machine: the fastest of both is what it can do.
+    # Interleaved, because other processes may use the machine: the fastest of each is what it can do.
     for _ in range(case.repeats - 1):
-        rates.append(_rate(device, dtype))
+        rates.append(product_rate(device, dtype))
         times.append(seconds(lambda: measure(loaded, batch, layers=layers, modes=MODES, stack=stack), device))
-    rates.append(_rate(device, dtype))
+    rates.append(product_rate(device, dtype))
     return Sizing(
         memory=_predicted_memory(loaded, case),
         stack=stack,
@@ -123,15 +115,8 @@ def _measured(case: Case) -> Sizing:
     )
 
 
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    side = SIDE[device.type]
-    left = torch.randn(side, side, device=device, dtype=dtype)
-    right = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / fastest(lambda: torch.mm(left, right), device)
-
-
 def _predicted_memory(loaded: LoadedModel, case: Case) -> SweepMemory:
-    """Of a device with room for as many ablations as were asked for; else of the one that the engine sees."""
+    """Predict for a device with room for `case.stack` ablations, or for this device when that is None."""
     arch, itemsize = loaded.architecture, int(loaded.model.dtype.itemsize)
     if case.stack:
         room = case.stack * activation_bytes(arch, case.batch * case.tokens, itemsize)
@@ -165,17 +150,13 @@ def _loaded(model: Any, name: str) -> LoadedModel:
 
 
 def _random_batch(loaded: LoadedModel, case: Case) -> Batch:
-    """Placeholders without pixels: the vision tower at work is no part of the prediction."""
-    visual_id = min(loaded.decoder.visual_ids)
-    draw = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(3, min(1000, visual_id), (case.batch, case.tokens), generator=draw)
-    start = min(BEFORE_IMAGE, case.text_tokens - 1)
-    ids_BT[:, start : start + case.visual_tokens] = visual_id
-    mask_BT = torch.ones_like(ids_BT)
-    padding = min(PADDING, start)
+    inputs = image_prompt(
+        loaded.model, batch=case.batch, text_tokens=case.text_tokens, visual_tokens=case.visual_tokens
+    )
+    ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+    padding = min(PADDING, case.text_tokens - 1)
     ids_BT[1:, :padding] = 0
     mask_BT[1:, :padding] = 0
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     if loaded.decoder.family.positions_from_mask:
         inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
     return Batch(inputs=inputs, types=token_types(ids_BT, mask_BT, loaded.decoder.visual_ids)).on(loaded)
@@ -201,45 +182,27 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _status(name: str) -> int:
-    """A size in bytes; resource.getrusage would hand down the peak of the process that started this one."""
+    """Read a size in bytes. `resource.getrusage` would also report the peak of the parent process."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
-def _llava(*, hidden: int, ffn: int, heads: int, kv_heads: int, vocabulary: int) -> Callable[[int], tuple[Any, Any]]:
-    """A LLaVA around a small language model, its vision tower a stub: no pixel goes through it."""
-
-    def build(layers: int) -> tuple[Any, Any]:
-        import transformers as hf
-
-        text = hf.LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=4096,
-        )
-        vision = hf.CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=336,
-            patch_size=14,
-        )
-        config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
-        return hf.LlavaForConditionalGeneration, config
-
-    return build
-
-
-BUILDS: Final = MappingProxyType(
-    {
-        "tinyllama-1.1b": _llava(hidden=2048, ffn=5632, heads=32, kv_heads=4, vocabulary=32064),
-        "smollm2-135m": _llava(hidden=576, ffn=1536, heads=9, kv_heads=3, vocabulary=49152),
-        **{name: shape.build for name, shape in SHAPES.items()},
+def sizing_text(result: Sizing, case: Case) -> str:
+    """Format predictions beside measurements; `work` is the sweep's peak on top of the weights."""
+    memory, gib = result.memory, 2**30
+    rows = {
+        "weights, GiB": (memory.weights / gib, result.weights / gib),
+        "work of the sweep, GiB": ((memory.total - memory.weights) / gib, result.work / gib),
+        "in all, GiB": (memory.total / gib, (result.weights + result.work) / gib),
+        "seconds": (result.predicted_seconds, result.seconds),
     }
-)
-"""Language models small enough for a laptop, as the decoder of a LLaVA, and the shapes that `prefill` measures."""
+    lines = [
+        f"{case.shape}, {case.layers} layers, batch {case.batch}, t = {case.text_tokens}, v = {case.visual_tokens}, "
+        f"{case.dtype} on {case.device}",
+        f"stacked ablations: {memory.stack} predicted, {result.stack} run; {result.flops / 1e12:.2f} TFLOP "
+        f"at the measured {result.rate / 1e9:.0f} GFLOP/s",
+        f"{'':24}{'predicted':>11}{'measured':>11}{'of predicted':>14}",
+    ]
+    for name, (predicted, measured) in rows.items():
+        lines.append(f"{name:24}{predicted:>11.3f}{measured:>11.3f}{measured / predicted:>14.2f}")
+    return "\n".join(lines)
