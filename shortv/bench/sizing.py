@@ -89,7 +89,8 @@ def bench_sizing(case: Case) -> Sizing:
 
 def _measured(case: Case) -> Sizing:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
-    # First, because it also starts threads and libraries, whose memory is not the model's.
+    # Both also load libraries and start threads, whose memory is not the model's.
+    published(case.shape).parameters()
     rates = [product_rate(device, dtype)]
     before = _occupied(device)
     loaded = _loaded(random_model(case.shape, layers=case.layers, dtype=dtype, device=device), case.shape)
