@@ -22,11 +22,11 @@ from shortv.bench.lmms_runs import TASK, LmmsRun, run_lmms_eval
 from shortv.bench.load import Load, bodies_of, closed_loop, open_loop, running_endpoint
 from shortv.families import load_architecture
 from shortv.plan import Mode, Plan
+from shortv.spec import WorkerRange
 from shortv.sweep.planning import Control, replacement_order
 from shortv.workers.campaign.driver import run_campaign
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.runner import ReplicaRunner
-from shortv.workers.request import WorkerRange
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.arguments import BUNDLED_NAME
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -106,7 +106,7 @@ def _plan(name: str, layers: Sequence[int], architecture: Architecture) -> Plan:
 def _campaign(plans: Sequence[str], limit: int, *, replicas: int) -> tuple[float, list[dict[str, float]]]:
     """Run a campaign in a temporary folder; returns the seconds of its cells and the scores of each cell."""
     with tempfile.TemporaryDirectory(prefix="shortv-bench-") as output:
-        recipe = Recipe(
+        recipe = CampaignSpec(
             models=(str(MODEL),),
             plans=tuple(plans),
             tasks=(TASK,),

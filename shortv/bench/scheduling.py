@@ -22,9 +22,10 @@ from shortv.families import load_architecture
 from shortv.plan import Mode
 from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
+from shortv.spec import WorkerRange
 from shortv.workers.cluster import start
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+from shortv.workers.request import ModelSpec, SweepRequest
 from shortv.workers.sweep import run_sweep
 
 
