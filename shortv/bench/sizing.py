@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import torch
 
-from shortv.architecture import Architecture
 from shortv.bench.device import product_rate, seconds
 from shortv.bench.models import image_prompt, published, random_model
 from shortv.bench.tables import MODES
 from shortv.costs import STACK_SHARE, SweepMemory, activation_bytes, decoder_parameters, sweep_flops, sweep_memory
 from shortv.errors import Refused
-from shortv.families import Batch, LoadedModel, decoder_of
+from shortv.families import Batch, LoadedModel, wrap
+from shortv.families.preprocessing import positions_of
 from shortv.families.tokens import token_types
 from shortv.sweep.engine import measure
 from shortv.sweep.stacking import CPU_BUDGET, automatic_stack
@@ -137,17 +137,7 @@ def _predicted_memory(loaded: LoadedModel, case: Case) -> SweepMemory:
 
 
 def _loaded(model: Any, name: str) -> LoadedModel:
-    return LoadedModel(
-        name=name,
-        revision=None,
-        model=model,
-        processor=None,
-        decoder=decoder_of(model),
-        architecture=Architecture.from_config_dict(model.config.to_dict()),
-        device=model.device,
-        context=int(model.config.get_text_config().max_position_embeddings),
-        chat_template=None,
-    )
+    return wrap(model, name=name)
 
 
 def _random_batch(loaded: LoadedModel, case: Case) -> Batch:
@@ -159,7 +149,7 @@ def _random_batch(loaded: LoadedModel, case: Case) -> Batch:
     ids_BT[1:, :padding] = 0
     mask_BT[1:, :padding] = 0
     if loaded.decoder.family.positions_from_mask:
-        inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions_of(mask_BT)
     return Batch(inputs=inputs, types=token_types(ids_BT, mask_BT, loaded.decoder.visual_ids)).on(loaded)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from shortv.errors import Refused, SampleError, ShortVError
 from shortv.evals.requests import Request
 from shortv.families import LoadedModel
-from shortv.families.prompts import Prompt, batch_of, prompt_of
+from shortv.families.preprocessing import Prompt, batch_of, prompt_of
 from shortv.request import Message
 
 
@@ -77,8 +77,7 @@ def inputs_of(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> dict[str, 
     with _naming(prompts[0].name if len(prompts) == 1 else f"{prompts[0].name} and {len(prompts) - 1} more"):
         batch = batch_of(
             loaded,
-            [named.prompt for named in prompts],
-            continuations=[named.continuation for named in prompts],
+            [replace(named.prompt, continuation=named.continuation) for named in prompts],
             padding_side="left",
         )
     return batch.on(loaded).inputs

@@ -1,18 +1,17 @@
-"""Everything that knows a model's internals: which families are supported, where their layers and visual tokens are."""
+"""Everything that knows a model's internals: supported families, loading, preprocessing, vision features."""
 
 from shortv.families.decoder import Decoder, decoder_of
-from shortv.families.encoding import Encoded, encode, preprocess
 from shortv.families.loading import (
     LoadedModel,
-    Preprocessor,
     commit_of,
     load,
     load_architecture,
     load_preprocessor,
     load_processor,
     quiet_transformers,
+    wrap,
 )
-from shortv.families.prompts import Batch
+from shortv.families.preprocessing import Batch, Encoded, Preprocessor, encode, preprocess
 from shortv.families.table import FAMILIES, supported
 
 __all__ = [
@@ -32,4 +31,5 @@ __all__ = [
     "preprocess",
     "quiet_transformers",
     "supported",
+    "wrap",
 ]

@@ -22,7 +22,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.evals.generation import Decoding, generate
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import load_architecture
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.workers.cluster import start

@@ -20,7 +20,7 @@ from shortv.evals.asking import replies_to
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.generation import Decoding, generate
 from shortv.evals.prompts import NamedPrompt
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Request

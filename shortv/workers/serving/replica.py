@@ -161,7 +161,7 @@ class Replica:
                 row.cancelled = True
 
     async def _row(self, request: Request, tell: Any, *, streams: bool) -> Row | Failure:
-        from shortv.families.prompts import prompt_of
+        from shortv.families.preprocessing import prompt_of
 
         book = self._book
         modes = book.modes(request.plan)

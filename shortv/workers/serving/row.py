@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shortv.families.parts import Learned
-from shortv.families.prompts import Prompt
+from shortv.families.preprocessing import Prompt
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request, TokenLogprob
 from shortv.workers.serving.sampling import Chosen, Sampler

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shortv.families import LoadedModel
-from shortv.families.encoding import turn_of
 from shortv.families.parts import Learned
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import message_of, prompt_of
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample
@@ -53,7 +52,7 @@ def row_of(
     **decoding: Any,
 ) -> Told:
     """A row for a sample or a conversation, full unless modes are given."""
-    turns = (turn_of(asked),) if isinstance(asked, Sample) else tuple(asked)
+    turns = (message_of(asked),) if isinstance(asked, Sample) else tuple(asked)
     events: queue.Queue[Event] = queue.Queue()
     row = Row(
         request=Request(

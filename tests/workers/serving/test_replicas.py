@@ -20,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from shortv.evals.asking import answer_all
 from shortv.families import load_architecture
-from shortv.families.encoding import turn_of
+from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.spec import WorkerRange
@@ -129,7 +129,10 @@ def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
     decoding = SamplingParams(max_tokens=40, min_tokens=40)
     questions = [
         Request(
-            request_id=sample.sample_id, plan="b" if number % 2 else "", messages=(turn_of(sample),), sampling=decoding
+            request_id=sample.sample_id,
+            plan="b" if number % 2 else "",
+            messages=(message_of(sample),),
+            sampling=decoding,
         )
         for number, sample in enumerate(calibration()[:60])
     ]

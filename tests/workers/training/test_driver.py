@@ -52,6 +52,8 @@ class ToyEngine(FakeEngine):
             decoder=empty,
             architecture=architecture(num_layers=LAYERS),
             device=torch.device("cpu"),
+            family=empty,
+            visual_ids=frozenset(),
             context=1,
             chat_template=None,
         )
