@@ -11,31 +11,10 @@ from typing import NamedTuple, TypeVar
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused
-from shortv.plan import Mode, PartsKind, Plan
+from shortv.plan import WORK, Mode, PartsKind, Plan, Tokens, Work, works_of
 
 # Token counts may be whole, or means over samples; FLOPs come in the same kind of number.
 Count = TypeVar("Count", int, float)
-
-
-class Work(NamedTuple):
-    """Which tokens a layer works on: each field is a share of the text and of the visual tokens, 0 or 1."""
-
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-    ffn: tuple[int, int]
-
-
-_ALL, _TEXT, _VISUAL, _NONE = (1, 1), (1, 0), (0, 1), (0, 0)
-
-WORK: dict[Mode, Work] = {
-    Mode.FULL: Work(queries=_ALL, keys=_ALL, ffn=_ALL),
-    Mode.FREEZE_VISUAL: Work(queries=_TEXT, keys=_ALL, ffn=_TEXT),
-    Mode.FREEZE_TEXT: Work(queries=_VISUAL, keys=_ALL, ffn=_VISUAL),
-    Mode.NO_VISUAL_QUERIES: Work(queries=_TEXT, keys=_ALL, ffn=_ALL),
-    Mode.NO_VISUAL_FFN: Work(queries=_ALL, keys=_ALL, ffn=_TEXT),
-    Mode.SKIP_ATTENTION: Work(queries=_NONE, keys=_NONE, ffn=_ALL),
-    Mode.DROP_VISUAL: Work(queries=_TEXT, keys=_TEXT, ffn=_TEXT),
-}
 
 
 class Passes(NamedTuple):
@@ -48,17 +27,7 @@ class Passes(NamedTuple):
 
 def layer_flops(arch: Architecture, mode: Mode, t: Count, v: Count) -> Count:
     """Return the prefill FLOPs of one layer in `mode`, for `t` text and `v` visual tokens of one prompt."""
-    if not (0 <= t < math.inf and 0 <= v < math.inf):
-        raise Refused(f"token counts must not be negative, found t={t} and v={v}; check the samples")
-    work = WORK[mode]
-    query_width = arch.num_heads * arch.head_dim
-    key_width = arch.num_kv_heads * arch.head_dim
-    queries = work.queries[0] * t + work.queries[1] * v
-    keys = work.keys[0] * t + work.keys[1] * v
-    ffn = work.ffn[0] * t + work.ffn[1] * v
-    projections = 4 * arch.hidden_size * (queries * query_width + keys * key_width)
-    attention = 4 * queries * keys * query_width
-    return projections + attention + 6 * ffn * arch.hidden_size * arch.intermediate_size
+    return _work_flops(arch, WORK[mode], t, v)
 
 
 def plan_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count) -> Count:
@@ -66,9 +35,25 @@ def plan_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count) ->
     if len(modes) != arch.num_layers:
         raise Refused(f"found {len(modes)} modes for a model of {arch.num_layers} layers; give one mode per layer")
     total = 0 * t
-    for mode in modes:
-        total += layer_flops(arch, mode, t, v)
+    for work in works_of(modes):
+        total += _work_flops(arch, work, t, v)
     return total
+
+
+def count_of(tokens: Tokens, t: Count, v: Count) -> Count:
+    """Return how many of `t` text and `v` visual tokens are meant."""
+    return (Tokens.TEXT in tokens) * t + (Tokens.VISUAL in tokens) * v
+
+
+def _work_flops(arch: Architecture, work: Work, t: Count, v: Count) -> Count:
+    if not (0 <= t < math.inf and 0 <= v < math.inf):
+        raise Refused(f"token counts must not be negative, found t={t} and v={v}; check the samples")
+    queries, keys, ffn = (count_of(tokens, t, v) for tokens in work)
+    query_width = arch.num_heads * arch.head_dim
+    key_width = arch.num_kv_heads * arch.head_dim
+    projections = 4 * arch.hidden_size * (queries * query_width + keys * key_width)
+    attention = 4 * queries * keys * query_width
+    return projections + attention + 6 * ffn * arch.hidden_size * arch.intermediate_size
 
 
 def flops_ratio(arch: Architecture, modes: Sequence[Mode], t: float, v: float) -> float:
@@ -149,16 +134,17 @@ def plan_flops_ratio(plan: Plan, arch: Architecture, t: float, v: float) -> floa
 def ablation_passes(num_layers: int, mode: Mode, layer: int) -> Passes:
     """Return what one ablation costs when it restarts from the clean pass's states at `layer`.
 
-    The clean pass already holds what every token gets out of this layer's attention and FFN, so freezing is
-    free there. A skipped attention changes the FFN's input, which then runs again; dropping visual tokens
-    leaves nothing to share from `layer` on.
+    The clean pass already holds what every token gets out of this layer's attention and FFN, so freezing is free
+    there. Tokens that pass the FFN without attending run it again, and where a query loses keys the layer runs again
+    over the text alone. Dropping visual tokens leaves nothing to share from `layer` on.
     """
     if mode is Mode.FULL:
         return Passes()
     if mode is Mode.DROP_VISUAL:
         return Passes(text_layers=num_layers - layer)
-    ffn = 1 if mode in (Mode.NO_VISUAL_QUERIES, Mode.SKIP_ATTENTION) else 0
-    return Passes(layers=num_layers - 1 - layer, ffn=ffn)
+    work = WORK[mode]
+    ffn = not work.hides_keys and bool(work.ffn & ~work.queries)
+    return Passes(layers=num_layers - 1 - layer, ffn=int(ffn), text_layers=int(work.hides_keys))
 
 
 def sweep_passes(num_layers: int, mode: Mode) -> Passes:

@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
+from enum import Flag, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shortv.errors import Refused
 
@@ -18,8 +18,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+class Tokens(Flag):
+    """Some of a sequence's tokens; generated tokens are text."""
+
+    NONE = 0
+    TEXT = 1
+    VISUAL = 2
+    ALL = 3
+
+
 class Mode(StrEnum):
-    """What a decoder layer leaves out."""
+    """What a decoder layer leaves out; `WORK` says which tokens it still works on.
+
+    A layer after a `drop-visual` layer has no visual tokens, whatever its own mode: `drop-visual` means
+    `bypass-visual` in this layer and all later ones.
+    """
 
     FULL = "full"
     FREEZE_VISUAL = "freeze-visual"
@@ -28,6 +41,54 @@ class Mode(StrEnum):
     NO_VISUAL_FFN = "no-visual-ffn"
     SKIP_ATTENTION = "skip-attention"
     DROP_VISUAL = "drop-visual"
+    BYPASS_VISUAL = "bypass-visual"
+
+
+class Work(NamedTuple):
+    """Which tokens attend in a layer, which ones give keys and values, and which ones pass the FFN.
+
+    A token that does none of these passes the layer unchanged.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    ffn: Tokens
+
+    def among(self, present: Tokens) -> "Work":
+        """Return the same work where only some tokens are there."""
+        return Work(*(tokens & present for tokens in self))
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether tokens attend to fewer keys than in the full layer."""
+        return bool(self.queries) and self.keys is not Tokens.ALL
+
+
+WORK: Mapping[Mode, Work] = {
+    Mode.FULL: Work(queries=Tokens.ALL, keys=Tokens.ALL, ffn=Tokens.ALL),
+    Mode.FREEZE_VISUAL: Work(queries=Tokens.TEXT, keys=Tokens.ALL, ffn=Tokens.TEXT),
+    Mode.FREEZE_TEXT: Work(queries=Tokens.VISUAL, keys=Tokens.ALL, ffn=Tokens.VISUAL),
+    Mode.NO_VISUAL_QUERIES: Work(queries=Tokens.TEXT, keys=Tokens.ALL, ffn=Tokens.ALL),
+    Mode.NO_VISUAL_FFN: Work(queries=Tokens.ALL, keys=Tokens.ALL, ffn=Tokens.TEXT),
+    Mode.SKIP_ATTENTION: Work(queries=Tokens.NONE, keys=Tokens.NONE, ffn=Tokens.ALL),
+    Mode.DROP_VISUAL: Work(queries=Tokens.TEXT, keys=Tokens.TEXT, ffn=Tokens.TEXT),
+    Mode.BYPASS_VISUAL: Work(queries=Tokens.TEXT, keys=Tokens.TEXT, ffn=Tokens.TEXT),
+}
+"""What each mode means. FLOPs, both executors, ablations and caches are derived from it."""
+
+VISUAL_MODES: frozenset[Mode] = frozenset(
+    mode for mode, work in WORK.items() if work != WORK[Mode.FULL] and all(Tokens.TEXT in tokens for tokens in work)
+)
+"""Modes that change nothing for a prompt without visual tokens."""
+
+
+def works_of(modes: Iterable[Mode]) -> tuple[Work, ...]:
+    """Return what each layer works on: its mode's row, without visual tokens from a `drop-visual` layer on."""
+    works, present = [], Tokens.ALL
+    for mode in modes:
+        present = Tokens.TEXT if mode is Mode.DROP_VISUAL else present
+        works.append(WORK[mode].among(present))
+    return tuple(works)
 
 
 class PartsKind(StrEnum):
@@ -66,12 +127,6 @@ class LearnedParts:
             object.__setattr__(self, "threshold", float(self.threshold))
 
 
-# Modes that change nothing for a prompt without visual tokens.
-VISUAL_MODES: frozenset[Mode] = frozenset(
-    {Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL}
-)
-
-
 def parse_mode(text: str) -> Mode:
     """Return the mode of that name; raises Refused for a name that no mode has."""
     try:
@@ -80,24 +135,10 @@ def parse_mode(text: str) -> Mode:
         raise Refused(f"unknown mode {text!r}; the modes are {', '.join(Mode)}") from None
 
 
-def validate_modes(modes: Sequence[Mode]) -> None:
-    """Raise Refused unless `modes` has a layer at all and its drop-visual layers are the last ones."""
-    if not modes:
-        raise Refused("a plan needs at least one layer, and this one has none")
-    dropped = False
-    for layer, mode in enumerate(modes):
-        if dropped and mode is not Mode.DROP_VISUAL:
-            raise Refused(
-                f"layer {layer} is {mode} after layer {layer - 1} dropped the visual tokens; "
-                f"make every layer from {layer} on drop-visual, or none before it"
-            )
-        dropped = mode is Mode.DROP_VISUAL
-
-
 def modes_of_ablation(mode: Mode, layer: int, num_layers: int) -> tuple[Mode, ...]:
     """Return the modes of the model ablated at `layer`: the mode there alone, the rest full.
 
-    Dropped visual tokens cannot come back, so drop-visual reaches from `layer` to the last layer.
+    `drop-visual` reaches from `layer` to the last layer, and the modes say so.
     """
     _check_layers((layer,), num_layers)
     layers = range(layer, num_layers) if mode is Mode.DROP_VISUAL else (layer,)
@@ -115,9 +156,7 @@ def modes_of_exit(layer: int, num_layers: int) -> tuple[Mode, ...]:
 def modes_of_layers(mode: Mode, layers: Collection[int], num_layers: int) -> tuple[Mode, ...]:
     """Return `num_layers` modes, `mode` in `layers` and full elsewhere; raises Refused for bad layers."""
     _check_layers(layers, num_layers)
-    modes = tuple(mode if layer in layers else Mode.FULL for layer in range(num_layers))
-    validate_modes(modes)
-    return modes
+    return tuple(mode if layer in layers else Mode.FULL for layer in range(num_layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +191,8 @@ class Plan:
                 f"the plan says {self.num_layers} layers but lists {len(self.modes)} modes; "
                 "give exactly one mode per layer"
             )
-        validate_modes(self.modes)
+        if not self.modes:
+            raise Refused("a plan needs at least one layer, and this one has none")
         _check_layers(self.ranking, self.num_layers)
         if self.source is not None:
             # What a file cannot hold is found now; a loaded plan equals the saved one.

@@ -20,7 +20,7 @@ from shortv.costs import (
     sweep_passes,
 )
 from shortv.errors import Refused
-from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation, modes_of_exit
+from shortv.plan import VISUAL_MODES, Mode, modes_of_exit
 from tests.architectures import architecture
 
 SMALL = architecture(
@@ -218,6 +218,7 @@ def test_grouped_queries_and_heads_wider_than_the_model() -> None:
         Mode.NO_VISUAL_FFN: 5 * (q_and_o + k_and_v) + 2 * ffn + 25 * pair,
         Mode.SKIP_ATTENTION: 5 * ffn,
         Mode.DROP_VISUAL: 2 * (q_and_o + k_and_v + ffn) + 4 * pair,
+        Mode.BYPASS_VISUAL: 2 * (q_and_o + k_and_v + ffn) + 4 * pair,
     }
     assert {mode: layer_flops(arch, mode, 2, 3) for mode in Mode} == expected
 
@@ -229,6 +230,21 @@ def test_no_mode_costs_more_than_full(t: int, v: int, mode: Mode) -> None:
     assert found <= full
     if v == 0 and mode in VISUAL_MODES:
         assert found == full
+
+
+def test_after_a_drop_no_layer_works_on_visual_tokens() -> None:
+    """Two text and three visual tokens; the second layer drops the visual ones, whatever the third one's mode is."""
+    drop = layer_flops(SMALL, Mode.DROP_VISUAL, 2, 3)
+    for mode, last in {
+        Mode.FULL: drop,
+        Mode.FREEZE_VISUAL: drop,
+        Mode.BYPASS_VISUAL: drop,
+        Mode.SKIP_ATTENTION: layer_flops(SMALL, Mode.SKIP_ATTENTION, 2, 0),
+        Mode.FREEZE_TEXT: layer_flops(SMALL, Mode.FREEZE_TEXT, 2, 0),
+    }.items():
+        arch = dataclasses.replace(SMALL, num_layers=3)
+        found = plan_flops(arch, [Mode.FULL, Mode.DROP_VISUAL, mode], 2, 3)
+        assert found == layer_flops(SMALL, Mode.FULL, 2, 3) + drop + last
 
 
 def test_mean_token_counts_are_allowed() -> None:
@@ -259,11 +275,10 @@ def test_passes_of_a_sweep(mode: Mode, num_layers: int) -> None:
         Mode.NO_VISUAL_QUERIES: Passes(layers=below, ffn=num_layers),
         Mode.SKIP_ATTENTION: Passes(layers=below, ffn=num_layers),
         Mode.DROP_VISUAL: Passes(text_layers=below + num_layers),
+        Mode.BYPASS_VISUAL: Passes(layers=below, text_layers=num_layers),
     }[mode]
     assert sweep_passes(num_layers, mode) == expected
-    last = ablation_passes(num_layers, mode, num_layers - 1)
-    assert last.layers == 0
-    assert last.text_layers == modes_of_ablation(mode, num_layers - 1, num_layers).count(Mode.DROP_VISUAL)
+    assert ablation_passes(num_layers, mode, num_layers - 1).layers == 0
 
 
 def test_restarting_halves_the_sweep_of_the_released_code() -> None:

@@ -10,7 +10,7 @@ from shortv.plan import Mode
 
 # The page's script gives the colours, by place in this list; `full` is the pale one.
 MODES: Final = [*(mode.value for mode in Mode if mode is not Mode.FULL), Mode.FULL.value]
-_SHAPES: Final = ["circle", "square", "triangle-up", "triangle-down", "diamond", "cross", "stroke"]
+_SHAPES: Final = ["circle", "square", "triangle-up", "triangle-down", "diamond", "cross", "triangle-right", "stroke"]
 ROWS: Final = alt.NamedData(name="rows")
 # Further below the lowest value than this many decades, a noise floor would press the lines together.
 _NEAR: Final = 3

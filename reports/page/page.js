@@ -2,8 +2,8 @@
 (() => {
   // Okabe and Ito's colours, in the order of the modes; lighter ones on a dark ground.
   const COLOURS = {
-    light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D3D9DF"],
-    dark: ["#58AEE3", "#F28C50", "#3CC79B", "#E2A3C6", "#F0B840", "#A5DAF7", "#46505B"],
+    light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4BC8", "#D3D9DF"],
+    dark: ["#58AEE3", "#F28C50", "#3CC79B", "#E2A3C6", "#F0B840", "#A5DAF7", "#B79AF5", "#46505B"],
   };
   // In the order of the kinds of plans; the full model is as dark as text, other plans are grey.
   const KINDS = {

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from shortv.chat import FULL_MODEL, Answer, Failure, Likelihood, Question, Reason
 from shortv.errors import ShortVError
 from shortv.evals.asks import Ask, Kind
 from shortv.evals.rounds import Dialogue
-from shortv.request import FULL_MODEL, Completion, Failure, Likelihood, Reason, Request
 
 R = TypeVar("R")
 
@@ -22,10 +22,10 @@ R = TypeVar("R")
 class Client(Protocol):
     """Whoever takes questions to replicas. What goes wrong with a question is a Failure, never an exception."""
 
-    async def complete(self, request: Request) -> Completion | Failure:
+    async def answer(self, question: Question) -> Answer | Failure:
         """Answer one question."""
 
-    async def score(self, request: Request) -> Likelihood | Failure:
+    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
         """Score a continuation of the conversation."""
 
     async def aclose(self) -> None:
@@ -38,7 +38,7 @@ class Reply:
 
     texts: tuple[str, ...] = ()
     """The answer, or those of all rounds as the task keeps them."""
-    answers: tuple[Completion, ...] = ()
+    answers: tuple[Answer, ...] = ()
     likelihood: Likelihood | None = None
     failure: Failure | None = None
     latency_ms: float = 0.0
@@ -47,11 +47,11 @@ class Reply:
 
 async def answer_all(
     client: Client,
-    questions: Iterable[Callable[[], Request]],
+    questions: Iterable[Callable[[], Question]],
     *,
     concurrency: int,
-    told: Callable[[Completion | Failure], None] | None = None,
-) -> list[Completion | Failure]:
+    told: Callable[[Answer | Failure], None] | None = None,
+) -> list[Answer | Failure]:
     """Ask all questions, so many at once, and return the answers in their order.
 
     A question is made when its turn comes, one at a time and beside the event loop; one that cannot be made is an
@@ -59,9 +59,9 @@ async def answer_all(
     """
     with _makers() as making:
 
-        async def ask(make: Callable[[], Request]) -> Completion | Failure:
+        async def ask(make: Callable[[], Question]) -> Answer | Failure:
             question = await _made(making, make)
-            found = question if isinstance(question, Failure) else await client.complete(question)
+            found = question if isinstance(question, Failure) else await client.answer(question)
             if told is not None:
                 told(found)
             return found
@@ -96,7 +96,7 @@ async def replies_to(
 class _Asking:
     client: Client
     ask: Ask
-    question: Callable[..., Request]
+    question: Callable[..., Question]
     making: Executor
 
     async def reply(self, started: float) -> Reply:
@@ -111,19 +111,19 @@ class _Asking:
         if isinstance(question, Failure):
             return question
         if self.ask.kind is Kind.LIKELIHOOD:
-            score = await self.client.score(question)
+            score = await self.client.likelihood(question, self.ask.request.continuation)
             return score if isinstance(score, Failure) else {"likelihood": score}
-        answer = await self.client.complete(question)
+        answer = await self.client.answer(question)
         return answer if isinstance(answer, Failure) else {"answers": (answer,), "texts": (answer.text,)}
 
     async def _rounds(self) -> dict[str, Any] | Failure:
         if self.ask.conversation is None:
             raise AssertionError("a multi-round request has a conversation")
         dialogue = Dialogue(self.ask.conversation)
-        answers: list[Completion] = []
+        answers: list[Answer] = []
         while dialogue.asked is not None:
             question = await _made(self.making, partial(self.question, request=dialogue.asked))
-            found = question if isinstance(question, Failure) else await self.client.complete(question)
+            found = question if isinstance(question, Failure) else await self.client.answer(question)
             if isinstance(found, Failure):
                 return found
             answers.append(found)

@@ -1,17 +1,9 @@
-"""Everything that knows a model's internals: supported families, loading, preprocessing, vision features."""
+"""Everything that knows a model's internals: which families are supported, where their layers and visual tokens are."""
 
 from shortv.families.decoder import Decoder, decoder_of
-from shortv.families.loading import (
-    LoadedModel,
-    commit_of,
-    load,
-    load_architecture,
-    load_preprocessor,
-    load_processor,
-    quiet_transformers,
-    wrap,
-)
-from shortv.families.preprocessing import Batch, Encoded, Preprocessor, encode, preprocess
+from shortv.families.encoding import Encoded, encode
+from shortv.families.loading import LoadedModel, commit_of, load, load_architecture, load_processor, quiet_transformers
+from shortv.families.prompts import Batch
 from shortv.families.table import FAMILIES, supported
 
 __all__ = [
@@ -20,16 +12,12 @@ __all__ = [
     "Decoder",
     "Encoded",
     "LoadedModel",
-    "Preprocessor",
     "commit_of",
     "decoder_of",
     "encode",
     "load",
     "load_architecture",
-    "load_preprocessor",
     "load_processor",
-    "preprocess",
     "quiet_transformers",
     "supported",
-    "wrap",
 ]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shortv.plan import Tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTypes:
@@ -24,6 +26,10 @@ class TokenTypes:
     def real_BT(self) -> Tensor:
         """Every position that is not padding."""
         return self.visual_BT | self.text_BT
+
+    def among(self, tokens: Tokens) -> Tensor:
+        """Positions of these tokens."""
+        return self.real_BT & ((Tokens.TEXT in tokens) | self.visual_BT) & ((Tokens.VISUAL in tokens) | self.text_BT)
 
     @property
     def last_B(self) -> Tensor:

@@ -15,10 +15,10 @@ from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
 from shortv.families.parts import Learned, held_parts
-from shortv.layers.fast import RUNS, PlannedLayer
+from shortv.layers.fast import PlannedLayer
 from shortv.layers.learned import run_of
 from shortv.layers.progress import Progress
-from shortv.plan import Mode, Plan, parse_mode, validate_modes
+from shortv.plan import Mode, Plan, Work, parse_mode, works_of
 
 _MARK = "_shortv_applied"
 
@@ -80,14 +80,14 @@ def _follow(model: Any, decoder: Decoder, modes: Sequence[Mode], learned: Learne
     for handle in progress.attach(model):
         undo.callback(handle.remove)
     run.attach(model, progress, undo)
+    works = works_of(modes)
     for index in range(len(modes)):
         executor = run.executor(index)
         if executor is not None:
-            _patch(decoder, index, modes, executor, progress, undo)
+            _patch(decoder, index, works, executor, progress, undo)
 
 
 def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
-    validate_modes(modes)
     if len(modes) != len(decoder.layers):
         raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
     if model.training:
@@ -111,24 +111,25 @@ def _claim(decoder: Decoder, undo: ExitStack) -> None:
 def _patch(
     decoder: Decoder,
     index: int,
-    modes: Sequence[Mode],
+    works: Sequence[Work],
     executor: Callable[..., Tensor],
     progress: Progress,
     undo: ExitStack,
 ) -> None:
-    layer, mode = decoder.layers[index], modes[index]
+    layer = decoder.layers[index]
     # accelerate puts a forward that moves tensors between devices around the layer's own.
     name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
-    # Between these layers the model itself reaches into the visual rows.
-    alone = mode not in RUNS or index < decoder.num_deepstack
+    # After these layers the model itself reaches into the visual rows.
+    alone = index < decoder.num_deepstack
     planned = PlannedLayer(
         decoder=decoder,
         layer=layer,
         index=index,
+        work=works[index],
         own=getattr(layer, name),
         progress=progress,
-        first=alone or index == decoder.num_deepstack or modes[index - 1] is not mode,
-        last=alone or index == len(modes) - 1 or modes[index + 1] is not mode,
+        first=alone or index == decoder.num_deepstack or works[index - 1] != works[index],
+        last=alone or index == len(works) - 1 or works[index + 1] != works[index],
     )
     ours = partial(executor, planned)
     setattr(layer, name, ours)

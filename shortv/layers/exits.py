@@ -22,9 +22,8 @@ from shortv.families import Decoder
 from shortv.families.parts.base import Learned
 from shortv.families.parts.dyvte import ExitRouters, TextRows, averaged, check_can_exit
 from shortv.families.tokens import Selection, TokenTypes, hide_keys
-from shortv.layers.attention import attend, project, rotate
 from shortv.layers.cache import shortened_layer
-from shortv.layers.fast import PlannedLayer
+from shortv.layers.fast import PlannedLayer, layer_among
 from shortv.layers.progress import Progress
 from shortv.layers.sequence import SequenceState, history_of
 from shortv.layers.streams import Split
@@ -171,7 +170,10 @@ def _prefilled(planned: PlannedLayer, prefill: _Prefill, hidden: Tensor, **argum
     else:
         if progress.joined:
             progress.rows_BTD, hidden = hidden, split.flat(hidden)
-        output = _on_rows(planned, split, hidden, **arguments)
+        cache = arguments.get("past_key_values")
+        if cache is not None:
+            shortened_layer(cache, planned.index, len(progress.types.text_BT), hidden).seen += progress.length
+        output = layer_among(planned, split, hidden, **arguments)
     prefill.decide(planned.index, output.flatten(0, 1))
     last = planned.index == len(planned.decoder.layers) - 1
     if last:
@@ -182,24 +184,6 @@ def _prefilled(planned: PlannedLayer, prefill: _Prefill, hidden: Tensor, **argum
     # What a layer gave is not written over: hooks may hold it.
     progress.rows_BTD = output if split is None else split.put(progress.rows_BTD.to(output.device), output)
     return progress.rows_BTD if whole else after.flat(progress.rows_BTD)
-
-
-def _on_rows(planned: PlannedLayer, split: Split, rows_1ND: Tensor, **arguments: Any) -> Tensor:
-    """A dense layer over some rows of each sample, each sample's attending among themselves."""
-    decoder, layer = planned.decoder, planned.layer
-    attention: Any = decoder.attention(layer)
-    normed_1ND = decoder.attention_norm(layer)(rows_1ND)
-    cos_BSC, sin_BSC = (split.updated_rows(values) for values in arguments["position_embeddings"])
-    query, key, value = (split.by_sample(project(attention, part, normed_1ND)) for part in "qkv")
-    query, key = rotate(query, cos_BSC, sin_BSC), rotate(key, cos_BSC, sin_BSC)
-    cache = arguments.get("past_key_values")
-    if cache is not None:
-        shortened_layer(cache, planned.index, len(query), rows_1ND).seen += planned.progress.length
-        key, value = cache.update(key, value, planned.index)
-    mask = split.mask_square(arguments.get("attention_mask"), rows_1ND.device)
-    mixed_BSE = attend(attention, query, key, value, cast(Tensor, mask))
-    output_1ND = attention.o_proj(split.flattened(mixed_BSE))
-    return decoder.ffn_half(layer, decoder.add_attention(layer, rows_1ND, output_1ND))
 
 
 def _attach_reference(

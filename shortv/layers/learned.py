@@ -13,11 +13,11 @@ from shortv.families import Decoder
 from shortv.families.parts.base import Learned
 from shortv.layers.adapted import AdaptedRun
 from shortv.layers.exits import Exits
-from shortv.layers.fast import EXECUTORS
+from shortv.layers.fast import execute
 from shortv.layers.progress import Progress
 from shortv.layers.projected import ProjectedRun
 from shortv.layers.sequence import SequenceState
-from shortv.plan import Mode, PartsKind
+from shortv.plan import WORK, Mode, PartsKind, works_of
 
 
 class LearnedRun(Protocol):
@@ -42,11 +42,11 @@ class ModesAlone:
 
     def __init__(self, modes: Sequence[Mode]) -> None:
         """Take one mode per layer."""
-        self._modes = modes
+        self._works = works_of(modes)
 
     def executor(self, index: int) -> Callable[..., Tensor] | None:
-        """That of the layer's mode."""
-        return EXECUTORS.get(self._modes[index])
+        """A full layer is the model's own."""
+        return None if self._works[index] == WORK[Mode.FULL] else execute
 
     def attach(self, model: nn.Module, progress: Progress, undo: ExitStack) -> None:
         """Nothing more."""

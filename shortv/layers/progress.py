@@ -15,7 +15,7 @@ from shortv.families.parts.base import Learned
 from shortv.families.tokens import Selection, may_attend
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
-from shortv.plan import Mode
+from shortv.plan import Mode, Tokens
 
 
 class Progress(SequenceState):
@@ -33,8 +33,7 @@ class Progress(SequenceState):
     def _forget(self) -> None:
         self.rows_BTD = torch.empty(0)
         """All rows, as the current run of layers found them or left them."""
-        self._text: Split | None = None
-        self._visual: Split | None = None
+        self._splits: dict[Tokens, Split] = {}
         self._columns: dict[tuple[int, int | None, int], tuple[Tensor | None, Tensor]] = {}
 
     def observe(self, call: dict[str, Any]) -> None:
@@ -55,19 +54,11 @@ class Progress(SequenceState):
         self._forget()
         super()._release()
 
-    @property
-    def text(self) -> Split:
-        """Text updated, everything else resting."""
-        if self._text is None:
-            self._text = Split(self.types.text_BT)
-        return self._text
-
-    @property
-    def visual(self) -> Split:
-        """Visual tokens updated, everything else resting."""
-        if self._visual is None:
-            self._visual = Split(self.types.visual_BT)
-        return self._visual
+    def split(self, tokens: Tokens) -> Split:
+        """These tokens updated, everything else resting."""
+        if tokens not in self._splits:
+            self._splits[tokens] = Split(self.types.among(tokens))
+        return self._splits[tokens]
 
     def kept_columns(
         self, attention: nn.Module, mask: Tensor | None, device: torch.device, prompt: Selection | None = None

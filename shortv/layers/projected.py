@@ -21,7 +21,7 @@ from shortv.families.parts.saisa import Projectors
 from shortv.layers.fast import PlannedLayer, frozen
 from shortv.layers.progress import Progress
 from shortv.layers.sequence import SequenceState
-from shortv.plan import Mode
+from shortv.plan import Mode, Tokens
 
 # Whole numbers up to here are exact in every dtype that a tower runs in.
 _BASE = 256
@@ -88,7 +88,7 @@ class ProjectedRun:
         if not progress.has_visual:
             return planned.own(hidden, **arguments)
         visual_1ND = self._rows(planned.index, hidden)[None]
-        return frozen(planned, progress.text, hidden, visual_1ND, **arguments)
+        return frozen(planned, progress.split(Tokens.TEXT), hidden, visual_1ND, **arguments)
 
     def _rows(self, index: int, like: Tensor) -> Tensor:
         """The visual rows (N, D) of a layer, in the order in which they stand in the batch."""

@@ -21,10 +21,8 @@ from shortv.families import Decoder
 from shortv.families.parts.base import Learned
 from shortv.families.prompted import is_prompted, prompt_rows
 from shortv.families.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
-from shortv.plan import Mode, PartsKind
+from shortv.plan import Mode, PartsKind, Tokens, works_of
 
-SHORTENING = frozenset({Mode.SKIP_ATTENTION, Mode.DROP_VISUAL})
-"""Modes that leave positions out of a layer's KV cache."""
 _HISTORY = "_shortv_history"
 
 
@@ -89,6 +87,8 @@ class SequenceState:
         self._decoder = decoder
         self._modes = tuple(modes)
         self._learned = learned
+        self._shortens = any(work.keys is not Tokens.ALL for work in works_of(modes))
+        """Whether a layer keeps no K and V of some tokens."""
         self._exits = learned is not None and learned.parts.kind is PartsKind.DYVTE
         self._running = threading.Lock()
         self._thread: int | None = None
@@ -205,7 +205,7 @@ class SequenceState:
                 f"the cache holds {self.past} positions of {batch} sequences, but the plan has seen {seen} of "
                 f"{len(before.visual_BK)}; prefill inside the plan's context"
             )
-        if seen > self.past and (self._exits or SHORTENING & set(self._modes)):
+        if seen > self.past and (self._exits or self._shortens):
             raise ShortVError(
                 "tokens were taken back from the cache (assisted generation, prompt lookup), which a plan that drops "
                 "or skips cannot follow; generate without"

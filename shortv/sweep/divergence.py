@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 
 class Divergence(NamedTuple):
@@ -19,15 +19,19 @@ class Divergence(NamedTuple):
     kl_ablated_full_B: Tensor
     top1_changed_B: Tensor
 
+    def zero_where(self, inert_B: Tensor) -> Divergence:
+        """Return exact zeros for samples that an ablation cannot change."""
+        return Divergence(*(values_B.masked_fill(inert_B, 0) for values_B in self))
+
 
 def log_probabilities(logits_BV: Tensor) -> Tensor:
-    """Log-softmax in float64."""
+    """Return the log-softmax in float64."""
     return logits_BV.double().log_softmax(-1)
 
 
 def kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
-    """KL(P || Q) in nats from log-probabilities, shape (B,); rounding below zero is cut off."""
-    return (p_BV.exp() * (p_BV - q_BV)).sum(-1).clamp(min=0)
+    """Return KL(P || Q) in nats from log-probabilities, shape (B,); rounding below zero is cut off."""
+    return kl_div(q_BV, p_BV, reduction="none", log_target=True).sum(-1).clamp(min=0)
 
 
 def divergence(full_BV: Tensor, ablated_BV: Tensor) -> Divergence:
@@ -37,18 +41,3 @@ def divergence(full_BV: Tensor, ablated_BV: Tensor) -> Divergence:
         kl_ablated_full_B=kl_divergence(ablated_BV, full_BV),
         top1_changed_B=full_BV.argmax(-1) != ablated_BV.argmax(-1),
     )
-
-
-def zero_where(inert_B: Tensor, values: Divergence) -> Divergence:
-    """Exact zeros for samples that an ablation cannot change."""
-    return Divergence(
-        kl_full_ablated_B=values.kl_full_ablated_B.masked_fill(inert_B, 0.0),
-        kl_ablated_full_B=values.kl_ablated_full_B.masked_fill(inert_B, 0.0),
-        top1_changed_B=values.top1_changed_B & ~inert_B,
-    )
-
-
-def no_divergence(full_BV: Tensor) -> Divergence:
-    """The divergence of an ablation that changes no sample of the batch."""
-    zeros_B = torch.zeros_like(full_BV[:, 0])
-    return Divergence(zeros_B, zeros_B, zeros_B.bool())

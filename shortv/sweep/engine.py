@@ -1,33 +1,24 @@
-"""Layer Contribution of every layer of one batch: the clean pass once, then each ablation from the layer it changes.
+"""Layer Contribution of every layer of one batch, from one clean pass and the ablations that continue from it.
 
-An ablated model equals the full model up to its layer, so an ablation starts from the kept states of the clean pass:
-half of the L(L+1) layer passes of one full forward per layer (ShortV, section 3.1). The ablated layer itself is a
-selection of rows from kept states, plus one FFN pass for the modes that skip attention.
+That is half of the L(L+1) layer passes of one full forward per layer (ShortV, section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from shortv.families import Batch, LoadedModel
+from shortv.families import Batch, LoadedModel, encode
+from shortv.families.tokens import TokenTypes
 from shortv.plan import VISUAL_MODES, Mode
 from shortv.records import LcRecord
-from shortv.sweep.clean import CleanPass, run_clean
-from shortv.sweep.divergence import (
-    Divergence,
-    divergence,
-    kl_divergence,
-    log_probabilities,
-    no_divergence,
-    zero_where,
-)
-from shortv.sweep.lanes import Ablation, DenseLane, Lane, TextLane
-from shortv.sweep.passes import PassCounter
-from shortv.sweep.stacking import allocation_failures, automatic_stack, run_stack
+from shortv.sample import Sample
+from shortv.sweep.ablations import Ablation, ablate, allocation_failures, run_clean
+from shortv.sweep.divergence import Divergence, divergence, kl_divergence, log_probabilities
 
 NOISE_PADDING = 8
 """Padding tokens that a batch of one sample gets for the noise floor."""
@@ -35,14 +26,13 @@ NOISE_PADDING = 8
 
 @dataclass(slots=True, kw_only=True)
 class BatchLC:
-    """Divergences of one batch per ablation, and what they cost."""
+    """Divergences of one batch per ablation."""
 
     full_BV: Tensor
     """Log-probabilities of the full model, float64."""
     values: dict[Ablation, Divergence] = field(default_factory=dict)
     finite_B: Tensor
     """Samples whose logits were finite in the full model and in every ablation."""
-    passes: PassCounter = field(default_factory=PassCounter)
 
     @property
     def non_finite(self) -> tuple[int, ...]:
@@ -81,93 +71,51 @@ def measure(
     Raises:
         torch.OutOfMemoryError: a single ablation of this batch does not fit.
     """
-    decoder = loaded.decoder
     with allocation_failures():
-        clean = run_clean(decoder, batch, keep_middle=Mode.NO_VISUAL_FFN in modes)
+        clean = run_clean(loaded.decoder, batch, modes)
     full_BV = log_probabilities(clean.logits_BV)
     result = BatchLC(full_BV=full_BV, finite_B=clean.logits_BV.isfinite().all(-1))
-    result.passes.clean += len(decoder.layers)
     inert_B = ~batch.types.visual_BT.any(1).to(full_BV.device)
-    idle = VISUAL_MODES if inert_B.all() else frozenset()
-    for mode in idle.intersection(modes):
-        result.values |= {Ablation(layer, mode): no_divergence(full_BV) for layer in layers}
+    idle = VISUAL_MODES.intersection(modes) if inert_B.all() else frozenset()
+    unchanged = divergence(full_BV, full_BV).zero_where(inert_B)
+    result.values |= {Ablation(layer, mode): unchanged for mode in idle for layer in layers}
     working = [mode for mode in modes if mode not in idle]
-    for ablation, logits_BV in ablate(loaded, batch, clean, layers, working, stack=stack, passes=result.passes):
+    for ablation, logits_BV in ablate(loaded, batch, clean, layers, working, stack=stack):
         logits_BV = logits_BV.to(full_BV.device)
         value = divergence(full_BV, log_probabilities(logits_BV))
-        result.values[ablation] = zero_where(inert_B, value) if ablation.mode in VISUAL_MODES else value
+        result.values[ablation] = value.zero_where(inert_B) if ablation.mode in VISUAL_MODES else value
         result.finite_B &= logits_BV.isfinite().all(-1)
     return result
 
 
-def ablate(
-    loaded: LoadedModel,
-    batch: Batch,
-    clean: CleanPass,
-    layers: range,
-    modes: Sequence[Mode],
-    *,
-    stack: int | None,
-    passes: PassCounter,
-) -> Iterator[tuple[Ablation, Tensor]]:
-    """Yield each ablation with its logits (B, V), continuing from a clean pass; counts the work in `passes`."""
-    dense = [Ablation(layer, mode) for layer in layers for mode in modes if mode is not Mode.DROP_VISUAL]
-    text = [Ablation(layer, Mode.DROP_VISUAL) for layer in layers if Mode.DROP_VISUAL in modes]
-    if dense:
-        yield from _stacks(loaded, DenseLane(loaded.decoder, clean, batch, passes), dense, stack, passes)
-    if text:
-        yield from _stacks(loaded, TextLane(clean, batch), text, stack, passes)
-
-
 @torch.inference_mode()
-def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch, full_BV: Tensor | None = None) -> float:
-    """Largest KL divergence in nats between a sample's clean pass alone and in its batch, over samples and directions.
+def noise_floor(loaded: LoadedModel, samples: Sequence[Sample], batch: Batch, full_BV: Tensor) -> float:
+    """KL divergence in nats between the most padded sample's clean pass alone and in its batch, the larger direction.
 
     A batch of one sample is compared with itself under a few padding tokens.
-
-    Args:
-        alone: each sample of the batch as a batch of its own, on the model's device.
-        full_BV: log-probabilities of the batch's clean pass, where it has been run.
     """
-
-    def clean(one: Batch) -> Tensor:
-        return log_probabilities(run_clean(loaded.decoder, one, keep_middle=False).logits_BV)
-
-    if len(alone) == 1:
-        batch, full_BV = _padded(batch, loaded.processor.tokenizer.pad_token_id), None
-    full_BV = clean(batch) if full_BV is None else full_BV
-    alone_BV = torch.cat([clean(one) for one in alone]).to(full_BV.device)
-    return float(torch.maximum(kl_divergence(alone_BV, full_BV), kl_divergence(full_BV, alone_BV)).max())
-
-
-def _stacks(
-    loaded: LoadedModel, lane: Lane, ablations: list[Ablation], stack: int | None, passes: PassCounter
-) -> Iterator[tuple[Ablation, Tensor]]:
-    size = stack or automatic_stack(loaded, len(lane.last_B), lane.length)
-    while ablations:
-        group = ablations[:size]
-        try:
-            with allocation_failures():
-                logits = run_stack(loaded.decoder, lane, group, passes)
-        except torch.OutOfMemoryError:
-            if len(group) == 1:
-                raise
-            size = len(group) // 2
-            continue
-        yield from zip(group, logits, strict=True)
-        ablations = ablations[len(group) :]
+    decoder = loaded.decoder
+    if len(samples) == 1:
+        alone_1V = full_BV
+        padded = _padded(batch, loaded.processor.tokenizer.pad_token_id)
+        other_1V = log_probabilities(run_clean(decoder, padded).logits_BV)
+    else:
+        index = int(batch.types.real_BT.sum(1).argmin())
+        alone = encode(loaded, [samples[index]]).batch
+        assert alone is not None, "a sample of an encoded batch encodes alone"
+        alone_1V = log_probabilities(run_clean(decoder, alone).logits_BV)
+        other_1V = full_BV[index : index + 1]
+    other_1V = other_1V.to(alone_1V.device)
+    return float(max(kl_divergence(alone_1V, other_1V).item(), kl_divergence(other_1V, alone_1V).item()))
 
 
 def _padded(batch: Batch, pad_id: int) -> Batch:
+    """The batch with `NOISE_PADDING` padding tokens before each prompt."""
     types = batch.types
-    fill = {"input_ids": pad_id or 0}
-    per_token = {name for name, value in batch.inputs.items() if value.shape == types.text_BT.shape}
-    inputs = {
-        name: torch.nn.functional.pad(value, (NOISE_PADDING, 0), value=fill.get(name, 0))
-        if name in per_token
-        else value
+    wider = {
+        name: pad(value, (NOISE_PADDING, 0), value=(pad_id or 0) if name == "input_ids" else 0)
         for name, value in batch.inputs.items()
+        if value.shape == types.text_BT.shape
     }
-    pad = torch.nn.functional.pad
-    visual_BT, text_BT = pad(types.visual_BT, (NOISE_PADDING, 0)), pad(types.text_BT, (NOISE_PADDING, 0))
-    return Batch(inputs=inputs, types=type(types)(visual_BT=visual_BT, text_BT=text_BT))
+    visual_BT, text_BT = (pad(mask_BT, (NOISE_PADDING, 0)) for mask_BT in (types.visual_BT, types.text_BT))
+    return Batch(inputs={**batch.inputs, **wider}, types=TokenTypes(visual_BT=visual_BT, text_BT=text_BT))

@@ -9,7 +9,7 @@ import pyarrow as pa
 from lmms_eval.api.model import lmms
 from pyarrow import parquet as pq
 
-from shortv.request import Completion, Failure, Likelihood, Reason, Request
+from shortv.chat import Answer, Failure, Likelihood, Question, Reason
 
 TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
 N_DOCS = 24
@@ -120,37 +120,37 @@ class FakeClient:
 
     def __init__(self, failures: Mapping[str, Failure | str] | None = None) -> None:
         self.failures = failures or {}
-        self.asked: list[Request] = []
+        self.asked: list[Question] = []
         self.now = self.most = 0
 
-    async def complete(self, request: Request) -> Completion | Failure:
+    async def answer(self, question: Question) -> Answer | Failure:
         import asyncio
 
-        self.asked.append(request)
+        self.asked.append(question)
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
-        text = text_of(request)
+        text = text_of(question)
         told = next((told for key, told in self.failures.items() if key in text), answer_to(text))
         return told if isinstance(told, Failure) else answer(told)
 
-    async def score(self, request: Request) -> Likelihood | Failure:
-        text = text_of(request)
+    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+        text = text_of(question)
         told = next((told for key, told in self.failures.items() if key in text), None)
-        return told if isinstance(told, Failure) else likelihood_of(text, request.continuation or "")
+        return told if isinstance(told, Failure) else likelihood_of(text, continuation)
 
     async def aclose(self) -> None:
         pass
 
 
-def text_of(question: Request) -> str:
-    return "".join(part for turn in question.messages for part in turn.parts if isinstance(part, str))
+def text_of(question: Question) -> str:
+    return "".join(part for turn in question.turns for part in turn.parts if isinstance(part, str))
 
 
-def answer(text: str, **more: Any) -> Completion:
+def answer(text: str, **more: Any) -> Answer:
     given = {"plan_digest": None, "queue_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 4.0, **more}
-    return Completion(text=text, finish_reason="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
+    return Answer(text=text, finish="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
 
 
 def lost(message: str = "it went away") -> Failure:

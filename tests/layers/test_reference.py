@@ -13,7 +13,7 @@ from shortv.families import Batch, Decoder, LoadedModel
 from shortv.families.tokens import Selection, explicit_mask, hide_keys
 from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
-from shortv.sweep.clean import run_clean
+from shortv.sweep.ablations import run_clean
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 
 MODES = tuple(Mode)
@@ -59,7 +59,7 @@ def test_one_frozen_layer_keeps_visual_rows_and_computes_dense_text_rows() -> No
     """Dense = overwrite = compact for text rows; only visual rows differ, and they equal the input."""
     model = loaded(random_model())
     batch = batch_of("llava", [[3, "I", 2], ["I", 7]])
-    clean = run_clean(model.decoder, batch, keep_middle=False)
+    clean = run_clean(model.decoder, batch)
     visual = batch.types.visual_BT
     for layer in range(LAYERS):
         stream = states(model, batch, modes_of_ablation(Mode.FREEZE_VISUAL, layer, LAYERS))
@@ -209,8 +209,6 @@ def test_hidden_keys_leave_no_row_empty() -> None:
 def test_refusals() -> None:
     model = loaded(random_model())
     with pytest.raises(Refused, match="3 modes for a model of 4 layers"), reference(model.model, FULL[:3]):
-        pass
-    with pytest.raises(Refused, match="drop"), reference(model.model, (Mode.DROP_VISUAL, *FULL[:3])):
         pass
     batch = batch_of("llava", SPECS)
     with reference(model.model, FULL):

@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortv.bench.sweep import measure_released
-from shortv.families import Batch, LoadedModel, encode
+from shortv.costs import sweep_passes
+from shortv.families import Batch, LoadedModel, encode, load
 from shortv.layers.reference import reference
-from shortv.plan import Mode, modes_of_ablation
+from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
 from shortv.sample import Sample
 from shortv.sweep import engine
-from shortv.sweep.clean import run_clean
+from shortv.sweep.ablations import Ablation, ablate, run_clean
 from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
-from shortv.sweep.passes import PassCounter
+from shortv.sweep.released import measure_released
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
-from tests.tiny_model import bundled, calibration
+from tests.tiny_model import TINY, bundled, calibration
 
 MODES = tuple(mode for mode in Mode if mode is not Mode.FULL)
 MIXED: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
@@ -40,13 +40,9 @@ def naive(model: LoadedModel, batch: Batch, mode: Mode, layer: int) -> torch.Ten
 def ablated(model: LoadedModel, batch: Batch, modes: Sequence[Mode]) -> dict[Any, torch.Tensor]:
     layers = range(len(model.decoder.layers))
     with torch.inference_mode():
-        clean = run_clean(model.decoder, batch, keep_middle=True)
-        return {
-            ablation: log_probabilities(logits_BV)
-            for ablation, logits_BV in engine.ablate(
-                model, batch, clean, layers, modes, stack=None, passes=PassCounter()
-            )
-        }
+        clean = run_clean(model.decoder, batch, modes)
+        found = ablate(model, batch, clean, layers, modes)
+        return {ablation: log_probabilities(logits_BV) for ablation, logits_BV in found}
 
 
 def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
@@ -92,7 +88,7 @@ def test_engine_equals_the_released_algorithm() -> None:
     batch = batch_of("llava", MIXED)
     measured = engine.measure(model, batch, layers=range(LAYERS), modes=[Mode.FREEZE_VISUAL])
     for layer, expected in enumerate(measure_released(model, batch)):
-        found = measured.values[engine.Ablation(layer, Mode.FREEZE_VISUAL)]
+        found = measured.values[Ablation(layer, Mode.FREEZE_VISUAL)]
         torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
 
 
@@ -100,26 +96,9 @@ def test_noise_floor_is_rounding_not_signal() -> None:
     model = bundled()
     for count in (1, 4):
         encoded = encode(model, calibration()[:count])
-        alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
         assert encoded.batch is not None
         full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
-        floor = engine.noise_floor(model, alone, encoded.batch, full_BV)
-        assert 0 <= floor < 1e-9
-        assert floor == engine.noise_floor(model, alone, encoded.batch)
-
-
-def test_the_noise_floor_is_the_largest_over_the_samples() -> None:
-    model = bundled()
-    encoded = encode(model, calibration()[:4])
-    alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
-    assert encoded.batch is not None
-    full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
-    for index in range(4):
-        # Any sample of the batch may be the noisy one.
-        noisy_BV = full_BV.clone()
-        noisy_BV[index] *= 0.5
-        noisy_BV = noisy_BV.log_softmax(-1)
-        assert engine.noise_floor(model, alone, encoded.batch, noisy_BV) > 1e-7
+        assert 0 <= engine.noise_floor(model, encoded.samples, encoded.batch, full_BV) < 1e-9
 
 
 some_specs = st.lists(
@@ -161,51 +140,92 @@ def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> N
     mixed = engine.measure(model, batch_of("llava", MIXED), layers=range(LAYERS), modes=MODES)
     text_only = engine.measure(model, batch_of("llava", [[4], [7]]), layers=range(LAYERS), modes=MODES)
     for layer in range(LAYERS):
-        for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.NO_VISUAL_FFN, Mode.DROP_VISUAL):
-            assert mixed.values[engine.Ablation(layer, mode)][0][2] == 0
-            assert text_only.values[engine.Ablation(layer, mode)][0].tolist() == [0, 0]
-        assert (text_only.values[engine.Ablation(layer, Mode.FREEZE_TEXT)][0] > 1e-6).all()
-    assert mixed.values[engine.Ablation(LAYERS - 1, Mode.FREEZE_VISUAL)][0].tolist() == [0] * 4
-    assert (mixed.values[engine.Ablation(1, Mode.FREEZE_VISUAL)][0][[0, 1, 3]] > 1e-6).all()
+        for mode in VISUAL_MODES:
+            assert mixed.values[Ablation(layer, mode)][0][2] == 0
+            assert text_only.values[Ablation(layer, mode)][0].tolist() == [0, 0]
+        assert (text_only.values[Ablation(layer, Mode.FREEZE_TEXT)][0] > 1e-6).all()
+    assert mixed.values[Ablation(LAYERS - 1, Mode.FREEZE_VISUAL)][0].tolist() == [0] * 4
+    assert (mixed.values[Ablation(1, Mode.FREEZE_VISUAL)][0][[0, 1, 3]] > 1e-6).all()
 
 
-@pytest.mark.parametrize(
-    ("mode", "layers", "ffn", "text_layers"),
-    [
-        (Mode.FREEZE_VISUAL, LAYERS * (LAYERS - 1) // 2, 0, 0),
-        (Mode.FREEZE_TEXT, LAYERS * (LAYERS - 1) // 2, 0, 0),
-        (Mode.NO_VISUAL_FFN, LAYERS * (LAYERS - 1) // 2, 0, 0),
-        (Mode.NO_VISUAL_QUERIES, LAYERS * (LAYERS - 1) // 2, LAYERS, 0),
-        (Mode.SKIP_ATTENTION, LAYERS * (LAYERS - 1) // 2, LAYERS, 0),
-        (Mode.DROP_VISUAL, 0, 0, LAYERS * (LAYERS + 1) // 2),
-    ],
-)
-def test_layer_passes(mode: Mode, layers: int, ffn: int, text_layers: int) -> None:
+@pytest.mark.parametrize("modes", [*([mode] for mode in MODES), MODES])
+def test_work_per_sweep_is_what_costs_predicts(modes: Sequence[Mode]) -> None:
+    """Sequences that pass layers, FFNs and layers over text alone, counted inside the model."""
     model = loaded(random_model())
-    calls = torch.zeros(3, dtype=torch.long)  # sequences that really passed: whole layers, FFNs, layers of text alone
     batch = batch_of("llava", [[3, "I", 2], [1, "I", 9]])
     width = batch.types.text_BT.shape[1]
+    calls = {"layers": 0, "ffn": 0, "text_layers": 0}
 
     def count(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        calls[0 if output.shape[1] == width else 2] += len(output)
+        calls["layers" if output.shape[1] == width else "text_layers"] += len(output)
 
     def count_ffn(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        calls[1] += len(output)
+        calls["ffn"] += len(output)
 
     for layer in model.decoder.layers:
         layer.register_forward_hook(count)
         model.decoder.ffn(layer).register_forward_hook(count_ffn)
-    passes = engine.measure(model, batch, layers=range(LAYERS), modes=[mode]).passes
-    assert (passes.clean, passes.layers, passes.ffn, passes.text_layers) == (LAYERS, layers, ffn, text_layers)
-    full = 2 * (LAYERS + layers)
-    assert calls.tolist() == [full, full + 2 * (text_layers + ffn), 2 * text_layers]
+    engine.measure(model, batch, layers=range(LAYERS), modes=modes)
+    passes = [sweep_passes(LAYERS, mode) for mode in modes]
+    layers = LAYERS + sum(each.layers for each in passes)
+    text = sum(each.text_layers for each in passes)
+    assert calls["layers"] == 2 * layers
+    assert calls["text_layers"] == 2 * text
+    assert calls["ffn"] == 2 * (layers + text + sum(each.ffn for each in passes))
 
 
-def test_all_modes_share_one_clean_pass() -> None:
-    model = loaded(random_model())
-    passes = engine.measure(model, batch_of("llava", [[3, "I", 2]]), layers=range(LAYERS), modes=MODES).passes
-    assert passes.clean == LAYERS
-    assert passes.layers == 5 * LAYERS * (LAYERS - 1) // 2
+def bypassed_by_hooks(model: LoadedModel, batch: Batch, layer: Any) -> torch.Tensor:
+    """Log-probabilities where one layer's softmax has no visual keys and its visual rows are put back."""
+    attention, visual = model.decoder.attention(layer), batch.types.visual_BT
+    entered: list[torch.Tensor] = []
+
+    def without_visual_keys(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"].clone().expand(len(visual), -1, -1, -1).clone()
+        lowest = torch.finfo(mask.dtype).min
+        for row, columns in enumerate(visual):
+            mask[row, :, batch.types.text_BT[row].nonzero()[:, 0][:, None], columns.nonzero()[:, 0]] = lowest
+        return args, {**kwargs, "attention_mask": mask}
+
+    def keep(_: Any, args: Any) -> None:
+        entered.append(args[0].clone())
+
+    def put_back(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[visual] = entered.pop()[visual]
+        return output
+
+    handles = [
+        attention.register_forward_pre_hook(without_visual_keys, with_kwargs=True),
+        layer.register_forward_pre_hook(keep),
+        layer.register_forward_hook(put_back),
+    ]
+    try:
+        with torch.inference_mode():
+            logits_BTV = model.model(**batch.inputs, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return log_probabilities(logits_BTV[torch.arange(len(visual)), batch.types.last_B])
+
+
+@pytest.mark.parametrize("kind", ["bundled", "qwen3-vl", "gemma3"])
+def test_lc_of_bypass_visual_equals_an_oracle_by_hooks(kind: str) -> None:
+    if kind == "bundled":
+        model = load(str(TINY / "model"), dtype="float32", attn_implementation="eager")
+        batch = encode(model, calibration()[:3]).batch
+        assert batch is not None
+    else:
+        model, batch = loaded(random_model(kind, attn="eager")), batch_of(kind, MIXED)
+    measured = engine.measure(
+        model, batch, layers=range(len(model.decoder.layers)), modes=[Mode.BYPASS_VISUAL, Mode.FREEZE_VISUAL]
+    )
+    for index, layer in enumerate(model.decoder.layers):
+        expected = divergence(measured.full_BV, bypassed_by_hooks(model, batch, layer))
+        found = measured.values[Ablation(index, Mode.BYPASS_VISUAL)]
+        torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-3)
+        with_images = batch.types.visual_BT.any(1)
+        assert (found[0][with_images] > 1e-7).all()
 
 
 @pytest.mark.parametrize("stack", [1, 2, 7])

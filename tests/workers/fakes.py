@@ -19,9 +19,8 @@ from shortv.architecture import Architecture
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord, UsedSample
 from shortv.sample import Sample
-from shortv.spec import WorkerRange
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest
+from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
 from tests.architectures import architecture
 
 LAYERS = 6

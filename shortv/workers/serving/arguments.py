@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from shortv.errors import Refused
-from shortv.spec import WorkerRange
-from shortv.workers.request import ModelSpec, parse_workers, read_chat_template
+from shortv.workers.request import ModelSpec, WorkerRange, parse_workers, read_chat_template
 
 BUNDLED_NAME = "shortv-tiny"
 """The name under which the bundled model is served unless another is given."""

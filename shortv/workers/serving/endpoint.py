@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
-from shortv.request import Chunk, Completion, Failure, Request
+from shortv.chat import Answer, Failure, Piece, Question
 from shortv.workers.serving.event_stream import EventStream
 from shortv.workers.serving.gate import HEALTH_PATH, Gate, visit_of
 from shortv.workers.serving.openai_answers import AnswerForm, model_card, to_json
@@ -35,11 +34,11 @@ _LOOK_S = 10.0
 class Replicas(Protocol):
     """Whoever answers questions. Cancelling what is awaited gives the question's place to another one."""
 
-    async def complete(self, request: Request) -> Completion | Failure:
+    async def answer(self, question: Question) -> Answer | Failure:
         """Answer one question."""
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
+    def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
         """Answer in pieces; the whole answer or a failure is the last one."""
         ...
 
@@ -84,7 +83,7 @@ class _Face:
         self._settings = settings
         self._created = int(time.time())
 
-    async def complete(self, request: HttpRequest) -> Response:
+    async def complete(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
         settings, visit = self._settings, visit_of(request.scope)
         asked = await self._read(request)
@@ -97,7 +96,7 @@ class _Face:
             return EventStream(ask, form, settings, include_usage=asked.include_usage)
         try:
             async with asyncio.timeout(settings.timeout_s):
-                found = await unless_gone(self._replicas.complete(question), request.receive)
+                found = await unless_gone(self._replicas.answer(question), request.receive)
         except TimeoutError:
             raise too_late(settings.timeout_s) from None
         if isinstance(found, Failure):
@@ -125,7 +124,7 @@ class _Face:
             raise self._away()
         return _json(b'{"status":"ok"}')
 
-    async def _read(self, request: HttpRequest) -> Asked:
+    async def _read(self, request: Request) -> Asked:
         """Read the body within its bounds, big ones off the event loop; raises Rejected."""
         settings, visit = self._settings, visit_of(request.scope)
         kind = visit.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -163,13 +162,13 @@ async def _to_reports() -> Response:
     return Response(status_code=308, headers={"location": f".{REPORTS_PATH}/"})
 
 
-def _form(request: Request, asked: Asked) -> AnswerForm:
+def _form(question: Question, asked: Asked) -> AnswerForm:
     return AnswerForm(
-        completion_id=f"chatcmpl-{request.request_id}",
+        completion_id=f"chatcmpl-{question.request_id}",
         created=int(time.time()),
         model=asked.model,
-        plan=request.plan or "full",
-        with_logprobs=request.sampling.top_logprobs is not None,
+        plan=question.plan or "full",
+        with_logprobs=question.decoding.top_logprobs is not None,
     )
 
 
@@ -177,7 +176,7 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-async def _route_problem(request: HttpRequest, error: Exception) -> Response:
+async def _route_problem(request: Request, error: Exception) -> Response:
     """What the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shortv.request import FULL_MODEL, Message, Request, SamplingParams
+from shortv.chat import FULL_MODEL, Decoding, Question, Turn
 from shortv.workers.serving.images import ImageReader
-from shortv.workers.serving.openai_schema import ChatMessage, ChatRequest, Part, Vendor, parse_request
+from shortv.workers.serving.openai_schema import ChatRequest, Message, Part, Vendor, parse_request
 from shortv.workers.serving.rejection import Rejected
 from shortv.workers.serving.settings import EndpointSettings
 
@@ -17,16 +17,14 @@ class Asked:
     """What a caller asks and in which form the answer is to come; the plan is not looked up yet."""
 
     model: str
-    messages: tuple[Message, ...]
-    sampling: SamplingParams
+    turns: tuple[Turn, ...]
+    decoding: Decoding
     stream: bool
     include_usage: bool
 
-    def question(self, request_id: str, plan: str, seconds: float) -> Request:
+    def question(self, request_id: str, plan: str, seconds: float) -> Question:
         """The question for a replica."""
-        return Request(
-            request_id=request_id, plan=plan, messages=self.messages, sampling=self.sampling, timeout_s=seconds
-        )
+        return Question(request_id=request_id, plan=plan, turns=self.turns, decoding=self.decoding, seconds=seconds)
 
 
 def read_question(body: bytes, settings: EndpointSettings) -> Asked:
@@ -37,8 +35,8 @@ def read_question(body: bytes, settings: EndpointSettings) -> Asked:
         raise Rejected(400, "stream_options is for streams; send it with stream true", param="stream_options")
     return Asked(
         model=request.model,
-        messages=_turns(request.messages, settings),
-        sampling=_decoding(request, settings),
+        turns=_turns(request.messages, settings),
+        decoding=_decoding(request, settings),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
     )
@@ -58,7 +56,7 @@ def plan_of(model: str, names: Mapping[str, str]) -> str:
     return names[model]
 
 
-def _turns(messages: list[ChatMessage], settings: EndpointSettings) -> tuple[Message, ...]:
+def _turns(messages: list[Message], settings: EndpointSettings) -> tuple[Turn, ...]:
     images = sum(part.type == "image_url" for message in messages for part in message.content)
     if images > settings.max_images:
         problem = f"messages hold {images} images, and {settings.max_images} are allowed; send fewer"
@@ -71,14 +69,14 @@ def _turns(messages: list[ChatMessage], settings: EndpointSettings) -> tuple[Mes
     return tuple(_turn(message, f"messages.{number}", reader) for number, message in enumerate(messages))
 
 
-def _turn(message: ChatMessage, where: str, reader: ImageReader) -> Message:
+def _turn(message: Message, where: str, reader: ImageReader) -> Turn:
     if not message.content:
         raise Rejected(400, f"{where}.content is empty; send a text or a part", param=f"{where}.content")
     parts = tuple(_part(part, message, f"{where}.content.{n}", reader) for n, part in enumerate(message.content))
-    return Message(role="system" if message.role == "developer" else message.role, parts=parts)
+    return Turn(role="system" if message.role == "developer" else message.role, parts=parts)
 
 
-def _part(part: Part, message: ChatMessage, where: str, reader: ImageReader) -> str | bytes:
+def _part(part: Part, message: Message, where: str, reader: ImageReader) -> str | bytes:
     texts, images = part.text is not None, part.image_url is not None
     if (texts, images) != (part.type == "text", part.type == "image_url"):
         problem = f"{where} is of type {part.type}, so it needs the field {part.type} and no other content"
@@ -90,7 +88,7 @@ def _part(part: Part, message: ChatMessage, where: str, reader: ImageReader) -> 
     return reader.read(part.image_url.url, param=f"{where}.image_url.url")
 
 
-def _decoding(request: ChatRequest, settings: EndpointSettings) -> SamplingParams:
+def _decoding(request: ChatRequest, settings: EndpointSettings) -> Decoding:
     vendor = request.shortv or Vendor()
     max_tokens = _max_tokens(request, settings)
     min_tokens = vendor.min_tokens or 0
@@ -99,7 +97,7 @@ def _decoding(request: ChatRequest, settings: EndpointSettings) -> SamplingParam
         raise Rejected(400, problem, param="shortv.min_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise Rejected(400, "top_logprobs is for logprobs; send it with logprobs true", param="top_logprobs")
-    return SamplingParams(
+    return Decoding(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         temperature=request.temperature or 0.0,
@@ -107,7 +105,7 @@ def _decoding(request: ChatRequest, settings: EndpointSettings) -> SamplingParam
         top_k=vendor.top_k or 0,
         repetition_penalty=1.0 if vendor.repetition_penalty is None else vendor.repetition_penalty,
         seed=request.seed,
-        stop=tuple(request.stop or ()),
+        stops=tuple(request.stop or ()),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 

@@ -20,19 +20,17 @@ from shortv.evals.scoring import Sample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
+from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
-from shortv.workers.campaign.spec import CampaignSpec
 from tests.architectures import architecture
 
 LAYERS = 8
 ARCH = architecture(num_layers=LAYERS)
 
 
-def recipe(output: Path, **changes: Any) -> CampaignSpec:
+def recipe(output: Path, **changes: Any) -> Recipe:
     plans = ("random:0..2@3", "first@3", "last@3")
-    return CampaignSpec(
-        **{"models": ("tiny",), "output_path": str(output), "plans": plans, "tasks": ("shapes",)} | changes
-    )
+    return Recipe(**{"models": ("tiny",), "output_path": str(output), "plans": plans, "tasks": ("shapes",)} | changes)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,21 +52,21 @@ class FakeRunner:
     revisions: list[str | None] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
 
-    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
+    def pin(self, model: str, recipe: Recipe) -> str | None:
         return self.commits.get(recipe.revision, recipe.revision)
 
-    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
+    def describe(self, model: str, recipe: Recipe) -> Architecture:
         if model == "nothing":
             raise Refused("nothing is no model")
         return architecture(num_layers=int(model[1:])) if model[0] == "L" else ARCH
 
-    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
+    def task(self, name: str, recipe: Recipe) -> TaskFacts:
         if name == "nothing":
             raise Refused("lmms-eval knows no task 'nothing'")
         return TaskFacts(name, hashlib.sha256(name.encode()).hexdigest(), self.samples, "exact_match")
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> Iterator[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
         if self.broken:
             raise ShortVError("no replica started")
         self.revisions.append(recipe.revision)

@@ -14,7 +14,7 @@ import uvicorn
 from PIL import Image
 from starlette.types import ASGIApp
 
-from shortv.request import Chunk, Completion, Failure, Reason, Request, TokenLogprob
+from shortv.chat import Answer, Failure, Piece, Question, Reason, TokenLogprob
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 
 MODEL = "org/tiny"
@@ -39,12 +39,12 @@ class FakeReplicas:
         self.failure, self.error, self.seconds, self.pieces = failure, error, seconds, pieces
         self.ends, self.decodes = ends, decodes
         self.is_healthy = True
-        self.asked: list[Request] = []
+        self.asked: list[Question] = []
         self.cancelled = 0
         self.closed = 0
 
-    async def complete(self, request: Request) -> Completion | Failure:
-        self.asked.append(request)
+    async def answer(self, question: Question) -> Answer | Failure:
+        self.asked.append(question)
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
@@ -52,20 +52,20 @@ class FakeReplicas:
             raise
         if self.error is not None:
             raise self.error
-        if self.decodes and (damaged := _damaged(request)):
+        if self.decodes and (damaged := _damaged(question)):
             return damaged
-        return self.failure or _answer(request)
+        return self.failure or _answer(question)
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
-        self.asked.append(request)
+    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+        self.asked.append(question)
         try:
             for number in range(self.pieces):
                 await asyncio.sleep(self.seconds)
-                yield Chunk("The " if number == 0 else "cat", _logprobs(request)[number : number + 1])
+                yield Piece("The " if number == 0 else "cat", _logprobs(question)[number : number + 1])
             if self.error is not None:
                 raise self.error
             if self.ends:
-                yield self.failure or _answer(request)
+                yield self.failure or _answer(question)
         finally:
             self.closed += 1
 
@@ -76,31 +76,31 @@ class FakeReplicas:
         return self.is_healthy
 
 
-def _answer(request: Request) -> Completion:
-    return Completion(
+def _answer(question: Question) -> Answer:
+    return Answer(
         text="The cat",
-        finish_reason="stop",
+        finish="stop",
         prompt_tokens=12,
         visual_tokens=8,
         completion_tokens=2,
-        plan_digest=PLANS[request.plan],
+        plan_digest=PLANS[question.plan],
         queue_ms=0.5,
         prefill_ms=3.25,
         decode_ms=1.0,
         exit_layer=5,
-        logprobs=_logprobs(request),
+        logprobs=_logprobs(question),
     )
 
 
-def _logprobs(request: Request) -> tuple[TokenLogprob, ...]:
-    if request.sampling.top_logprobs is None:
+def _logprobs(question: Question) -> tuple[TokenLogprob, ...]:
+    if question.decoding.top_logprobs is None:
         return ()
-    top = (("The ", -0.25), ("Ä", float("-inf")))[: request.sampling.top_logprobs]
+    top = (("The ", -0.25), ("Ä", float("-inf")))[: question.decoding.top_logprobs]
     return (TokenLogprob("The ", -0.25, top), TokenLogprob("cat", -1.0, top))
 
 
-def _damaged(request: Request) -> Failure | None:
-    for part in request.messages[-1].parts:
+def _damaged(question: Question) -> Failure | None:
+    for part in question.turns[-1].parts:
         try:
             if isinstance(part, bytes):
                 Image.open(io.BytesIO(part)).load()

@@ -1,1 +1,0 @@
-"""Benchmarks and sizing tables; only `jobs/bench.py` imports this package."""
