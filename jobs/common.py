@@ -12,7 +12,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from shortv.errors import ShortVError
-from shortv.spec import Spec, flag_of
+from shortv.spec import Spec, flag_of, plain_types
 from shortv.terminal import printable
 
 # Read when Ray is imported: what still touches it after a job has disconnected would start it anew in the background.
@@ -53,12 +53,10 @@ def _option_of(name: str, field: FieldInfo) -> Callable[[Any], Any]:
     if "flag" in extra and extra["flag"] is None:
         return lambda command: command
     annotation = field.annotation
-    kinds = {annotation, *get_args(annotation)}
-    default = (
-        "" if field.is_required() or field.default in (None, (), False) else f" [default: {_shown(field.default)}]"
-    )
-    attributes: dict[str, Any] = {"default": None, "help": (field.description or "") + default}
-    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+    kinds = plain_types(annotation)
+    attributes: dict[str, Any] = {"default": None, "help": (field.description or "") + _shown_default(field)}
+    literals = (kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal)
+    choices = next((get_args(kind) for kind in literals), None)
     if bool in kinds:
         attributes["is_flag"] = True
     elif choices:
@@ -67,7 +65,7 @@ def _option_of(name: str, field: FieldInfo) -> Callable[[Any], Any]:
         attributes["multiple"] = True
     if "metavar" in extra or not (bool in kinds or choices):
         attributes["metavar"] = str(extra.get("metavar") or _metavar(kinds))
-    short = [str(extra["short"])] if "short" in extra else []
+    short = [str(extra[kind]) for kind in ("also", "short") if kind in extra]
     return option(flag_of(name, field), *short, name, **attributes)
 
 
@@ -75,8 +73,14 @@ def _metavar(kinds: Collection[Any]) -> str:
     return "INTEGER" if int in kinds and float not in kinds else "NUMBER" if float in kinds else "TEXT"
 
 
-def _shown(default: object) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _shown_default(field: FieldInfo) -> str:
+    default = field.default
+    if field.is_required() or field.default_factory or default is None or default is False or default == ():
+        return ""
+    shown = (
+        ",".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else default
+    )
+    return f" [default: {shown}]"
 
 
 def run(command: click.Command) -> None:

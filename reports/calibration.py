@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,29 +13,59 @@ from reports.locations import Location, locate, one_line
 from shortv.errors import Refused
 from shortv.sample import CALIBRATION_COLUMNS, Sample
 
+_BUFFER_BYTES = 2**20
 _EXPECTED = ", ".join(f"{name}: {kind}" for name, kind in CALIBRATION_COLUMNS.items())
 
 
 def read_calibration(uri: "str | os.PathLike[str]") -> list[Sample]:
     """Read the samples of a calibration file, local or under a URI, in file order.
 
+    Raises:
+        Refused: as `calibration_batches`, or a sample id is repeated.
+    """
+    samples = [sample for batch in calibration_batches(uri) for sample in batch]
+    counts = Counter(sample.sample_id for sample in samples)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        shown = locate(uri).shown
+        raise Refused(f"{shown} repeats {len(repeated)} sample ids, {repeated[0]!r} first; give each sample its own")
+    return samples
+
+
+def calibration_batches(uri: "str | os.PathLike[str]", *, rows: int = 64) -> Iterator[list[Sample]]:
+    """Read a calibration file in batches of up to `rows` samples, in file order and in bounded memory.
+
     Columns are `CALIBRATION_COLUMNS`; others are ignored. Images are taken as they are: a null or damaged one
     becomes an empty or undecodable image, for which its sample alone gets an error row later.
 
     Raises:
-        Refused: the file is missing, unreadable or empty, lacks a column or has one of a wrong type, or holds null
-            or repeated sample ids or null prompts.
+        Refused: the file is missing, unreadable or empty, lacks a column or has one of a wrong type, or a sample has
+            no id or no prompt.
     """
     location = locate(uri)
-    table = _columns(location)
-    _check_types(table.schema, location.shown)
-    if table.num_rows == 0:
-        raise Refused(f"{location.shown} holds no sample; give a calibration file with at least one row")
-    _check_values(table, location.shown)
-    return [_sample(row) for row in table.to_pylist()]
+    shown, number = location.shown, 0
+    try:
+        _check_file(location)
+        with location.filesystem.open_input_file(location.path) as source:
+            # Pages are read one after another: a row group may be larger than memory.
+            file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            names = file.schema_arrow.names
+            _check_names(names, shown)
+            columns = [name for name in CALIBRATION_COLUMNS if name in names]
+            _check_types(file.schema_arrow, columns, shown)
+            for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+                number += batch.num_rows
+                _check_values(batch, shown)
+                yield [_sample(row) for row in batch.to_pylist()]
+    except (pa.ArrowException, OSError) as error:
+        raise Refused(
+            f"{shown} is not a readable Parquet file: {one_line(error)}; expected columns {_EXPECTED}"
+        ) from error
+    if not number:
+        raise Refused(f"{shown} holds no sample; give a calibration file with at least one row")
 
 
-def _columns(location: Location) -> pa.Table:
+def _check_file(location: Location) -> None:
     shown = location.shown
     try:
         info = location.filesystem.get_file_info(location.path)
@@ -45,16 +75,6 @@ def _columns(location: Location) -> pa.Table:
         raise Refused(f"calibration file {shown} does not exist; check the path")
     if info.type == pafs.FileType.Directory:
         raise Refused(f"{shown} is a folder; give one Parquet file with the columns {_EXPECTED}")
-    try:
-        with location.filesystem.open_input_file(location.path) as source:
-            file = pq.ParquetFile(source)
-            names = file.schema_arrow.names
-            _check_names(names, shown)
-            return file.read(columns=[name for name in CALIBRATION_COLUMNS if name in names])
-    except (pa.ArrowException, OSError) as error:
-        raise Refused(
-            f"{shown} is not a readable Parquet file: {one_line(error)}; expected columns {_EXPECTED}"
-        ) from error
 
 
 def _check_names(names: Sequence[str], shown: str) -> None:
@@ -67,8 +87,8 @@ def _check_names(names: Sequence[str], shown: str) -> None:
         raise Refused(f"{shown} has more than one column named {repeated}; expected {_EXPECTED}")
 
 
-def _check_types(schema: pa.Schema, shown: str) -> None:
-    for field in schema:
+def _check_types(schema: pa.Schema, columns: Sequence[str], shown: str) -> None:
+    for field in map(schema.field, columns):
         kind = CALIBRATION_COLUMNS[field.name]
         optional = kind.endswith("?") and pa.types.is_null(field.type)
         if not (_is_images(field.type) if field.name == "images" else _is_text(field.type) or optional):
@@ -94,15 +114,11 @@ def _is_images(kind: pa.DataType) -> bool:
     return _is_binary(item.field("bytes").type if wrapped else item)
 
 
-def _check_values(table: pa.Table, shown: str) -> None:
+def _check_values(batch: pa.RecordBatch, shown: str) -> None:
     for name in ("sample_id", "prompt"):
-        nulls = table.column(name).null_count
+        nulls = batch.column(name).null_count
         if nulls:
             raise Refused(f"{shown} has {nulls} rows without a {name}; give each row one")
-    counts = Counter(table.column("sample_id").to_pylist())
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
-        raise Refused(f"{shown} repeats {len(repeated)} sample ids, {repeated[0]!r} first; give each sample its own")
 
 
 def _sample(row: dict[str, Any]) -> Sample:

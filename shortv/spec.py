@@ -92,8 +92,8 @@ def _number(value: object) -> float:
 class Spec(BaseModel):
     """Base of all specs: immutable, finite numbers, no unknown settings, no NUL or invalid Unicode in any text.
 
-    A field's description is its help text. `json_schema_extra` may hold `flag` (another name of the option), `short`
-    (a short one), and `metavar`; a field with `flag: None` has no option.
+    A field's description is its help text. `json_schema_extra` may hold `flag` (another name of the option), `also` (a
+    second name), `short` (a short one), and `metavar`; a field with `flag: None` has no option.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -104,7 +104,7 @@ class Spec(BaseModel):
         for text in _texts_in(value):
             if "\0" in text or not is_unicode(text):
                 raise ValueError("the text holds a NUL character or is not valid Unicode")
-        if isinstance(value, bool) and bool not in _types_of(cls.model_fields[info.field_name].annotation):
+        if isinstance(value, bool) and bool not in plain_types(cls.model_fields[info.field_name].annotation):
             raise ValueError("give a value, not true or false")
         return value
 
@@ -113,8 +113,8 @@ class LoadingSpec(Spec):
     """How a model is loaded: the settings that every job shares."""
 
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    dtype: Dtype = "auto"
-    attn_implementation: Attention = "sdpa"
+    dtype: Dtype = Field("auto", description="Type of the weights.")
+    attn_implementation: Attention = Field("sdpa", description="Attention implementation of transformers.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
@@ -239,7 +239,7 @@ def _texts_in(value: Any) -> Iterable[str]:
             yield from _texts_in(item)
 
 
-def _types_of(annotation: Any) -> set[Any]:
+def plain_types(annotation: Any) -> set[Any]:
     """Return every plain type that an annotation such as `int | None` or `Annotated[...]` names."""
     parts = get_args(annotation)
-    return {annotation}.union(*(_types_of(part) for part in parts)) if parts else {annotation}
+    return {annotation}.union(*(plain_types(part) for part in parts)) if parts else {annotation}

@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from shortv.architecture import Architecture
-from shortv.families import Batch, LoadedModel, decoder_of
+from shortv.families import Batch, LoadedModel, wrap
+from shortv.families.preprocessing import positions_of
 from shortv.families.tokens import token_types
 
 LAYERS = 4
@@ -258,18 +258,8 @@ def random_model(kind: str = "llava", *, seed: int = 0, attn: str = "sdpa") -> A
 
 
 def loaded(model: Any) -> LoadedModel:
-    """Wrap a model the way `families.load` does; it has no processor."""
-    return LoadedModel(
-        name="random",
-        revision=None,
-        model=model,
-        processor=None,
-        decoder=decoder_of(model),
-        architecture=Architecture.from_config_dict(model.config.to_dict()),
-        device=torch.device("cpu"),
-        context=256,
-        chat_template=None,
-    )
+    """Wrap a model as `families.load` does, without a processor."""
+    return wrap(model, name="random")
 
 
 Spec = Sequence[int | str]
@@ -306,7 +296,7 @@ def make_batch(kind: str, prompts: Sequence[Prompt], *, padding: str = "left") -
         mask[number, place] = 1
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if KINDS[kind].extra is not _grid:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions_of(mask)
     if any(prompt.images for prompt in prompts):
         inputs |= KINDS[kind].extra([prompt.images for prompt in prompts], input_ids)
     return Batch(inputs=inputs, types=token_types(input_ids, mask, {IMAGE_TOKEN}))

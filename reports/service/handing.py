@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from reports.http import HttpError, info_of
 from reports.manifest import MANIFEST_NAME, State
 from reports.page import PAGE_NAME
 from reports.schemas import SCHEMAS
@@ -17,7 +18,7 @@ from reports.service.contents import PAGES, Resource, resource_of
 from reports.service.files import Files, shown, why
 from reports.service.finding import Found, split
 from reports.service.listing import label_of
-from reports.service.replies import Problem, file_reply, json_reply
+from reports.service.replies import file_reply, json_reply
 from reports.service.summary import AnyManifest, Summaries, Summary, read_run
 from reports.service.trees import Missing, Names, Opened, checked
 from reports.training import TrainingManifest
@@ -55,11 +56,11 @@ class Handing:
             run, rest = await run_in_threadpool(split, self._files.tree, names)
             return await self._asked(request, run, rest, slash=path.endswith("/"))
         except Missing:
-            raise Problem(404, _NOTHING, "not_found") from None
+            raise HttpError(404, _NOTHING, code="not_found") from None
         except ShortVError as error:
-            raise Problem(422, str(error), "unreadable") from error
+            raise HttpError(422, str(error), code="unreadable") from error
         except OSError as error:
-            raise Problem(503, f"the file could not be read: {why(error)}", "unavailable") from error
+            raise HttpError(503, f"the file could not be read: {why(error)}", code="unavailable") from error
 
     async def _asked(self, request: Request, run: Names, rest: Names, *, slash: bool) -> Response:
         manifest = await run_in_threadpool(read_run, self._files, run)
@@ -77,12 +78,13 @@ class Handing:
         return await self._file(request, run, resource, manifest.state)
 
     async def _page(self, request: Request, run: Names, manifest: AnyManifest, page_name: str) -> Response:
-        request.scope["shortv.kind"] = "page"
+        info_of(request.scope).subject = "kind=page"
         label = label_of(manifest)
         try:
             page = await run_in_threadpool(self._files.text, (*run, page_name))
         except Missing:
-            raise Problem(404, " ".join(filter(None, (label, _no_page(run, manifest, page_name)))), "no_page") from None
+            problem = " ".join(filter(None, (label, _no_page(run, manifest, page_name))))
+            raise HttpError(404, problem, code="no_page") from None
         lines = [f"{label} (state now: {manifest.state})"] if label else []
         lines += (await run_in_threadpool(self._look, run)).problems
         if lines:
@@ -97,17 +99,17 @@ class Handing:
         return Response(page, headers=headers, media_type="text/html")
 
     async def _tables(self, request: Request, run: Names, tables: Names) -> Response:
-        request.scope["shortv.kind"] = "tables"
+        info_of(request.scope).subject = "kind=tables"
         summary = await run_in_threadpool(self._look, run)
         if summary.contents is None:
-            raise Problem(503, summary.problems[0], "unavailable")
+            raise HttpError(503, summary.problems[0], code="unavailable")
         found = summary.contents.parts(tables[0]) if tables else summary.contents.tables
         if tables and not found:
             raise Missing
         return json_reply({"run": shown(run), "state": summary.state, "files": [item.as_json() for item in found]})
 
     async def _file(self, request: Request, run: Names, resource: Resource, state: State) -> Response:
-        request.scope["shortv.kind"] = resource.kind
+        info_of(request.scope).subject = f"kind={resource.kind}"
         try:
             opened, digest = await run_in_threadpool(self._ready, resource)
         except Missing:
@@ -126,7 +128,7 @@ class Handing:
         return self._summaries.of(Found(run, self._files.tree.entries(run)))
 
     def _only_part(self, run: Names, resource: Resource) -> Resource:
-        """Return the one file of a table that lies in a folder. Raises Missing, or Problem where there are several."""
+        """Return the one file of a table that lies in a folder. Raises Missing, or HttpError for several."""
         contents = self._look(run).contents
         whole = resource.kind == "table" and len(resource.names) == len(run) + 1
         parts = contents.parts(resource.table) if contents and whole else []
@@ -134,7 +136,8 @@ class Handing:
             raise Missing
         if len(parts) > 1:
             where = f"/runs/{shown(run)}/tables/{resource.table}"
-            raise Problem(404, f"{resource.table} has {len(parts)} parts; GET {where} lists them", "in_parts")
+            problem = f"{resource.table} has {len(parts)} parts; GET {where} lists them"
+            raise HttpError(404, problem, code="in_parts")
         return resource._replace(names=parts[0].names)
 
     def _ready(self, resource: Resource) -> _Ready:

@@ -13,10 +13,12 @@ from reports.campaign import CampaignManifest
 from reports.manifest import State
 from reports.service.contents import AGAINST_NAME
 from reports.service.markup import LIST, STYLE
-from reports.service.replies import POLICY
 from reports.service.summary import AnyManifest, Summary, choices, models
 from reports.training import TrainingManifest
 
+_POLICY: Final = (
+    "default-src 'none'; style-src {style}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:"
+)
 _UNFINISHED: Final = (
     "This run is not finished: it is being written, or was stopped. What can be downloaded may be some of it only."
 )
@@ -32,7 +34,7 @@ LABELS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or 
 def list_policy() -> str:
     """Return the Content-Security-Policy of the list: nothing but its own style."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return POLICY.format(style=f"'sha256-{digest}'") + "; img-src data:"
+    return _POLICY.format(style=f"'sha256-{digest}'")
 
 
 def list_page(runs: Sequence[Summary], complete: bool) -> bytes:

@@ -2,54 +2,20 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from reports.http import HttpError
 from reports.service.conditions import Span, names_tag, span_of
 from reports.service.files import CHUNK, read_exactly
 from reports.service.trees import Opened
-
-POLICY = "default-src 'none'; style-src {style}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-
-
-class Problem(Exception):
-    """A request ends with this status; the message is one line for the caller."""
-
-    def __init__(self, status: int, message: str, code: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.headers = headers
-
-
-def wants_html(request: Request) -> bool:
-    """Whether a browser asks."""
-    return "text/html" in request.headers.get("accept", "")
-
-
-def problem_reply(request: Request, problem: Problem) -> Response:
-    """Return a problem as one line of JSON, or as a small page for a browser."""
-    if wants_html(request):
-        title = f"{problem.status} {problem.code.replace('_', ' ')}"
-        body = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"
-        body += f"<h1>{escape(title)}</h1><p>{escape(problem.message)}</p>\n"
-        reply = Response(body.encode(errors="replace"), problem.status, media_type="text/html")
-        reply.headers["content-security-policy"] = POLICY.format(style="'none'")
-    else:
-        error = {"error": {"message": problem.message, "code": problem.code}}
-        reply = Response(json.dumps(error) + "\n", problem.status, media_type="application/json")
-    for name, value in problem.headers:
-        reply.headers.append(name, value)
-    return reply
 
 
 def json_reply(value: Any) -> Response:
@@ -98,7 +64,7 @@ def file_reply(request: Request, opened: Opened, digest: bytes, *, media_type: s
     asked, size = request.headers, opened.size
     if "if-match" in asked and not names_tag(asked["if-match"], etag, weak=False):
         opened.close()
-        raise Problem(412, "the file is not the one that If-Match names", "changed", list(headers.items()))
+        raise HttpError(412, "the file is not the one that If-Match names", code="changed", headers=_raw(headers))
     if "if-none-match" in asked and names_tag(asked["if-none-match"], etag, weak=True):
         opened.close()
         return Response(status_code=304, headers=headers)
@@ -110,8 +76,9 @@ def file_reply(request: Request, opened: Opened, digest: bytes, *, media_type: s
         return FileReply(opened, Span(0, size), 200, full | {"content-length": str(size)}, media_type)
     if span.start == span.stop:
         opened.close()
-        where = [*headers.items(), ("content-range", f"bytes */{size}")]
-        raise Problem(416, f"the file has {size} bytes, and none of them is in this range", "no_such_range", where)
+        where = _raw({**headers, "content-range": f"bytes */{size}"})
+        problem = f"the file has {size} bytes, and none of them is in this range"
+        raise HttpError(416, problem, code="no_such_range", headers=where)
     part = {"content-range": f"bytes {span.start}-{span.stop - 1}/{size}"}
     part["content-length"] = str(span.stop - span.start)
     return FileReply(opened, span, 206, full | part, media_type)
@@ -120,3 +87,7 @@ def file_reply(request: Request, opened: Opened, digest: bytes, *, media_type: s
 def _disposition(filename: str) -> str:
     plain = filename.encode("ascii", errors="replace").decode().replace('"', "_").replace("\\", "_").replace("?", "_")
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from shortv.chat import FULL_MODEL, Answer, Failure, Likelihood, Question, Reason
 from shortv.errors import ShortVError
 from shortv.evals.asks import Ask, Kind
 from shortv.evals.rounds import Dialogue
+from shortv.request import FULL_MODEL, Completion, Failure, Likelihood, Reason, Request
 
 R = TypeVar("R")
 
@@ -22,10 +22,10 @@ R = TypeVar("R")
 class Client(Protocol):
     """Whoever takes questions to replicas. What goes wrong with a question is a Failure, never an exception."""
 
-    async def answer(self, question: Question) -> Answer | Failure:
+    async def complete(self, request: Request) -> Completion | Failure:
         """Answer one question."""
 
-    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+    async def score(self, request: Request) -> Likelihood | Failure:
         """Score a continuation of the conversation."""
 
     async def aclose(self) -> None:
@@ -38,7 +38,7 @@ class Reply:
 
     texts: tuple[str, ...] = ()
     """The answer, or those of all rounds as the task keeps them."""
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[Completion, ...] = ()
     likelihood: Likelihood | None = None
     failure: Failure | None = None
     latency_ms: float = 0.0
@@ -47,11 +47,11 @@ class Reply:
 
 async def answer_all(
     client: Client,
-    questions: Iterable[Callable[[], Question]],
+    questions: Iterable[Callable[[], Request]],
     *,
     concurrency: int,
-    told: Callable[[Answer | Failure], None] | None = None,
-) -> list[Answer | Failure]:
+    told: Callable[[Completion | Failure], None] | None = None,
+) -> list[Completion | Failure]:
     """Ask all questions, so many at once, and return the answers in their order.
 
     A question is made when its turn comes, one at a time and beside the event loop; one that cannot be made is an
@@ -59,9 +59,9 @@ async def answer_all(
     """
     with _makers() as making:
 
-        async def ask(make: Callable[[], Question]) -> Answer | Failure:
+        async def ask(make: Callable[[], Request]) -> Completion | Failure:
             question = await _made(making, make)
-            found = question if isinstance(question, Failure) else await client.answer(question)
+            found = question if isinstance(question, Failure) else await client.complete(question)
             if told is not None:
                 told(found)
             return found
@@ -96,7 +96,7 @@ async def replies_to(
 class _Asking:
     client: Client
     ask: Ask
-    question: Callable[..., Question]
+    question: Callable[..., Request]
     making: Executor
 
     async def reply(self, started: float) -> Reply:
@@ -111,19 +111,19 @@ class _Asking:
         if isinstance(question, Failure):
             return question
         if self.ask.kind is Kind.LIKELIHOOD:
-            score = await self.client.likelihood(question, self.ask.request.continuation)
+            score = await self.client.score(question)
             return score if isinstance(score, Failure) else {"likelihood": score}
-        answer = await self.client.answer(question)
+        answer = await self.client.complete(question)
         return answer if isinstance(answer, Failure) else {"answers": (answer,), "texts": (answer.text,)}
 
     async def _rounds(self) -> dict[str, Any] | Failure:
         if self.ask.conversation is None:
             raise AssertionError("a multi-round request has a conversation")
         dialogue = Dialogue(self.ask.conversation)
-        answers: list[Answer] = []
+        answers: list[Completion] = []
         while dialogue.asked is not None:
             question = await _made(self.making, partial(self.question, request=dialogue.asked))
-            found = question if isinstance(question, Failure) else await self.client.answer(question)
+            found = question if isinstance(question, Failure) else await self.client.complete(question)
             if isinstance(found, Failure):
                 return found
             answers.append(found)

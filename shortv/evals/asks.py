@@ -11,11 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from shortv.chat import FULL_MODEL, Decoding, Question, Turn
+from shortv import request as serving
 from shortv.errors import Refused, ShortVError
 from shortv.evals.decoding import chat_decoding, seeded
 from shortv.evals.prompts import turns_of
 from shortv.evals.requests import Conversation, Documents, Request, conversation, generation, likelihood
+from shortv.request import FULL_MODEL, Message, SamplingParams
 
 
 class Kind(StrEnum):
@@ -34,7 +35,7 @@ class Ask:
     request: Request
     """Of a multi-round request: its first round."""
     conversation: Conversation | None = None
-    decoding: Decoding = field(default_factory=Decoding)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     doc_id: int
     index: int = 0
     """Which of the document's requests this is."""
@@ -46,11 +47,13 @@ class Ask:
         """Which document of which task, for messages about it."""
         return self.request.name
 
-    def turns(self) -> list[Turn]:
+    def turns(self) -> list[Message]:
         """The conversation with its images as PIL images. Raises as `turns_of`."""
         return turns_of(self.request)
 
-    def question(self, *, plan: str = FULL_MODEL, seconds: float = 600.0, request: Request | None = None) -> Question:
+    def question(
+        self, *, plan: str = FULL_MODEL, seconds: float = 600.0, request: Request | None = None
+    ) -> serving.Request:
         """The question for a plan, its images encoded; `request` is a later round of the conversation.
 
         Raises:
@@ -63,7 +66,14 @@ class Ask:
             raise
         except Exception as error:  # messages come from third-party code, images may be damaged
             raise ShortVError(f"{self.name} gives no prompt: {type(error).__name__}: {error}") from error
-        return Question(request_id=uuid.uuid4().hex, plan=plan, turns=turns, decoding=self.decoding, seconds=seconds)
+        return serving.Request(
+            request_id=uuid.uuid4().hex,
+            plan=plan,
+            messages=turns,
+            sampling=self.sampling,
+            continuation=self.request.continuation if self.kind is Kind.LIKELIHOOD else None,
+            timeout_s=seconds,
+        )
 
 
 def ask_of(instance: Any, documents: Documents, *, seed: int, repeat: int = 0) -> Ask:
@@ -86,10 +96,10 @@ def ask_of(instance: Any, documents: Documents, *, seed: int, repeat: int = 0) -
             "generate_until_multi_round and loglikelihood; choose another task"
         )
     decoding = chat_decoding(ask.request.gen_kwargs)
-    return replace(ask, decoding=seeded(decoding, seed, ask.name, instance.idx, repeat))
+    return replace(ask, sampling=seeded(decoding, seed, ask.name, instance.idx, repeat))
 
 
-def encoded(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+def encoded(turns: Iterable[Message]) -> tuple[Message, ...]:
     """The turns with their PIL images as PNG files, which lose nothing that a model sees."""
     return tuple(replace(turn, parts=tuple(map(_encoded_part, turn.parts))) for turn in turns)
 

@@ -13,7 +13,6 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import Progress
 
-from shortv.chat import Likelihood
 from shortv.errors import Refused
 from shortv.evals.batching import run_in_batches
 from shortv.evals.generation import Answer, decoding_of, generate
@@ -25,6 +24,7 @@ from shortv.evals.rounds import Dialogue
 from shortv.evals.settings import parse_model_args, settings_of
 from shortv.families import load
 from shortv.plan import Plan
+from shortv.request import Likelihood
 
 R = TypeVar("R")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from shortv.chat import Decoding
 from shortv.errors import Refused
+from shortv.request import SamplingParams
 
 MAX_NEW_TOKENS: Final = 1024
 """For tasks that set no limit, as in lmms-eval's own chat models."""
@@ -57,7 +57,7 @@ def read_settings(gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
     )
 
 
-def chat_decoding(gen_kwargs: Mapping[str, Any]) -> Decoding:
+def chat_decoding(gen_kwargs: Mapping[str, Any]) -> SamplingParams:
     """Read a task's `gen_kwargs` for a replica; a sampled answer without a temperature is drawn at 1.
 
     Raises:
@@ -69,11 +69,11 @@ def chat_decoding(gen_kwargs: Mapping[str, Any]) -> Decoding:
             f"the task's generation setting num_beams={given['num_beams']} is not supported by replicas, which follow "
             "one beam; set num_beams=1 with --gen_kwargs, or run the model shortv in one process"
         )
-    decoding = Decoding(
+    decoding = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=int(given.get("min_new_tokens", 0)),
         repetition_penalty=float(given.get("repetition_penalty", 1.0)),
-        stops=stops,
+        stop=stops,
     )
     if not sampled:
         return decoding
@@ -85,7 +85,7 @@ def chat_decoding(gen_kwargs: Mapping[str, Any]) -> Decoding:
     )
 
 
-def seeded(decoding: Decoding, *key: object) -> Decoding:
+def seeded(decoding: SamplingParams, *key: object) -> SamplingParams:
     """Let a sampled answer be the same whenever it is asked for under this key."""
     if decoding.temperature <= 0:
         return decoding

@@ -13,7 +13,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from shortv.evals.decoding import BEAMS_AND_PENALTIES, SAMPLING, read_settings
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
-from shortv.families.ends import end_tokens
 
 
 class Answer(NamedTuple):
@@ -49,7 +48,7 @@ def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Deco
     inputs = inputs_of(loaded, prompts)
     width = inputs["input_ids"].shape[1]
     tokenizer = loaded.processor.tokenizer
-    ends, texts = end_tokens(loaded, decoding.stops)
+    ends, texts = loaded.end_tokens(decoding.stops)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     criteria = StoppingCriteriaList([_Stops(tokenizer, texts, width)] if texts else [])
     with torch.inference_mode():

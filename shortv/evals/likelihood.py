@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from shortv.chat import Likelihood
 from shortv.errors import ShortVError
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
 from shortv.families.prompted import prompted
 from shortv.families.supervised import continuation_ids
+from shortv.request import Likelihood
 
 
 def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Likelihood]:
@@ -28,8 +28,6 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> list[Lik
     for prompt, label, ids_T in zip(prompts, labels, inputs["input_ids"], strict=True):
         if ids_T[-len(label) :].tolist() != label:
             raise ShortVError(f"the tokens of {prompt.name} do not end with those of {prompt.continuation!r}")
-    if loaded.decoder.family.positions_from_mask:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     keep = max(map(len, labels)) + 1
     prompt_BT = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     for row_T, label in zip(prompt_BT, labels, strict=True):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from shortv.chat import Answer, Decoding, Failure, Question, Reason, TokenLogprob, Turn
+from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams, TokenLogprob
 
 VENDOR: Final = "shortv"
-_DEFAULTS: Final = Decoding()
+_DEFAULTS: Final = SamplingParams()
 # The vendor field carries what OpenAI's form has no name for.
 _VENDOR_SETTINGS: Final = ("top_k", "min_tokens", "repetition_penalty")
 _REASONS: Final[Mapping[int, Reason]] = {
@@ -24,12 +24,12 @@ _REASONS: Final[Mapping[int, Reason]] = {
 _MAGIC: Final = ((b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
 
 
-def body_of(question: Question, model: str) -> dict[str, Any]:
+def body_of(request: Request, model: str) -> dict[str, Any]:
     """The body of a request; images must be encoded."""
-    decoding = question.decoding
+    decoding = request.sampling
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_message(turn) for turn in question.turns],
+        "messages": [_message(turn) for turn in request.messages],
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
     }
@@ -37,8 +37,8 @@ def body_of(question: Question, model: str) -> dict[str, Any]:
         body["top_p"] = decoding.top_p
     if decoding.seed is not None:
         body["seed"] = decoding.seed
-    if decoding.stops:
-        body["stop"] = list(decoding.stops)
+    if decoding.stop:
+        body["stop"] = list(decoding.stop)
     if decoding.top_logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": decoding.top_logprobs}
     own = {name: getattr(decoding, name) for name in _VENDOR_SETTINGS}
@@ -47,7 +47,7 @@ def body_of(question: Question, model: str) -> dict[str, Any]:
     return body
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _message(turn: Message) -> dict[str, Any]:
     # A text alone is what every endpoint understands in every role.
     alone = len(turn.parts) == 1 and isinstance(turn.parts[0], str)
     return {"role": turn.role, "content": turn.parts[0] if alone else [_part(part) for part in turn.parts]}
@@ -62,7 +62,7 @@ def _part(part: object) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(part).decode()}"}}
 
 
-def answer_of(body: Any) -> Answer | Failure:
+def answer_of(body: Any) -> Completion | Failure:
     """Read a response. A body that is no answer, or one that was broken off, is a failure and no empty answer."""
     try:
         choice = body["choices"][0]
@@ -70,9 +70,9 @@ def answer_of(body: Any) -> Answer | Failure:
         usage, own = body.get("usage") or {}, body.get(VENDOR) or {}
         if not isinstance(text, str) or finish not in ("stop", "length"):
             return _internal(f"the endpoint's answer has finish_reason {finish!r} and {type(text).__name__} as text")
-        return Answer(
+        return Completion(
             text=text,
-            finish=finish,
+            finish_reason=finish,
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             visual_tokens=int(usage.get("visual_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),

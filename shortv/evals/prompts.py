@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from shortv.chat import Turn
 from shortv.errors import Refused, SampleError, ShortVError
 from shortv.evals.requests import Request
 from shortv.families import LoadedModel
-from shortv.families.prompts import Prompt, batch_of, prompt_of
+from shortv.families.preprocessing import Prompt, batch_of, prompt_of
+from shortv.request import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +39,13 @@ def named_prompt(loaded: LoadedModel, request: Request) -> NamedPrompt:
         return NamedPrompt(name=request.name, prompt=prompt_of(loaded, turns), continuation=request.continuation)
 
 
-def turns_of(request: Request) -> list[Turn]:
+def turns_of(request: Request) -> list[Message]:
     """A request's messages with their images as PIL images. Raises as `named_prompt` does."""
     turns = []
     for message in request.messages():
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        turns.append(Turn(role=message["role"], parts=tuple(_part(part, request.name) for part in parts)))
+        turns.append(Message(role=message["role"], parts=tuple(_part(part, request.name) for part in parts)))
     return turns
 
 
@@ -77,8 +77,7 @@ def inputs_of(loaded: LoadedModel, prompts: Sequence[NamedPrompt]) -> dict[str, 
     with _naming(prompts[0].name if len(prompts) == 1 else f"{prompts[0].name} and {len(prompts) - 1} more"):
         batch = batch_of(
             loaded,
-            [named.prompt for named in prompts],
-            continuations=[named.continuation for named in prompts],
+            [replace(named.prompt, continuation=named.continuation) for named in prompts],
             padding_side="left",
         )
     return batch.on(loaded).inputs

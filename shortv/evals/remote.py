@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 
-from shortv.chat import Answer, Failure, Likelihood, Question, Reason
 from shortv.errors import Refused, ShortVError
 from shortv.evals.asking import Client
 from shortv.evals.openai_form import VENDOR, answer_of, body_of, failure_of
 from shortv.evals.served_settings import ServedSettings
+from shortv.request import Completion, Failure, Likelihood, Reason, Request
 
 _TRIES: Final = 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
@@ -45,11 +45,11 @@ class RemoteClient:
         self._http = http
         self._model = model
 
-    async def answer(self, question: Question) -> Answer | Failure:
+    async def complete(self, request: Request) -> Completion | Failure:
         """Answer one question within its seconds, waiting where the endpoint asks for it."""
-        until = time.monotonic() + question.seconds
-        model = f"{self._model}@{question.plan}" if question.plan else self._model
-        content = json.dumps(body_of(question, model)).encode()
+        until = time.monotonic() + request.timeout_s
+        model = f"{self._model}@{request.plan}" if request.plan else self._model
+        content = json.dumps(body_of(request, model)).encode()
         pause = _FIRST_PAUSE_S
         for tried in range(1, _TRIES + 1):
             found, asked_pause = await self._try(content, until)
@@ -62,7 +62,7 @@ class RemoteClient:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         raise AssertionError("the last try returns")
 
-    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+    async def score(self, request: Request) -> Likelihood | Failure:
         """Refused: OpenAI's form has no place for it."""
         raise Refused(
             "a URL cannot carry likelihood, which this task asks for; use app=NAME, or the model shortv in one process"
@@ -72,7 +72,7 @@ class RemoteClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _try(self, content: bytes, until: float) -> tuple[Answer | Failure, float]:
+    async def _try(self, content: bytes, until: float) -> tuple[Completion | Failure, float]:
         left = max(until - time.monotonic(), 0.0) + _SLACK_S
         timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
         headers = {"Content-Type": "application/json"}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from shortv.chat import FULL_MODEL
 from shortv.errors import Refused
+from shortv.request import FULL_MODEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from shortv.errors import Refused
-from shortv.families.loading import Dtype
 from shortv.plan import Plan
+from shortv.spec import Dtype
 
 # A shorter piece of a digest could fit two plans.
 _SHORTEST_DIGEST = 12

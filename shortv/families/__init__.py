@@ -1,9 +1,17 @@
-"""Everything that knows a model's internals: which families are supported, where their layers and visual tokens are."""
+"""Everything that knows a model's internals: supported families, loading, preprocessing, vision features."""
 
 from shortv.families.decoder import Decoder, decoder_of
-from shortv.families.encoding import Encoded, encode
-from shortv.families.loading import LoadedModel, commit_of, load, load_architecture, load_processor, quiet_transformers
-from shortv.families.prompts import Batch
+from shortv.families.loading import (
+    LoadedModel,
+    commit_of,
+    load,
+    load_architecture,
+    load_preprocessor,
+    load_processor,
+    quiet_transformers,
+    wrap,
+)
+from shortv.families.preprocessing import Batch, Encoded, Preprocessor, encode, preprocess
 from shortv.families.table import FAMILIES, supported
 
 __all__ = [
@@ -12,12 +20,16 @@ __all__ = [
     "Decoder",
     "Encoded",
     "LoadedModel",
+    "Preprocessor",
     "commit_of",
     "decoder_of",
     "encode",
     "load",
     "load_architecture",
+    "load_preprocessor",
     "load_processor",
+    "preprocess",
     "quiet_transformers",
     "supported",
+    "wrap",
 ]

@@ -116,8 +116,13 @@ def decoder_of(model: nn.Module) -> Decoder:
         norm=text.norm,
         text=text,
         head=head,
-        visual_ids=frozenset(int(getattr(config, name)) for name in family.visual_id_fields),
+        visual_ids=visual_ids_of(config, family),
     )
+
+
+def visual_ids_of(config: Any, family: Family) -> frozenset[int]:
+    """Ids of the placeholder tokens that vision features replace, from a model's config."""
+    return frozenset(int(getattr(config, name)) for name in family.visual_id_fields)
 
 
 def family_of(model_type: str) -> Family:

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 
 from shortv.architecture import Architecture
-from shortv.errors import Refused, ShortVError
-from shortv.families.decoder import Decoder, decoder_of, family_of
+from shortv.errors import Refused, ShortVError, one_line
+from shortv.families.decoder import Decoder, decoder_of, family_of, visual_ids_of
+from shortv.families.preprocessing import Preprocessor
+from shortv.spec import Attention, Dtype
 
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
 """Attention implementations whose masks have rows and columns that an ablation can select."""
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(Preprocessor):
     """A model in evaluation mode with everything needed to run samples through it."""
 
     name: str
     revision: str | None
     model: Any
-    processor: Any
     decoder: Decoder
     architecture: Architecture
     device: torch.device
-    """Where inputs go; layers may lie on other devices when the model is spread over several."""
-    context: int
-    """Most tokens a prompt may have."""
-    chat_template: str | None
-    """Overrides the processor's own template when given."""
+    """The device of the inputs; layers may be on other devices if the model is spread over several."""
+
+    def end_tokens(self, stop: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+        """Return the ids that end a completion (the model's own and stops that are special tokens), and other stops."""
+        tokenizer = self.processor.tokenizer
+        own = self.model.generation_config.eos_token_id
+        ids = [own] if isinstance(own, int) else list(own or ())
+        ids += [tokenizer.eos_token_id] if not ids and tokenizer.eos_token_id is not None else []
+        if not stop:
+            return list(dict.fromkeys(ids)), ()
+        # Decoded text leaves out all of these; all_special_tokens knows only those that have a name or are listed.
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special.update(tokenizer.all_special_tokens)
+        ids += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in special]
+        return list(dict.fromkeys(ids)), tuple(text for text in stop if text not in special)
 
 
 def load_architecture(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
@@ -82,7 +91,7 @@ def load(
             f"use one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
         )
     config = _config(name, revision, trust_remote_code)
-    architecture = _architecture(config)
+    _architecture(config)
     processor = load_processor(
         name, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
     )
@@ -97,18 +106,59 @@ def load(
     )
     if device != "auto-map":
         model.to(device)
-    text = config.get_text_config()
+    commit = getattr(config, "_commit_hash", None) or revision
+    return wrap(model, name=name, revision=commit, processor=processor, chat_template=chat_template)
+
+
+def wrap(
+    model: Any, *, name: str, revision: str | None = None, processor: Any = None, chat_template: str | None = None
+) -> LoadedModel:
+    """Return a transformers model as a `LoadedModel`, in evaluation mode; without a processor it takes ready batches.
+
+    Raises:
+        Refused: its family or its text backbone is not supported.
+    """
+    decoder = decoder_of(model)
     return LoadedModel(
+        **_preprocessing(model.config, processor, chat_template),
         name=name,
-        revision=getattr(config, "_commit_hash", None) or revision,
+        revision=revision,
         model=model.eval().requires_grad_(False),
-        processor=processor,
-        decoder=decoder_of(model),
-        architecture=architecture,
+        decoder=decoder,
+        architecture=_architecture(model.config),
         device=model.get_input_embeddings().weight.device,
-        context=int(text.max_position_embeddings),
-        chat_template=chat_template,
     )
+
+
+def load_preprocessor(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Preprocessor:
+    """Load what prepares a model's inputs, without its weights.
+
+    Raises:
+        Refused: no such model or processor, an unsupported family, or no chat template.
+    """
+    config = _config(name, revision, trust_remote_code)
+    _architecture(config)
+    processor = load_processor(
+        name, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
+    )
+    return Preprocessor(**_preprocessing(config, processor, chat_template))
+
+
+def _preprocessing(config: Any, processor: Any, chat_template: str | None) -> dict[str, Any]:
+    family = family_of(config.model_type)
+    return {
+        "family": family,
+        "processor": processor,
+        "visual_ids": visual_ids_of(config, family),
+        "context": int(config.get_text_config().max_position_embeddings),
+        "chat_template": chat_template,
+    }
 
 
 def load_processor(
@@ -130,7 +180,7 @@ def load_processor(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Refused(f"the processor of {name!r} cannot be loaded: {first_line(error)}") from error
+        raise Refused(f"the processor of {name!r} cannot be loaded: {one_line(error)}") from error
     if not (chat_template or getattr(processor, "chat_template", None)):
         raise Refused(f"{name!r} has no chat template; give one with --chat-template FILE")
     return processor
@@ -145,7 +195,7 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(
-            f"model {name!r} cannot be found or read: {first_line(error)} "
+            f"model {name!r} cannot be found or read: {one_line(error)} "
             "(give a hub id that can be reached, or a folder with config.json and weights)"
         ) from error
 
@@ -168,9 +218,9 @@ def _weights(name: str, *, dtype: Dtype, **options: Any) -> Any:
             **options,
         )
     except torch.OutOfMemoryError as error:
-        raise ShortVError(f"the weights of {name!r} do not fit the device: {first_line(error)}") from error
+        raise ShortVError(f"the weights of {name!r} do not fit the device: {one_line(error)}") from error
     except Exception as error:  # safetensors, hub and accelerate each raise their own kinds
-        raise ShortVError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from error
+        raise ShortVError(f"the weights of {name!r} cannot be loaded: {one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ShortVError(
@@ -185,9 +235,3 @@ def quiet_transformers() -> None:
 
     cast(Any, logging).disable_progress_bar()
     cast(Any, logging).set_verbosity_error()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one-line reports."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

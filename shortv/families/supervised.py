@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shortv.chat import Turn
 from shortv.errors import SampleError
-from shortv.families.encoding import turn_of
 from shortv.families.loading import LoadedModel
-from shortv.families.prompts import Batch, Prompt, adds_special_tokens, batch_of, prompt_of
+from shortv.families.preprocessing import Batch, Prompt, adds_special_tokens, batch_of, message_of, prompt_of
+from shortv.request import Message
 from shortv.sample import Sample
 
 IGNORED = -100
@@ -51,7 +50,7 @@ def supervised(
             message = f"sample {sample.sample_id!r} has no answer, and training needs one"
             raise SampleError(stage="prompt", error="no-answer", message=message)
         try:
-            prompts.append(prompt_of(loaded, [turn_of(sample)]))
+            prompts.append(prompt_of(loaded, [message_of(sample)]))
         except SampleError as error:
             message = f"sample {sample.sample_id!r}: {error}"
             raise SampleError(stage=error.stage, error=error.error, message=message) from error
@@ -71,7 +70,8 @@ def continued(
     Raises:
         SampleError: a prompt cannot be encoded, or a continuation is empty or changed by the processor.
     """
-    batch = batch_of(loaded, prompts, continuations=continuations, padding_side=padding_side)
+    whole = [replace(prompt, continuation=text) for prompt, text in zip(prompts, continuations, strict=True)]
+    batch = batch_of(loaded, whole, padding_side=padding_side)
     labels_BT = torch.full_like(batch.inputs["input_ids"], IGNORED)
     for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
         labels = continuation_ids(loaded, prompt.text, continuation)
@@ -81,8 +81,6 @@ def continued(
             message = f"the processor does not keep the tokens of {continuation!r} behind the prompt"
             raise SampleError(stage="tokenise", error="answer-tokens", message=message)
         labels_BT[row, at_K] = ids_T[at_K]
-    if loaded.decoder.family.positions_from_mask:
-        batch.inputs["position_ids"] = (batch.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return Supervised(batch=batch.on(loaded), labels_BT=labels_BT.to(loaded.device))
 
 
@@ -108,9 +106,9 @@ def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
     Raises:
         SampleError: the template cannot write a conversation with an answer.
     """
-    question = Turn(role="user", parts=("question",))
+    question = Message(role="user", parts=("question",))
     asked = prompt_of(loaded, [question]).text
-    whole = prompt_of(loaded, [question, Turn(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
+    whole = prompt_of(loaded, [question, Message(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
     eos: str = loaded.processor.tokenizer.eos_token
     before, found, after = whole.removeprefix(asked).partition(_ANSWER)
     if not whole.startswith(asked) or not found:  # the template writes past answers in another way than new ones

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shortv.errors import Refused
 from shortv.families.loading import LoadedModel
-from shortv.families.prompts import Batch
+from shortv.families.preprocessing import Batch
 
 _MARK = "_shortv_cached"
 _INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from shortv.families import Batch, LoadedModel, encode
+from shortv.families import Batch, LoadedModel
 from shortv.families.tokens import TokenTypes
 from shortv.plan import VISUAL_MODES, Mode
 from shortv.records import LcRecord
-from shortv.sample import Sample
 from shortv.sweep.ablations import Ablation, ablate, allocation_failures, run_clean
 from shortv.sweep.divergence import Divergence, divergence, kl_divergence, log_probabilities
 
@@ -89,24 +88,24 @@ def measure(
 
 
 @torch.inference_mode()
-def noise_floor(loaded: LoadedModel, samples: Sequence[Sample], batch: Batch, full_BV: Tensor) -> float:
-    """KL divergence in nats between the most padded sample's clean pass alone and in its batch, the larger direction.
+def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch, full_BV: Tensor | None = None) -> float:
+    """Largest KL divergence in nats between a sample's clean pass alone and in its batch, over samples and directions.
 
     A batch of one sample is compared with itself under a few padding tokens.
+
+    Args:
+        alone: each sample of the batch as a batch of its own, on the model's device.
+        full_BV: log-probabilities of the batch's clean pass, where it has been run.
     """
-    decoder = loaded.decoder
-    if len(samples) == 1:
-        alone_1V = full_BV
-        padded = _padded(batch, loaded.processor.tokenizer.pad_token_id)
-        other_1V = log_probabilities(run_clean(decoder, padded).logits_BV)
-    else:
-        index = int(batch.types.real_BT.sum(1).argmin())
-        alone = encode(loaded, [samples[index]]).batch
-        assert alone is not None, "a sample of an encoded batch encodes alone"
-        alone_1V = log_probabilities(run_clean(decoder, alone).logits_BV)
-        other_1V = full_BV[index : index + 1]
-    other_1V = other_1V.to(alone_1V.device)
-    return float(max(kl_divergence(alone_1V, other_1V).item(), kl_divergence(other_1V, alone_1V).item()))
+
+    def clean(one: Batch) -> Tensor:
+        return log_probabilities(run_clean(loaded.decoder, one).logits_BV)
+
+    if len(alone) == 1:
+        batch, full_BV = _padded(batch, loaded.processor.tokenizer.pad_token_id), None
+    full_BV = clean(batch) if full_BV is None else full_BV
+    alone_BV = torch.cat([clean(one) for one in alone]).to(full_BV.device)
+    return float(torch.maximum(kl_divergence(alone_BV, full_BV), kl_divergence(full_BV, alone_BV)).max())
 
 
 def _padded(batch: Batch, pad_id: int) -> Batch:

@@ -111,7 +111,8 @@ class ModelEngine:
         ]
         floor = None
         if 0 in layers and not bad:
-            floor = noise_floor(loaded, encoded.samples, encoded.batch, found.full_BV)
+            alone = [batch for one in encoded.samples if (batch := encode(loaded, [one]).batch) is not None]
+            floor = noise_floor(loaded, alone, encoded.batch, found.full_BV)
         records = found.records([sample.sample_id for sample in encoded.samples])
         return Measured(records=tuple(records), used=tuple(used), errors=tuple(errors), noise_floor=floor)
 

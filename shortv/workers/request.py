@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from shortv.errors import Refused
 from shortv.plan import Mode, parse_mode
 from shortv.records import KlDirection
+from shortv.spec import WorkerRange
 
 DEFAULT_MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
 ABLATIONS = tuple(mode for mode in Mode if mode is not Mode.FULL)
-
-
-class WorkerRange(NamedTuple):
-    """How many workers are wished for: between `low` and `high`."""
-
-    low: int
-    high: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

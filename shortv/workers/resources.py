@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shortv.errors import Refused
-from shortv.workers.request import WorkerRange
+from shortv.spec import WorkerRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from reports.store import Folder
 from shortv.workers.request import SweepRequest
 
 if TYPE_CHECKING:
-    from shortv.workers.campaign.recipe import Recipe
+    from shortv.workers.campaign.spec import CampaignSpec
 
 HASH_LENGTH: Final = 12
 # How a campaign is run and where; its cells are the same with any of them.
@@ -37,7 +37,7 @@ def sweep_submission_id(request: SweepRequest) -> str:
     return _submission_id("lc", arguments_digest(request.arguments()), request.output_path, Manifest.load)
 
 
-def campaign_submission_id(recipe: Recipe) -> str:
+def campaign_submission_id(recipe: CampaignSpec) -> str:
     """The id for the next attempt of a campaign. Raises Refused when its folder holds something else than one."""
     digest = arguments_digest(recipe.arguments(), ignore=_CAMPAIGN_NOT_DECIDING)
     return _submission_id("campaign", digest, recipe.output_path, CampaignManifest.load)

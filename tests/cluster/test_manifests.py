@@ -16,8 +16,9 @@ import yaml
 
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
+from shortv.spec import load_spec
 from shortv.workers import running
-from shortv.workers.campaign.recipe import read_recipe
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.submission import sweep_submission_id
 from shortv.workers.sweep import run_sweep
@@ -164,7 +165,7 @@ def accept(line: str) -> None:
     if name == "campaign":
         given = {key: value for key, value in context.params.items() if value not in (None, (), False)}
         given.pop("print_submission_id", None)
-        read_recipe(given.pop("config", None), given, {"models": ["bundled"]}, environment={})
+        load_spec(CampaignSpec, flags=given, config=given.pop("config", None), defaults={"models": ["bundled"]})
 
 
 @pytest.mark.parametrize("name", MANIFESTS[:2])

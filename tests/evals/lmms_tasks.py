@@ -9,7 +9,7 @@ import pyarrow as pa
 from lmms_eval.api.model import lmms
 from pyarrow import parquet as pq
 
-from shortv.chat import Answer, Failure, Likelihood, Question, Reason
+from shortv.request import Completion, Failure, Likelihood, Reason, Request
 
 TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
 N_DOCS = 24
@@ -120,37 +120,37 @@ class FakeClient:
 
     def __init__(self, failures: Mapping[str, Failure | str] | None = None) -> None:
         self.failures = failures or {}
-        self.asked: list[Question] = []
+        self.asked: list[Request] = []
         self.now = self.most = 0
 
-    async def answer(self, question: Question) -> Answer | Failure:
+    async def complete(self, request: Request) -> Completion | Failure:
         import asyncio
 
-        self.asked.append(question)
+        self.asked.append(request)
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
-        text = text_of(question)
+        text = text_of(request)
         told = next((told for key, told in self.failures.items() if key in text), answer_to(text))
         return told if isinstance(told, Failure) else answer(told)
 
-    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
-        text = text_of(question)
+    async def score(self, request: Request) -> Likelihood | Failure:
+        text = text_of(request)
         told = next((told for key, told in self.failures.items() if key in text), None)
-        return told if isinstance(told, Failure) else likelihood_of(text, continuation)
+        return told if isinstance(told, Failure) else likelihood_of(text, request.continuation or "")
 
     async def aclose(self) -> None:
         pass
 
 
-def text_of(question: Question) -> str:
-    return "".join(part for turn in question.turns for part in turn.parts if isinstance(part, str))
+def text_of(question: Request) -> str:
+    return "".join(part for turn in question.messages for part in turn.parts if isinstance(part, str))
 
 
-def answer(text: str, **more: Any) -> Answer:
+def answer(text: str, **more: Any) -> Completion:
     given = {"plan_digest": None, "queue_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 4.0, **more}
-    return Answer(text=text, finish="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
+    return Completion(text=text, finish_reason="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
 
 
 def lost(message: str = "it went away") -> Failure:

@@ -289,7 +289,7 @@ def test_a_request_that_fails_ends_the_run(full: ShortV) -> None:
         (
             lambda question: [{"role": "judge", "content": "a"}],
             ShortVError,
-            "cannot write .* unknown role judge",
+            "cannot render .* unknown role judge",
         ),
     ]
     for doc_to_messages, kind, message in cases:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shortv.chat import Answer, Failure, Question, Reason, Turn
 from shortv.errors import Refused, ShortVError
 from shortv.evals.asking import answer_all, replies_to, run_all
 from shortv.evals.asks import Kind, encoded
@@ -21,6 +20,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.evals.decoding import chat_decoding
 from shortv.evals.generation import decoding_of
 from shortv.evals.scoring import Scored
+from shortv.request import Completion, Failure, Message, Reason, Request
 from shortv.tiny.questions import KINDS
 from tests.evals.lmms_tasks import N_DOCS, TINY_TASK, FakeClient, FakeModel, SimpleFakeModel, answer, lost, write_tasks
 
@@ -141,9 +141,9 @@ def test_samples_carry_answers_and_costs(tasks: Path) -> None:
 class Leaving(FakeClient):
     """Visual tokens leave after another layer for every question."""
 
-    async def answer(self, question: Question) -> Answer | Failure:
-        found = await super().answer(question)
-        assert isinstance(found, Answer)
+    async def complete(self, request: Request) -> Completion | Failure:
+        found = await super().complete(request)
+        assert isinstance(found, Completion)
         return replace(found, exit_layer=len(self.asked))
 
 
@@ -164,18 +164,18 @@ def test_the_new_kind_of_question_is_found_by_its_name() -> None:
 
 def test_asks_say_what_is_wanted(tasks: Path) -> None:
     first = Benchmark("shapes_vqa", limit=2).asks()[0]
-    assert first.kind is Kind.GENERATE and first.decoding == chat_decoding({"max_new_tokens": 8, "until": "</s>"})
+    assert first.kind is Kind.GENERATE and first.sampling == chat_decoding({"max_new_tokens": 8, "until": "</s>"})
     (turn,) = first.turns()
     assert isinstance(turn.parts[0], Image.Image) and isinstance(turn.parts[1], str)
     question = first.question(plan="some", seconds=5)
-    assert (question.plan, question.seconds) == ("some", 5)
-    image = question.turns[0].parts[0]
+    assert (question.plan, question.timeout_s) == ("some", 5)
+    image = question.messages[0].parts[0]
     assert isinstance(image, bytes)
     assert Image.open(io.BytesIO(image)).tobytes() == turn.parts[0].tobytes()
     repeated = Benchmark("plain", include_path=tasks, limit=3, gen_kwargs={"temperature": 0.5}).asks()
     assert [(ask.doc_id, ask.repeat) for ask in repeated] == [(at, repeat) for at in range(3) for repeat in range(2)]
-    seeds = {ask.decoding.seed for ask in repeated}
-    assert len(seeds) == 6 and None not in seeds and repeated[0].decoding.temperature == 0.5
+    seeds = {ask.sampling.seed for ask in repeated}
+    assert len(seeds) == 6 and None not in seeds and repeated[0].sampling.temperature == 0.5
     choices = Benchmark("choices", include_path=tasks, limit=1).asks()
     assert [(ask.kind, ask.index, ask.request.continuation) for ask in choices] == [
         (Kind.LIKELIHOOD, at, f" {colour}") for at, colour in enumerate(["red", "green", "blue"])
@@ -241,7 +241,7 @@ def test_both_readers_of_generation_settings_agree() -> None:
         assert here.arguments["do_sample"] == (there.temperature > 0)
         assert here.arguments["max_new_tokens"] == there.max_tokens == 1024
     decoding = chat_decoding({"until": ["\n\n", "Q:"], "min_new_tokens": 2, "repetition_penalty": 1.2, "top_p": 0.1})
-    assert (decoding.stops, decoding.min_tokens, decoding.repetition_penalty) == (("Q:",), 2, 1.2)
+    assert (decoding.stop, decoding.min_tokens, decoding.repetition_penalty) == (("Q:",), 2, 1.2)
     assert decoding.top_p == 1.0
     assert chat_decoding({"do_sample": True}).temperature == 1.0
     assert chat_decoding({"num_beams": 1, "length_penalty": 2.0}) == chat_decoding({})
@@ -255,7 +255,7 @@ def test_images_lose_nothing_on_their_way() -> None:
     modes = ("RGB", "L", "P", "CMYK", "RGBA", "1")
     noise = Image.effect_noise((9, 7), 80).convert("RGB")
     images = [noise.convert(mode) for mode in modes]
-    (turn,) = encoded([Turn(role="user", parts=(*images, "text", b"bytes"))])
+    (turn,) = encoded([Message(role="user", parts=(*images, "text", b"bytes"))])
     *files, text, kept = turn.parts
     assert (text, kept) == ("text", b"bytes")
     for image, file in zip(images, files, strict=True):
@@ -267,12 +267,12 @@ def test_questions_are_made_when_they_are_due() -> None:
     client = FakeClient()
     made: list[int] = []
 
-    def make(number: int) -> Question:
+    def make(number: int) -> Request:
         made.append(number)
         assert len(made) - len(client.asked) <= 3
         if number == 4:
             raise ShortVError("no\nprompt")
-        return Question(request_id=str(number), turns=(Turn(role="user", parts=(f"{number}",)),))
+        return Request(request_id=str(number), messages=(Message(role="user", parts=(f"{number}",)),))
 
     told: list[Any] = []
     found = asyncio.run(answer_all(client, (lambda n=n: make(n) for n in range(12)), concurrency=2, told=told.append))

@@ -17,13 +17,13 @@ import pytest
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from shortv.chat import Answer, Decoding, Failure, Question, Reason, Turn
 from shortv.errors import Refused, ShortVError
 from shortv.evals import remote
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.remote import Connection, RemoteClient, connect_url
 from shortv.evals.served import ServedModel
 from shortv.evals.served_settings import ServedSettings, served_settings_of
+from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.workers.lmms_served import ShortVServe
 from tests.evals.lmms_tasks import FakeClient, answer, answer_to, likelihood_of, lost, write_tasks
 
@@ -257,11 +257,14 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def ask(handler: Callable[[httpx.Request], httpx.Response], **more: Any) -> Answer | Failure:
-    async def run() -> Answer | Failure:
+def ask(handler: Callable[[httpx.Request], httpx.Response], **more: Any) -> Completion | Failure:
+    async def run() -> Completion | Failure:
         async with httpx.AsyncClient(base_url=f"{URL}/", transport=httpx.MockTransport(handler)) as http:
-            turns = (Turn(role="system", parts=("Be brief.",)), Turn(role="user", parts=("What", b"\xff\xd8jpeg")))
-            return await RemoteClient(http, "tiny").answer(Question(request_id="1", turns=turns, **more))
+            turns = (
+                Message(role="system", parts=("Be brief.",)),
+                Message(role="user", parts=("What", b"\xff\xd8jpeg")),
+            )
+            return await RemoteClient(http, "tiny").complete(Request(request_id="1", messages=turns, **more))
 
     return asyncio.run(run())
 
@@ -291,8 +294,8 @@ def test_what_passes_is_tried_again(pauses: list[float]) -> None:
         assert isinstance(outcome, httpx.Response)
         return outcome
 
-    found = ask(handler, decoding=Decoding(top_logprobs=1))
-    assert isinstance(found, Answer)
+    found = ask(handler, sampling=SamplingParams(top_logprobs=1))
+    assert isinstance(found, Completion)
     assert (found.queue_ms, found.prefill_ms, found.decode_ms, found.visual_tokens) == (1.5, 2.5, 3.5, 36)
     assert found.logprobs[0] == ("a", -0.5, (("b", -1.0),))
     assert len(pauses) == 4 and 3 <= pauses[0] < 4 and 0.5 <= pauses[1] < 1
@@ -308,7 +311,7 @@ def test_trying_again_has_an_end(pauses: list[float]) -> None:
     full = Failure(reason=Reason.OVERLOADED, message="the endpoint says 503: the queue is full")
     assert ask(busy) == full and len(tried) == 20 and sum(pauses) < 200
     tried.clear()
-    assert ask(busy, seconds=0.1) == full and len(tried) == 1
+    assert ask(busy, timeout_s=0.1) == full and len(tried) == 1
 
     def slow(request: httpx.Request) -> httpx.Response:
         raise httpx.ReadTimeout("slow")

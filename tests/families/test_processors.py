@@ -173,4 +173,5 @@ def test_layers_are_worth_nothing_without_an_image_and_the_last_one_always(loade
     assert [values[0] for values in lc] == [0] * LAYERS
     assert lc[-1].tolist() == [0] * 4
     assert (torch.stack(lc[:-1])[:, 1:] > 1e-6).all()
-    assert engine.noise_floor(loaded, (TEXT, WIDE, PAIR, TALL), batch, measured.full_BV) < 1e-9
+    alone = [encoded(loaded, sample) for sample in (TEXT, WIDE, PAIR, TALL)]
+    assert engine.noise_floor(loaded, alone, batch, measured.full_BV) < 1e-9

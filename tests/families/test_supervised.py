@@ -13,8 +13,7 @@ from shortv.errors import SampleError
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import load
-from shortv.families.encoding import turn_of
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import message_of, prompt_of
 from shortv.families.supervised import IGNORED, answer_frame, continuation_ids, supervised
 from tests.processors import CHECKPOINTS, save_checkpoint
 from tests.tiny_model import bundled, calibration
@@ -47,7 +46,7 @@ def test_losses_are_the_likelihoods_of_the_same_continuations() -> None:
     prompts = [
         NamedPrompt(
             name=sample.sample_id,
-            prompt=prompt_of(loaded, [turn_of(sample)]),
+            prompt=prompt_of(loaded, [message_of(sample)]),
             continuation=f"{before}{sample.answer}{after}",
         )
         for sample in samples

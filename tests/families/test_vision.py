@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from shortv.errors import Refused
 from shortv.families import Batch, LoadedModel, load
-from shortv.families.encoding import turn_of
-from shortv.families.prompts import batch_of, prompt_of
+from shortv.families.preprocessing import batch_of, message_of, prompt_of
 from shortv.families.vision import LAYOUTS, VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
@@ -47,7 +46,7 @@ def random(request: pytest.FixtureRequest) -> tuple[str, LoadedModel]:
 
 
 def encoded(loaded: LoadedModel, samples: Sequence[Sample], side: Side = "left") -> Batch:
-    return batch_of(loaded, [prompt_of(loaded, [turn_of(sample)]) for sample in samples], padding_side=side)
+    return batch_of(loaded, [prompt_of(loaded, [message_of(sample)]) for sample in samples], padding_side=side)
 
 
 def logits(loaded: LoadedModel, batch: Batch, cache: VisionCache | None = None) -> Tensor:

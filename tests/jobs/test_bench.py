@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.bench import bench as job
+from shortv.bench.models import MODELS, PublishedModel
 from shortv.errors import Refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,6 @@ def test_sweep_prints_half_the_layer_passes_without_ray() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--shape", "llava-2"], "unknown shape 'llava-2'; the shapes are llava-1.5-7b"),
         (["--layers", "40"], "llava-1.5-7b has 32"),
         (["--layers", "4", "--frozen", "5"], "5 frozen of 4 layers"),
     ],
@@ -48,23 +48,26 @@ def test_prefill_refuses_what_it_cannot_build(arguments: list[str], reason: str)
 
 
 def test_training_prints_both_stages_and_the_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-    monkeypatch.setattr("shortv.workers.bench.training.SIZES", {"small": sizes})
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    sizes = {**small, "vocab_size": 32064}
+    monkeypatch.setitem(MODELS, "small", PublishedModel(kind="llava", text=sizes, frozen=1, visual_tokens=576))
     done = CliRunner().invoke(job, ["training", "--shape", "small", "--pairs", "1"], standalone_mode=False)
     assert done.return_value == 0, done.exception
     where, head, projectors, joint, flops = done.output.splitlines()
     assert where == "small, 2 layers, batch 1, t = 64, v = 576, float32 on cpu" and head.endswith("of dense")
-    for line in (projectors, joint):
-        dense, saisa, ratio = map(float, line.split()[-3:])
-        assert saisa > 0 and saisa / dense == pytest.approx(ratio, rel=0.2)
+    assert float(projectors.split()[-1]) > 0 and float(joint.split()[-1]) > 0
     assert 0 < float(flops.split()[-1]) < 1
-    unknown = CliRunner().invoke(job, ["training", "--shape", "llava-2"])
-    assert isinstance(unknown.exception, Refused) and "the shapes are small" in str(unknown.exception)
+
+
+@pytest.mark.parametrize("command", ["prefill", "sizing", "training"])
+def test_an_unknown_shape_is_refused(command: str) -> None:
+    with pytest.raises(Refused, match="llava-2"):
+        job.main([command, "--shape", "llava-2"], standalone_mode=False)
 
 
 @pytest.mark.slow
 def test_sizing_prints_what_was_predicted_and_what_was_measured() -> None:
-    """On a busy machine and with tensors of a few MB, so the bounds are wide; cluster/README.md has a real run."""
+    """The model is small, so the bounds are wide; cluster/README.md has a run of real size."""
     done = bench(
         "sizing", "--shape", "smollm2-135m", "--layers", "2", "--visual-tokens", "192", "--stack", "3", "--repeats", "1"
     )
@@ -79,9 +82,3 @@ def test_sizing_prints_what_was_predicted_and_what_was_measured() -> None:
         assert ratio == pytest.approx(measured / predicted, rel=0.05), name
     assert 0.8 < found["weights, GiB"][2] < 1.3
     assert 0.7 < found["in all, GiB"][2] < 1.6
-    assert 0.2 < found["seconds"][2] < 10
-
-
-def test_sizing_refuses_an_unknown_shape() -> None:
-    with pytest.raises(Refused, match="unknown shape 'llava-2'"):
-        job.main(["sizing", "--shape", "llava-2"], standalone_mode=False)

@@ -22,7 +22,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.evals.generation import Decoding, generate
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import load_architecture
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.workers.cluster import start
@@ -168,9 +168,9 @@ def in_process(plan: Plan | None) -> list[str]:
         for ask in Benchmark("shapes_vqa", limit=40).asks():
             asked = ask.question(plan="", seconds=1.0)
             settings = Decoding(
-                arguments={"do_sample": False, "max_new_tokens": asked.decoding.max_tokens}, stops=asked.decoding.stops
+                arguments={"do_sample": False, "max_new_tokens": asked.sampling.max_tokens}, stops=asked.sampling.stop
             )
-            prompt = NamedPrompt(name=ask.name, prompt=prompt_of(loaded, asked.turns))
+            prompt = NamedPrompt(name=ask.name, prompt=prompt_of(loaded, asked.messages))
             texts.append(generate(loaded, [prompt], settings)[0].text)
     return texts
 

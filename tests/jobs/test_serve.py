@@ -28,8 +28,7 @@ from jobs.serve import main
 from shortv.evals.generation import Decoding, generate
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import load_architecture
-from shortv.families.encoding import turn_of
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import message_of, prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.sample import Sample
@@ -158,7 +157,7 @@ def in_process(sample: Sample, modes: tuple[Mode, ...]) -> tuple[str, int, int]:
     loaded = bundled()
     settings = Decoding(arguments={"do_sample": False, "max_new_tokens": 24}, stops=())
     with executing(loaded.model, modes):
-        prompt = NamedPrompt(name="it", prompt=prompt_of(loaded, (turn_of(sample),)))
+        prompt = NamedPrompt(name="it", prompt=prompt_of(loaded, (message_of(sample),)))
         return tuple(generate(loaded, [prompt], settings)[0])
 
 

@@ -12,11 +12,10 @@ from shortv.errors import Refused
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import Batch, decoder_of
-from shortv.families.encoding import turn_of
 from shortv.families.parts import Learned
 from shortv.families.parts.eas import Eas, EasSettings
-from shortv.families.prompts import batch_of as batch_of_prompts
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import batch_of as batch_of_prompts
+from shortv.families.preprocessing import message_of, prompt_of
 from shortv.families.supervised import continuation_ids
 from shortv.layers.adapted import fold
 from shortv.layers.apply import executing
@@ -236,7 +235,7 @@ def test_likelihoods_of_answers_are_those_of_decoding_them_with_a_cache() -> Non
     settings = EasSettings(kept=(0, 1, 2, 4, 5, 7), skipped=(3, 6), kept_rank=4, pia_rank=8)
     learned = Learned(parts=shuffled(Eas.build(model.decoder, settings), size=0.05))
     sample = calibration()[0]
-    prompt = prompt_of(model, [turn_of(sample)])
+    prompt = prompt_of(model, [message_of(sample)])
     answers = ["red", "red circle blue square"]
     named = [NamedPrompt(name=answer, prompt=prompt, continuation=f" {answer}") for answer in answers]
     with executing(model.model, settings.modes(8), learned), torch.inference_mode():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shortv.bench.sweep import measure_released
 from shortv.costs import sweep_passes
 from shortv.families import Batch, LoadedModel, encode, load
 from shortv.layers.reference import reference
@@ -19,7 +20,6 @@ from shortv.sample import Sample
 from shortv.sweep import engine
 from shortv.sweep.ablations import Ablation, ablate, run_clean
 from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
-from shortv.sweep.released import measure_released
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import TINY, bundled, calibration
 
@@ -96,9 +96,26 @@ def test_noise_floor_is_rounding_not_signal() -> None:
     model = bundled()
     for count in (1, 4):
         encoded = encode(model, calibration()[:count])
+        alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
         assert encoded.batch is not None
         full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
-        assert 0 <= engine.noise_floor(model, encoded.samples, encoded.batch, full_BV) < 1e-9
+        floor = engine.noise_floor(model, alone, encoded.batch, full_BV)
+        assert 0 <= floor < 1e-9
+        assert floor == engine.noise_floor(model, alone, encoded.batch)
+
+
+def test_the_noise_floor_is_the_largest_over_the_samples() -> None:
+    model = bundled()
+    encoded = encode(model, calibration()[:4])
+    alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
+    assert encoded.batch is not None
+    full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
+    for index in range(4):
+        # Any sample of the batch may be the noisy one.
+        noisy_BV = full_BV.clone()
+        noisy_BV[index] *= 0.5
+        noisy_BV = noisy_BV.log_softmax(-1)
+        assert engine.noise_floor(model, alone, encoded.batch, noisy_BV) > 1e-7
 
 
 some_specs = st.lists(

@@ -19,8 +19,9 @@ from shortv.architecture import Architecture
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord, UsedSample
 from shortv.sample import Sample
+from shortv.spec import WorkerRange
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+from shortv.workers.request import ModelSpec, SweepRequest
 from tests.architectures import architecture
 
 LAYERS = 6

@@ -15,18 +15,19 @@ import ray
 import uvicorn
 from ray import serve
 
-from shortv.chat import Answer, Question
 from shortv.errors import Refused
 from shortv.evals.asking import replies_to
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.generation import Decoding, generate
 from shortv.evals.prompts import NamedPrompt
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
+from shortv.request import Completion, Request
+from shortv.spec import WorkerRange
 from shortv.workers.cluster import start
 from shortv.workers.lmms_served import ShortVServe
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
@@ -79,15 +80,15 @@ def url() -> Iterator[str]:
 class InProcess:
     """Answers with transformers' generate, one question at a time."""
 
-    async def answer(self, question: Question) -> Answer:
-        loaded, decoding = bundled(), question.decoding
-        prompt = NamedPrompt(name=question.request_id, prompt=prompt_of(loaded, question.turns))
+    async def complete(self, request: Request) -> Completion:
+        loaded, decoding = bundled(), request.sampling
+        prompt = NamedPrompt(name=request.request_id, prompt=prompt_of(loaded, request.messages))
         arguments = {"do_sample": False, "max_new_tokens": decoding.max_tokens}
-        with executing(loaded.model, plan().modes if question.plan else (Mode.FULL,) * 8):
-            (found,) = generate(loaded, [prompt], Decoding(arguments=arguments, stops=decoding.stops))
+        with executing(loaded.model, plan().modes if request.plan else (Mode.FULL,) * 8):
+            (found,) = generate(loaded, [prompt], Decoding(arguments=arguments, stops=decoding.stop))
         counts = {"prompt_tokens": found.input_tokens, "visual_tokens": 0, "completion_tokens": found.output_tokens}
         times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
-        return Answer(text=found.text, finish="stop", plan_digest=None, **counts, **times)
+        return Completion(text=found.text, finish_reason="stop", plan_digest=None, **counts, **times)
 
 
 def in_process(name: str) -> Mapping[str, float]:

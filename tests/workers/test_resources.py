@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shortv.errors import Refused
-from shortv.workers.request import WorkerRange
+from shortv.spec import WorkerRange
 from shortv.workers.resources import FreeNode, Pool, plan_pool
 
 

@@ -15,8 +15,9 @@ from ray.cluster_utils import Cluster
 
 from shortv.plan import Mode
 from shortv.sample import Sample
+from shortv.spec import WorkerRange
 from shortv.workers.outcome import Measured
-from shortv.workers.request import SweepRequest, WorkerRange
+from shortv.workers.request import SweepRequest
 from shortv.workers.sweep import run_sweep
 from tests.workers.fakes import FakeEngine, make_request, tables
 

@@ -9,9 +9,7 @@ import torch
 
 from shortv.errors import SampleError
 from shortv.families import LoadedModel
-from shortv.families.encoding import turn_of
-from shortv.families.ends import end_tokens
-from shortv.families.prompts import batch_of, prompt_of
+from shortv.families.preprocessing import batch_of, message_of, prompt_of
 from shortv.sample import Sample
 
 
@@ -34,10 +32,10 @@ def with_own_answers(loaded: LoadedModel, samples: Sequence[Sample], max_tokens:
 
 
 def _written(loaded: LoadedModel, samples: Sequence[Sample], max_tokens: int) -> list[str]:
-    batch = batch_of(loaded, [prompt_of(loaded, [turn_of(sample)]) for sample in samples], padding_side="left")
+    batch = batch_of(loaded, [prompt_of(loaded, [message_of(sample)]) for sample in samples], padding_side="left")
     inputs = batch.on(loaded).inputs
     tokenizer = loaded.processor.tokenizer
-    ends, _ = end_tokens(loaded, ())
+    ends, _ = loaded.end_tokens(())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     with torch.no_grad():
         ids_BT = loaded.model.generate(

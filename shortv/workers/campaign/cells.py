@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from reports.manifest import digest_of, versions
 from shortv.workers.campaign.plans import Entry, ModelFacts
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.results import TaskFacts
+from shortv.workers.campaign.spec import CampaignSpec
 
 # Part of every key: a change to what a cell holds makes the old ones unfinished.
 CELL_VERSION: Final = 3
@@ -37,7 +37,7 @@ class Cell:
 
 
 def list_cells(
-    recipe: Recipe,
+    recipe: CampaignSpec,
     models: Sequence[ModelFacts],
     entries: Mapping[str, Sequence[Entry]],
     tasks: Sequence[TaskFacts],
@@ -46,7 +46,7 @@ def list_cells(
     return [_cell(recipe, model, entry, task) for model in models for task in tasks for entry in entries[model.name]]
 
 
-def _cell(recipe: Recipe, model: ModelFacts, entry: Entry, task: TaskFacts) -> Cell:
+def _cell(recipe: CampaignSpec, model: ModelFacts, entry: Entry, task: TaskFacts) -> Cell:
     found = versions()
     identity = {
         "cell_version": CELL_VERSION,

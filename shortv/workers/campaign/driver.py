@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rich.console import Console
 
@@ -17,10 +17,10 @@ from shortv.workers.campaign.folder import CampaignFolder, open_campaign
 from shortv.workers.campaign.outcome import failed_record, record_of
 from shortv.workers.campaign.plans import Kind
 from shortv.workers.campaign.prepare import Prepared, describe_run, final_manifest, prepare
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.record import CellRecord, CellState
 from shortv.workers.campaign.results import RunCell, Runner
 from shortv.workers.campaign.scores import Scores
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import main_metric, print_summary
 from shortv.workers.campaign.tables import build_tables
 from shortv.workers.page import write_report
@@ -29,7 +29,7 @@ from shortv.workers.stopping import Stopped, stop_on_signal
 PARTIAL_STATUS = 3
 
 
-def run_campaign(recipe: Recipe, *, runner: Runner, console: Console | None = None) -> int:
+def run_campaign(recipe: CampaignSpec, *, runner: Runner, console: Console | None = None) -> int:
     """Run, continue or repeat a campaign, print its tables, and return the exit status (0, or 3 with failures).
 
     Raises:
@@ -110,7 +110,7 @@ class _Run:
         with ExitStack() as stack:
             try:
                 model = cells[0].model
-                recipe = replace(self.prepared.recipe, revision=model.revision)
+                recipe = self.prepared.recipe.model_copy(update={"revision": model.revision})
                 opened = self.runner.open(model.name, tuple(plans.values()), recipe)
                 run_cell = stack.enter_context(opened)
             except (Stopped, Refused):

@@ -12,9 +12,9 @@ from reports.campaign import CampaignManifest
 from reports.manifest import State, plain, utc_now, versions
 from shortv.workers.campaign.cells import Cell, list_cells
 from shortv.workers.campaign.plans import Entry, ModelFacts, resolve_plans
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.record import CellRecord, CellState
 from shortv.workers.campaign.results import Runner, TaskFacts
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.shipping import folder_digest
 
 
@@ -22,7 +22,7 @@ from shortv.workers.shipping import folder_digest
 class Prepared:
     """A campaign whose input is checked."""
 
-    recipe: Recipe
+    recipe: CampaignSpec
     models: tuple[ModelFacts, ...]
     entries: Mapping[str, tuple[Entry, ...]]
     tasks: tuple[TaskFacts, ...]
@@ -30,7 +30,7 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(recipe: Recipe, runner: Runner) -> Prepared:
+def prepare(recipe: CampaignSpec, runner: Runner) -> Prepared:
     """Read models, plans and tasks and list the cells.
 
     Raises:
@@ -94,13 +94,13 @@ def final_manifest(
     )
 
 
-def _model(name: str, recipe: Recipe, runner: Runner) -> ModelFacts:
+def _model(name: str, recipe: CampaignSpec, runner: Runner) -> ModelFacts:
     folder = Path(name)
     revision = runner.pin(name, recipe)
     return ModelFacts(
         name=name,
         revision=revision,
-        architecture=runner.describe(name, replace(recipe, revision=revision)),
+        architecture=runner.describe(name, recipe.model_copy(update={"revision": revision})),
         digest=folder_digest(folder.resolve()) if folder.is_dir() else None,
     )
 

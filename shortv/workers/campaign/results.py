@@ -11,7 +11,7 @@ from shortv.architecture import Architecture
 from shortv.evals.aggregation import MetricRow
 from shortv.evals.scoring import Sample
 from shortv.plan import Plan
-from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.spec import CampaignSpec
 
 
 class TaskFacts(NamedTuple):
@@ -48,14 +48,14 @@ RunCell = Callable[[Plan | None, str], CellResult]
 class Runner(Protocol):
     """Whoever answers the questions of a campaign."""
 
-    def pin(self, model: str, recipe: Recipe) -> str | None:
+    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
         """The commit that the recipe's revision of a model names now. Raises Refused."""
 
-    def describe(self, model: str, recipe: Recipe) -> Architecture:
+    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
         """Read a model's sizes from its configuration alone. Raises Refused."""
 
-    def task(self, name: str, recipe: Recipe) -> TaskFacts:
+    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
         """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
 
-    def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> AbstractContextManager[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> AbstractContextManager[RunCell]:
         """Start replicas that serve the model itself and these plans, and stop them at the end."""

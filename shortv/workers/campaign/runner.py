@@ -15,15 +15,15 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from shortv.architecture import Architecture
-from shortv.chat import FULL_MODEL
 from shortv.errors import ShortVError
 from shortv.evals.asking import Reply, replies_to
 from shortv.evals.asks import Ask
 from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
-from shortv.workers.campaign.recipe import Recipe
+from shortv.request import FULL_MODEL
 from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.cluster import connected, living_nodes
 from shortv.workers.engine import ModelEngine
 from shortv.workers.progress import SampleProgress
@@ -45,16 +45,16 @@ class ReplicaRunner:
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
 
-    def pin(self, model: str, recipe: Recipe) -> str | None:
+    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
         """Ask the hub, or its cache where it cannot be reached. Raises Refused."""
         return ModelEngine().pin(_spec(model, recipe)).revision
 
-    def describe(self, model: str, recipe: Recipe) -> Architecture:
+    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
         """Read a model's sizes and processor, not its weights. Raises Refused."""
         quiet_transformers()
         return ModelEngine().describe(_spec(model, recipe))
 
-    def task(self, name: str, recipe: Recipe) -> TaskFacts:
+    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
         """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
         if name not in self._benchmarks:
             self._benchmarks[name] = Benchmark(
@@ -68,7 +68,7 @@ class ReplicaRunner:
         return TaskFacts(found.name, found.digest, found.num_docs, found.main_metric)
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> Iterator[RunCell]:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
@@ -126,7 +126,7 @@ class ReplicaRunner:
         )
 
 
-def _spec(model: str, recipe: Recipe) -> ModelSpec:
+def _spec(model: str, recipe: CampaignSpec) -> ModelSpec:
     return ModelSpec(
         name=model,
         revision=recipe.revision,

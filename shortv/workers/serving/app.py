@@ -19,11 +19,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from shortv.api_keys import key_digests_of
+from reports.access import key_digests_of
 from shortv.errors import ShortVError
 from shortv.plan import Plan
+from shortv.spec import WorkerRange
 from shortv.workers.cluster import first_line, living_nodes
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.request import ModelSpec
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.face import Endpoint

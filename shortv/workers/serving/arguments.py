@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from shortv.errors import Refused
-from shortv.workers.request import ModelSpec, WorkerRange, parse_workers, read_chat_template
+from shortv.spec import WorkerRange
+from shortv.workers.request import ModelSpec, parse_workers, read_chat_template
 
 BUNDLED_NAME = "shortv-tiny"
 """The name under which the bundled model is served unless another is given."""

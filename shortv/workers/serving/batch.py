@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from shortv.chat import Reason
 from shortv.families import LoadedModel
-from shortv.families.ends import end_tokens
-from shortv.families.prompts import batch_of
+from shortv.families.preprocessing import batch_of, positions_of
 from shortv.families.vision import VisionCache
 from shortv.layers.exits import exit_layers
 from shortv.layers.sequence import keep_rows
+from shortv.request import Reason
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.sampling import Sampler, choose_all
 from shortv.workers.serving.transcript import Transcript
@@ -46,7 +45,7 @@ class RunningBatch:
         self._mask_BT = inputs["attention_mask"]
         self._cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
         if not self._has_own_positions:
-            inputs["position_ids"] = (self._mask_BT.cumsum(1) - 1).clamp(min=0)
+            inputs.setdefault("position_ids", positions_of(self._mask_BT))
         learned = rows[0].learned
         # Such parts are made of what stands inside the tower.
         by_tower = learned is not None and learned.parts.needs_tower
@@ -72,8 +71,8 @@ class RunningBatch:
     def _enter(self, ids_BT: Tensor, mask_BT: Tensor, started: float) -> None:
         tokenizer = self._loaded.processor.tokenizer
         for row, ids_T, mask_T in zip(self.rows, ids_BT, mask_BT, strict=True):
-            decoding = row.question.decoding
-            ends, texts = end_tokens(self._loaded, decoding.stops)
+            decoding = row.request.sampling
+            ends, texts = self._loaded.end_tokens(decoding.stop)
             prompt = ids_T[mask_T.bool()].tolist()
             row.begin(
                 Sampler(decoding, seed=row.seed, prompt=prompt, ends=ends, tokenizer=tokenizer),

@@ -13,7 +13,7 @@ import ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
+from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request
 
 # How long a handle may take to find a replica that can list its plans.
 _PLANS_S = 10.0
@@ -43,25 +43,23 @@ class ReplicaClient:
         self._plans_at = -math.inf
         self._looking: asyncio.Task[bool] | None = None
 
-    async def answer(self, question: Question) -> Answer | Failure:
-        """Answer one question. Raises CancelledError when the caller gives up; its place is free then."""
-        found: Answer | Failure = await self._persistently(question, lambda: self._handle.answer.remote(question))
+    async def complete(self, request: Request) -> Completion | Failure:
+        """Answer one request. Raises CancelledError when the caller gives up; its place is free then."""
+        found: Completion | Failure = await self._persistently(request, lambda: self._handle.complete.remote(request))
         return found
 
-    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
+    async def score(self, request: Request) -> Likelihood | Failure:
         """Score a continuation of the conversation."""
-        found: Likelihood | Failure = await self._persistently(
-            question, lambda: self._handle.likelihood.remote(question, continuation)
-        )
+        found: Likelihood | Failure = await self._persistently(request, lambda: self._handle.score.remote(request))
         return found
 
-    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
         """Answer in pieces; a replica that dies in mid-answer ends it with a failure."""
-        response: Any = self._streaming.stream.remote(question)
+        response: Any = self._streaming.stream.remote(request)
         ended = False
         try:
             async for event in response:
-                ended = not isinstance(event, Piece)
+                ended = not isinstance(event, Chunk)
                 yield event
         except asyncio.CancelledError:
             raise
@@ -115,8 +113,8 @@ class ReplicaClient:
     async def aclose(self) -> None:
         """Nothing to close: Serve keeps handles."""
 
-    async def _persistently(self, question: Question, ask: Callable[[], Any]) -> Any:
-        until = time.monotonic() + question.seconds
+    async def _persistently(self, request: Request, ask: Callable[[], Any]) -> Any:
+        until = time.monotonic() + request.timeout_s
         pause, losses = _FIRST_PAUSE_S, 0
         while True:
             async with self._suspects if losses >= _SUSPICIOUS else nullcontext():

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
-from shortv.chat import Answer, Failure, Piece, Question
+from shortv.request import Chunk, Completion, Failure, Request
 from shortv.workers.serving.event_stream import EventStream
 from shortv.workers.serving.gate import HEALTH_PATH, Gate, visit_of
 from shortv.workers.serving.openai_answers import AnswerForm, model_card, to_json
@@ -34,11 +35,11 @@ _LOOK_S = 10.0
 class Replicas(Protocol):
     """Whoever answers questions. Cancelling what is awaited gives the question's place to another one."""
 
-    async def answer(self, question: Question) -> Answer | Failure:
+    async def complete(self, request: Request) -> Completion | Failure:
         """Answer one question."""
         ...
 
-    def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+    def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
         """Answer in pieces; the whole answer or a failure is the last one."""
         ...
 
@@ -83,7 +84,7 @@ class _Face:
         self._settings = settings
         self._created = int(time.time())
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: HttpRequest) -> Response:
         """Answer a conversation, whole or as a stream."""
         settings, visit = self._settings, visit_of(request.scope)
         asked = await self._read(request)
@@ -96,7 +97,7 @@ class _Face:
             return EventStream(ask, form, settings, include_usage=asked.include_usage)
         try:
             async with asyncio.timeout(settings.timeout_s):
-                found = await unless_gone(self._replicas.answer(question), request.receive)
+                found = await unless_gone(self._replicas.complete(question), request.receive)
         except TimeoutError:
             raise too_late(settings.timeout_s) from None
         if isinstance(found, Failure):
@@ -124,7 +125,7 @@ class _Face:
             raise self._away()
         return _json(b'{"status":"ok"}')
 
-    async def _read(self, request: Request) -> Asked:
+    async def _read(self, request: HttpRequest) -> Asked:
         """Read the body within its bounds, big ones off the event loop; raises Rejected."""
         settings, visit = self._settings, visit_of(request.scope)
         kind = visit.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -162,13 +163,13 @@ async def _to_reports() -> Response:
     return Response(status_code=308, headers={"location": f".{REPORTS_PATH}/"})
 
 
-def _form(question: Question, asked: Asked) -> AnswerForm:
+def _form(request: Request, asked: Asked) -> AnswerForm:
     return AnswerForm(
-        completion_id=f"chatcmpl-{question.request_id}",
+        completion_id=f"chatcmpl-{request.request_id}",
         created=int(time.time()),
         model=asked.model,
-        plan=question.plan or "full",
-        with_logprobs=question.decoding.top_logprobs is not None,
+        plan=request.plan or "full",
+        with_logprobs=request.sampling.top_logprobs is not None,
     )
 
 
@@ -176,7 +177,7 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-async def _route_problem(request: Request, error: Exception) -> Response:
+async def _route_problem(request: HttpRequest, error: Exception) -> Response:
     """What the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from shortv.chat import Reason
 from shortv.errors import SampleError, ShortVError
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
@@ -25,6 +24,7 @@ from shortv.families.parts import Learned
 from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
+from shortv.request import Reason
 from shortv.workers.serving.batch import NOT_FINITE, RunningBatch
 from shortv.workers.serving.row import Row
 
@@ -157,7 +157,7 @@ class Engine:
         """Rows whose time is over, waiting or running, and waiting ones that nobody waits for."""
         for row in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
             if row.overdue and not row.over:
-                row.fail(Reason.DEADLINE, f"no answer within {row.question.seconds:g} s; ask for less, or later")
+                row.fail(Reason.DEADLINE, f"no answer within {row.request.timeout_s:g} s; ask for less, or later")
         self._waiting = [row for row in self._waiting if not row.over]
         self._batches = [batch for batch in self._batches if batch.places]
 
@@ -183,7 +183,7 @@ class Engine:
     def _prefill(self, rows: Sequence[Row]) -> None:
         self._under(rows[0])
         begun = []
-        if rows[0].continuation is None:
+        if rows[0].request.continuation is None:
             begun.append(RunningBatch(self._loaded, self.vision, rows))
         else:
             self._score(rows)
@@ -192,7 +192,7 @@ class Engine:
         self._batches += begun
 
     def _score(self, rows: Sequence[Row]) -> None:
-        named = [NamedPrompt(name="it", prompt=row.prompt, continuation=row.continuation or "") for row in rows]
+        named = [NamedPrompt(name="it", prompt=row.prompt, continuation=row.request.continuation or "") for row in rows]
         for row, found in zip(rows, likelihoods(self._loaded, named), strict=True):
             if math.isnan(found.log_probability):
                 row.fail(Reason.INTERNAL, NOT_FINITE)

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shortv.chat import Answer, Failure, Piece
+from shortv.request import Chunk, Completion, Failure
 from shortv.workers.serving.openai_answers import AnswerForm
 from shortv.workers.serving.rejection import Rejected, rejection_of, too_late
 from shortv.workers.serving.settings import EndpointSettings
 from shortv.workers.serving.waiting import unless_gone
 
-Item = Piece | Answer | Failure
+Item = Chunk | Completion | Failure
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -59,7 +59,7 @@ class EventStream(Response):
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
                 started = True
-                if isinstance(item, Answer):
+                if isinstance(item, Completion):
                     last = self._form.last_chunks(item, self._include_usage)
                     await send({"type": "http.response.body", "body": opening + last})
                     return

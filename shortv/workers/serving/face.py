@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
+from reports.http import guarded
 from reports.service import make_service
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.client import ReplicaClient
@@ -33,4 +34,6 @@ class Endpoint:
 
 def reports_of(arguments: EndpointArguments) -> Starlette | None:
     """The runs to serve beside the model, if any. Raises Refused for a folder that is not there."""
-    return make_service(arguments.reports, key_digests=None) if arguments.reports else None
+    if not arguments.reports:
+        return None
+    return guarded(make_service(arguments.reports), key_digests=None, sends_request_id=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from shortv.chat import Turn
+from shortv.request import Message
 from shortv.workers.serving.images import ImageSize, size_of
 
 _BYTES_PER_PIXEL = 3  # RGB
@@ -20,7 +20,7 @@ class ImageRoom:
         self._max_bytes = max_bytes
 
     @contextmanager
-    def taken(self, turns: Sequence[Turn]) -> Iterator[bool]:
+    def taken(self, turns: Sequence[Message]) -> Iterator[bool]:
         """Take the room that the images need inside the block; tells whether there is any.
 
         However large they are, they may be decoded while no others are.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shortv.chat import Answer, TokenLogprob
+from shortv.request import Completion, TokenLogprob
 
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 _LEAST_LOGPROB = -9999.0
@@ -25,14 +25,14 @@ class AnswerForm:
     plan: str
     with_logprobs: bool
 
-    def whole(self, answer: Answer) -> bytes:
+    def whole(self, answer: Completion) -> bytes:
         """The body of an answer that is not streamed."""
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {
             "index": 0,
             "message": message,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finish,
+            "finish_reason": answer.finish_reason,
         }
         body = {**self._head("chat.completion"), "choices": [choice]}
         return to_json({**body, "usage": _usage(answer), "shortv": self._vendor(answer)})
@@ -45,9 +45,9 @@ class AnswerForm:
         """The next part of the text."""
         return self._chunk({"content": text}, logprobs=self._logprobs(logprobs))
 
-    def last_chunks(self, answer: Answer, include_usage: bool) -> bytes:
+    def last_chunks(self, answer: Completion, include_usage: bool) -> bytes:
         """Why the answer ended, what it cost, and the end of the stream."""
-        last = self._chunk({}, finish=answer.finish, shortv=self._vendor(answer))
+        last = self._chunk({}, finish=answer.finish_reason, shortv=self._vendor(answer))
         if not include_usage:
             return last + DONE
         usage = {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(answer)}
@@ -70,7 +70,7 @@ class AnswerForm:
         ]
         return {"content": content, "refusal": None}
 
-    def _vendor(self, answer: Answer) -> dict[str, Any]:
+    def _vendor(self, answer: Completion) -> dict[str, Any]:
         return {
             "plan": self.plan,
             "plan_digest": answer.plan_digest,
@@ -97,7 +97,7 @@ def to_json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Completion) -> dict[str, int]:
     return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,

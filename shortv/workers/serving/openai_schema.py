@@ -67,7 +67,7 @@ class Part(_Closed):
     image_url: ImageUrl | None = None
 
 
-class Message(_Open):
+class ChatMessage(_Open):
     """Who says what."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -96,7 +96,7 @@ class ChatRequest(_Open):
     """
 
     model: StrictStr
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None

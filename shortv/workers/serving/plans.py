@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shortv.architecture import Architecture
-from shortv.chat import FULL_MODEL
 from shortv.errors import Refused
 from shortv.families.parts import Learned
 from shortv.families.parts.files import check_parts
 from shortv.plan import Mode, Plan
+from shortv.request import FULL_MODEL
 from shortv.workers.serving.learned import PartsShelf
 
 PlanSource = str | Mapping[str, Any]

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 from shortv.errors import SampleError
 from shortv.families import LoadedModel
-from shortv.families.prompts import adds_special_tokens
+from shortv.families.preprocessing import adds_special_tokens
 
 
 class PromptLength:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shortv.chat import FULL_MODEL, Decoding, Question, Turn
+from shortv.request import FULL_MODEL, Message, Request, SamplingParams
 from shortv.workers.serving.images import ImageReader
-from shortv.workers.serving.openai_schema import ChatRequest, Message, Part, Vendor, parse_request
+from shortv.workers.serving.openai_schema import ChatMessage, ChatRequest, Part, Vendor, parse_request
 from shortv.workers.serving.rejection import Rejected
 from shortv.workers.serving.settings import EndpointSettings
 
@@ -17,14 +17,16 @@ class Asked:
     """What a caller asks and in which form the answer is to come; the plan is not looked up yet."""
 
     model: str
-    turns: tuple[Turn, ...]
-    decoding: Decoding
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
     stream: bool
     include_usage: bool
 
-    def question(self, request_id: str, plan: str, seconds: float) -> Question:
+    def question(self, request_id: str, plan: str, seconds: float) -> Request:
         """The question for a replica."""
-        return Question(request_id=request_id, plan=plan, turns=self.turns, decoding=self.decoding, seconds=seconds)
+        return Request(
+            request_id=request_id, plan=plan, messages=self.messages, sampling=self.sampling, timeout_s=seconds
+        )
 
 
 def read_question(body: bytes, settings: EndpointSettings) -> Asked:
@@ -35,8 +37,8 @@ def read_question(body: bytes, settings: EndpointSettings) -> Asked:
         raise Rejected(400, "stream_options is for streams; send it with stream true", param="stream_options")
     return Asked(
         model=request.model,
-        turns=_turns(request.messages, settings),
-        decoding=_decoding(request, settings),
+        messages=_turns(request.messages, settings),
+        sampling=_decoding(request, settings),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
     )
@@ -56,7 +58,7 @@ def plan_of(model: str, names: Mapping[str, str]) -> str:
     return names[model]
 
 
-def _turns(messages: list[Message], settings: EndpointSettings) -> tuple[Turn, ...]:
+def _turns(messages: list[ChatMessage], settings: EndpointSettings) -> tuple[Message, ...]:
     images = sum(part.type == "image_url" for message in messages for part in message.content)
     if images > settings.max_images:
         problem = f"messages hold {images} images, and {settings.max_images} are allowed; send fewer"
@@ -69,14 +71,14 @@ def _turns(messages: list[Message], settings: EndpointSettings) -> tuple[Turn, .
     return tuple(_turn(message, f"messages.{number}", reader) for number, message in enumerate(messages))
 
 
-def _turn(message: Message, where: str, reader: ImageReader) -> Turn:
+def _turn(message: ChatMessage, where: str, reader: ImageReader) -> Message:
     if not message.content:
         raise Rejected(400, f"{where}.content is empty; send a text or a part", param=f"{where}.content")
     parts = tuple(_part(part, message, f"{where}.content.{n}", reader) for n, part in enumerate(message.content))
-    return Turn(role="system" if message.role == "developer" else message.role, parts=parts)
+    return Message(role="system" if message.role == "developer" else message.role, parts=parts)
 
 
-def _part(part: Part, message: Message, where: str, reader: ImageReader) -> str | bytes:
+def _part(part: Part, message: ChatMessage, where: str, reader: ImageReader) -> str | bytes:
     texts, images = part.text is not None, part.image_url is not None
     if (texts, images) != (part.type == "text", part.type == "image_url"):
         problem = f"{where} is of type {part.type}, so it needs the field {part.type} and no other content"
@@ -88,7 +90,7 @@ def _part(part: Part, message: Message, where: str, reader: ImageReader) -> str 
     return reader.read(part.image_url.url, param=f"{where}.image_url.url")
 
 
-def _decoding(request: ChatRequest, settings: EndpointSettings) -> Decoding:
+def _decoding(request: ChatRequest, settings: EndpointSettings) -> SamplingParams:
     vendor = request.shortv or Vendor()
     max_tokens = _max_tokens(request, settings)
     min_tokens = vendor.min_tokens or 0
@@ -97,7 +99,7 @@ def _decoding(request: ChatRequest, settings: EndpointSettings) -> Decoding:
         raise Rejected(400, problem, param="shortv.min_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise Rejected(400, "top_logprobs is for logprobs; send it with logprobs true", param="top_logprobs")
-    return Decoding(
+    return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         temperature=request.temperature or 0.0,
@@ -105,7 +107,7 @@ def _decoding(request: ChatRequest, settings: EndpointSettings) -> Decoding:
         top_k=vendor.top_k or 0,
         repetition_penalty=1.0 if vendor.repetition_penalty is None else vendor.repetition_penalty,
         seed=request.seed,
-        stops=tuple(request.stop or ()),
+        stop=tuple(request.stop or ()),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 
-from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason
 from shortv.errors import Refused, SampleError
+from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.image_room import ImageRoom
@@ -113,28 +113,26 @@ class Replica:
         """Digest of each plan by name."""
         return self._book.digests()
 
-    async def answer(self, question: Question) -> Answer | Failure:
-        """Answer one question."""
+    async def complete(self, request: Request) -> Completion | Failure:
+        """Answer one request."""
         last: Any = None
-        async for event in self._events(question):
+        async for event in self._events(request):
             last = event
         return last  # type: ignore[no-any-return]  # events end with one of the two
 
-    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
+    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
         """Answer one question in pieces, which end with the whole answer or a failure."""
-        async for event in self._events(question, streams=True):
+        async for event in self._events(request, streams=True):
             yield event  # type: ignore[misc]  # a likelihood is only told where one is asked
 
-    async def likelihood(self, question: Question, continuation: str) -> Likelihood | Failure:
-        """Score a continuation of the conversation."""
+    async def score(self, request: Request) -> Likelihood | Failure:
+        """Score the continuation of a request."""
         last: Any = None
-        async for event in self._events(question, continuation=continuation):
+        async for event in self._events(request):
             last = event
         return last  # type: ignore[no-any-return]
 
-    async def _events(
-        self, question: Question, *, streams: bool = False, continuation: str | None = None
-    ) -> AsyncIterator[Event]:
+    async def _events(self, request: Request, *, streams: bool = False) -> AsyncIterator[Event]:
         started = time.monotonic()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -144,10 +142,10 @@ class Replica:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        with self._room.taken(question.turns) as fits:
-            row = await self._row(question, tell, streams=streams, continuation=continuation) if fits else _NO_ROOM
+        with self._room.taken(request.messages) as fits:
+            row = await self._row(request, tell, streams=streams) if fits else _NO_ROOM
             if isinstance(row, Failure):
-                self._metrics.note(question, row, started)
+                self._metrics.note(request, row, started)
                 yield row
                 return
             self._engine.submit(row)
@@ -155,38 +153,37 @@ class Replica:
                 while True:
                     event = await events.get()
                     yield event
-                    if not isinstance(event, Piece):
-                        self._metrics.note(question, event, started)
+                    if not isinstance(event, Chunk):
+                        self._metrics.note(request, event, started)
                         return
             finally:
                 # Also when the caller goes away: the place is free after the current step.
                 row.cancelled = True
 
-    async def _row(self, question: Question, tell: Any, *, streams: bool, continuation: str | None) -> Row | Failure:
-        from shortv.families.prompts import prompt_of
+    async def _row(self, request: Request, tell: Any, *, streams: bool) -> Row | Failure:
+        from shortv.families.preprocessing import prompt_of
 
         book = self._book
-        modes = book.modes(question.plan)
+        modes = book.modes(request.plan)
         if modes is None:
             known = ", ".join(book.digests()) or "none"
-            message = f"there is no plan {question.plan!r}; the plans are: {known}"
+            message = f"there is no plan {request.plan!r}; the plans are: {known}"
             return Failure(reason=Reason.UNKNOWN_PLAN, message=message)
         if self._engine.trouble:
             return Failure(reason=Reason.LOST, message=self._engine.trouble)
         try:
-            prompt = await asyncio.to_thread(prompt_of, self._loaded, question.turns)
-            await self._length.check(prompt.text + (continuation or ""))
+            prompt = await asyncio.to_thread(prompt_of, self._loaded, request.messages)
+            await self._length.check(prompt.text + (request.continuation or ""))
         except SampleError as error:
             return Failure(reason=Reason.INVALID, message=str(error))
         return Row(
-            question=question,
+            request=request,
             prompt=prompt,
             modes=modes,
-            learned=book.learned(question.plan),
-            plan_digest=book.digest(question.plan),
+            learned=book.learned(request.plan),
+            plan_digest=book.digest(request.plan),
             tell=tell,
             streams=streams,
-            continuation=continuation,
         )
 
     def __del__(self) -> None:
@@ -207,16 +204,16 @@ class _Metrics:
             "shortv_request_seconds", description="Time in the replica.", boundaries=_SECONDS, tag_keys=tags
         )
 
-    def note(self, question: Question, event: Event, started: float) -> None:
+    def note(self, request: Request, event: Event, started: float) -> None:
         """Count a request that ended."""
         outcome = str(event.reason) if isinstance(event, Failure) else "answered"
         unknown = isinstance(event, Failure) and event.reason is Reason.UNKNOWN_PLAN
         # Names that callers make up are no labels.
-        plan = "unknown" if unknown else question.plan or "full"
+        plan = "unknown" if unknown else request.plan or "full"
         tags = {"plan": plan, "outcome": outcome}
         self._requests.inc(1, tags)
         self._seconds.observe(time.monotonic() - started, tags)
-        if isinstance(event, Answer):
+        if isinstance(event, Completion):
             self._tokens.inc(max(event.completion_tokens, 1), {"plan": plan})
             if event.visual_tokens:
                 self._visual.inc(event.visual_tokens, {"plan": plan})

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shortv.chat import Answer, Failure, Likelihood, Piece, Question, Reason, TokenLogprob
 from shortv.families.parts import Learned
-from shortv.families.prompts import Prompt
+from shortv.families.preprocessing import Prompt
 from shortv.plan import Mode
+from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request, TokenLogprob
 from shortv.workers.serving.sampling import Chosen, Sampler
 from shortv.workers.serving.transcript import Transcript
 
-Event = Piece | Answer | Likelihood | Failure
+Event = Chunk | Completion | Likelihood | Failure
 """What a row tells: pieces while it runs, where they are asked for, then one of the others."""
 
 
@@ -22,15 +22,13 @@ Event = Piece | Answer | Likelihood | Failure
 class Row:
     """A question, what was made of it so far, and whom to tell; only the engine's thread changes it."""
 
-    question: Question
+    request: Request
     prompt: Prompt
     modes: tuple[Mode, ...]
     learned: Learned | None = None
     plan_digest: str | None
     tell: Callable[[Event], None]
     streams: bool = False
-    continuation: str | None = None
-    """The text whose likelihood is asked instead of an answer."""
     most_beside: int = 1 << 30
     """The largest batch it may be in; halved after each failure of a batch it was in."""
     arrived: float = field(default_factory=time.monotonic)
@@ -62,7 +60,7 @@ class Row:
     @property
     def group(self) -> tuple[object, ...]:
         """Rows of one group can run in one batch: the same plan, and images in all prompts or in none."""
-        return (*self.plan, self.continuation is not None, bool(self.prompt.images))
+        return (*self.plan, self.request.continuation is not None, bool(self.prompt.images))
 
     @property
     def over(self) -> bool:
@@ -72,7 +70,7 @@ class Row:
     @property
     def overdue(self) -> bool:
         """Whether the time its question allows is over."""
-        return time.monotonic() - self.arrived > self.question.seconds
+        return time.monotonic() - self.arrived > self.request.timeout_s
 
     def begin(self, sampler: Sampler, transcript: Transcript, *, waited_until: float) -> None:
         """Enter a batch; a row that was in one before starts anew, with the same result."""
@@ -95,7 +93,7 @@ class Row:
         untold = self.transcript.finish is not None and len(self.logprobs) > self.told_logprobs
         if len(text) > self.told or untold:
             logprobs = tuple(self.logprobs[self.told_logprobs :])
-            self.tell(Piece(text[self.told :], logprobs))
+            self.tell(Chunk(text[self.told :], logprobs))
             self.told, self.told_logprobs = len(text), len(self.logprobs)
 
     def finish(self, event: Event) -> None:
@@ -108,11 +106,11 @@ class Row:
         """Tell that there is no answer."""
         self.finish(Failure(reason=reason, message=message))
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> Completion:
         transcript = self.transcript
-        return Answer(
+        return Completion(
             text=transcript.text,
-            finish=transcript.finish or "stop",
+            finish_reason=transcript.finish or "stop",
             prompt_tokens=self.n_text + self.n_visual,
             visual_tokens=self.n_visual,
             exit_layer=self.exit_layer,

@@ -27,10 +27,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
+from reports.access import address_of, bound, check_host
 from reports.locations import masked_uri
 from shortv.errors import Refused
 from shortv.families import load_architecture, load_processor
-from shortv.listening import address_of, bound, check_host
 from shortv.workers.cluster import connected
 from shortv.workers.engine import ModelEngine
 from shortv.workers.serving.app import deploy, endpoint_settings, replicas_of, shipped

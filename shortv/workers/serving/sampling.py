@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from shortv.chat import Decoding, TokenLogprob
+from shortv.request import SamplingParams, TokenLogprob
 
 
 class Chosen(NamedTuple):
@@ -27,7 +27,7 @@ class Sampler:
     """
 
     def __init__(
-        self, decoding: Decoding, *, seed: int, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any
+        self, decoding: SamplingParams, *, seed: int, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any
     ) -> None:
         self._decoding = decoding
         self._ids = list(prompt)
@@ -94,7 +94,7 @@ class Sampler:
         return str(self._tokenizer.decode([token]))
 
 
-def _warpers(decoding: Decoding) -> list[Any]:
+def _warpers(decoding: SamplingParams) -> list[Any]:
     # Less is the same, until the division overflows.
     warpers: list[Any] = [TemperatureLogitsWarper(max(decoding.temperature, 1e-6))]
     if decoding.top_k > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shortv.api_keys import CHALLENGES, is_accepted, is_local, key_in
+from reports.access import CHALLENGES, is_accepted, is_local, key_in
 from shortv.workers.serving.rejection import Rejected
 
 

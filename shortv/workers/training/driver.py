@@ -12,11 +12,11 @@ from rich.console import Console
 
 from reports.manifest import State, utc_now
 from shortv.errors import Refused
+from shortv.spec import WorkerRange
 from shortv.workers.driver_lock import one_driver
 from shortv.workers.engine import Engine, ModelEngine
 from shortv.workers.folder import open_folder
 from shortv.workers.progress import SampleProgress
-from shortv.workers.request import WorkerRange
 from shortv.workers.resources import Pool
 from shortv.workers.stopping import stop_on_signal
 from shortv.workers.training.keeping import Keeper

@@ -6,10 +6,8 @@ from typing import Any, cast
 
 import torch
 
-from shortv.architecture import Architecture
-from shortv.errors import Refused
-from shortv.families import LoadedModel, decoder_of
-from shortv.families.loading import first_line
+from shortv.errors import Refused, one_line
+from shortv.families import LoadedModel, wrap
 from shortv.workers.request import ModelSpec
 
 
@@ -29,17 +27,5 @@ def outline(spec: ModelSpec) -> LoadedModel:
                 config, attn_implementation=spec.attn_implementation, trust_remote_code=remote
             )
     except Exception as error:  # whatever a configuration makes the model's own code raise
-        raise Refused(
-            f"a model cannot be built from the configuration of {spec.name!r}: {first_line(error)}"
-        ) from error
-    return LoadedModel(
-        name=spec.name,
-        revision=spec.revision,
-        model=model.eval().requires_grad_(False),
-        processor=None,
-        decoder=decoder_of(model),
-        architecture=Architecture.from_config_dict(config.to_dict()),
-        device=torch.device("meta"),
-        context=int(config.get_text_config().max_position_embeddings),
-        chat_template=spec.chat_template,
-    )
+        raise Refused(f"a model cannot be built from the configuration of {spec.name!r}: {one_line(error)}") from error
+    return wrap(model, name=spec.name, revision=spec.revision, chat_template=spec.chat_template)

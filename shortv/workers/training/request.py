@@ -9,7 +9,8 @@ from typing import Any
 from reports.manifest import plain
 from shortv.errors import Refused
 from shortv.plan import PartsKind
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.spec import WorkerRange
+from shortv.workers.request import ModelSpec
 
 GENERATED = "generated"
 

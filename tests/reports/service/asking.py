@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import httpx
 
+from reports.http import guarded
 from reports.service import make_service
 
 KEY = "a-key-of-24-characters-x"
@@ -34,7 +35,7 @@ def ask_all(
     address: str = "127.0.0.1",
 ) -> list[httpx.Response]:
     """Ask one service several times: method, path, headers."""
-    app = make_service(str(root), key_digests=keys)
+    app = guarded(make_service(str(root)), key_digests=keys)
     sent = ""
 
     async def as_it_stands(scope: Any, receive: Any, send: Any) -> None:

@@ -46,7 +46,10 @@ def test_a_table_comes_whole_with_its_digest(root: Path) -> None:
 def test_head_says_the_same_without_the_file(root: Path) -> None:
     get, head = ask_all(root, [("GET", TABLE, {}), ("HEAD", TABLE, {"range": "bytes=0-3"})])
     assert head.status_code == 200 and not head.content
-    assert {**head.headers} == {**get.headers}
+    own = {"x-request-id"}
+    assert {k: v for k, v in head.headers.items() if k not in own} == {
+        k: v for k, v in get.headers.items() if k not in own
+    }
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,6 @@ def test_a_root_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a")
     for root, why in (("a", "a run itself"), ("a/manifest.json", "is a file"), ("gone", "not there")):
         with pytest.raises(Refused, match=why):
-            make_service(str(tmp_path / root), key_digests=())
+            make_service(str(tmp_path / root))
     with pytest.raises(Refused, match="cannot be opened"):
-        make_service("nowhere://x/y", key_digests=())
+        make_service("nowhere://x/y")

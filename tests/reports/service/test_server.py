@@ -20,11 +20,12 @@ import pytest
 from pyarrow import parquet as pq
 
 from jobs.report import main
+from reports.access import check_host
+from reports.http import guarded
 from reports.schemas import SCHEMAS
 from reports.service import make_service
 from reports.service.run import run_service
 from shortv.errors import Refused
-from shortv.listening import check_host
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 from tests.reports.runs import make_sweep
 from tests.workers.serving.endpoint_fakes import FakeReplicas
@@ -89,7 +90,7 @@ def test_an_address_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert check_host(None, with_key=False) == "127.0.0.1" and check_host(None, with_key=True) == "0.0.0.0"
     assert check_host("0.0.0.0", with_key=True) == "0.0.0.0" and check_host("::1", with_key=False) == "::1"
     for host in ("0.0.0.0", "10.0.0.1", "example.org", "::"):
-        with pytest.raises(Refused, match="would answer anybody"):
+        with pytest.raises(Refused, match="without a key"):
             check_host(host, with_key=False)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Refused, match="cannot be bound"):
         port = taken.getsockname()[1]
@@ -150,7 +151,7 @@ def test_a_gigabyte_comes_in_constant_memory(tmp_path: Path) -> None:
         (["ROOT", "--port", "8080"], "need --serve"),
         (["--serve", "ROOT/a"], "is a run itself"),
         (["--serve", "ROOT/gone"], "is not there"),
-        (["--serve", "ROOT", "--host", "0.0.0.0"], "would answer anybody"),
+        (["--serve", "ROOT", "--host", "0.0.0.0"], "without a key"),
         (["--serve", "ROOT", "--api-key-file", "ROOT/gone"], "cannot be read"),
     ],
 )
@@ -164,7 +165,7 @@ def test_the_endpoint_mounts_the_service_behind_its_gate(tmp_path: Path) -> None
     make_sweep(tmp_path / "a")
     key = "a-key-of-24-characters-x"
     settings = EndpointSettings(key_digests=(hashlib.sha256(key.encode()).hexdigest(),))
-    app = make_endpoint("m", FakeReplicas(), settings, reports=make_service(str(tmp_path), key_digests=None))
+    app = make_endpoint("m", FakeReplicas(), settings, reports=guarded(make_service(str(tmp_path)), key_digests=None))
 
     async def run(path: str, **headers: str) -> httpx.Response:
         transport = httpx.ASGITransport(app, client=("10.0.0.9", 4711))

@@ -20,17 +20,19 @@ from shortv.evals.scoring import Sample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
+from shortv.workers.campaign.spec import CampaignSpec
 from tests.architectures import architecture
 
 LAYERS = 8
 ARCH = architecture(num_layers=LAYERS)
 
 
-def recipe(output: Path, **changes: Any) -> Recipe:
+def recipe(output: Path, **changes: Any) -> CampaignSpec:
     plans = ("random:0..2@3", "first@3", "last@3")
-    return Recipe(**{"models": ("tiny",), "output_path": str(output), "plans": plans, "tasks": ("shapes",)} | changes)
+    return CampaignSpec(
+        **{"models": ("tiny",), "output_path": str(output), "plans": plans, "tasks": ("shapes",)} | changes
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,21 +54,21 @@ class FakeRunner:
     revisions: list[str | None] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
 
-    def pin(self, model: str, recipe: Recipe) -> str | None:
+    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
         return self.commits.get(recipe.revision, recipe.revision)
 
-    def describe(self, model: str, recipe: Recipe) -> Architecture:
+    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
         if model == "nothing":
             raise Refused("nothing is no model")
         return architecture(num_layers=int(model[1:])) if model[0] == "L" else ARCH
 
-    def task(self, name: str, recipe: Recipe) -> TaskFacts:
+    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
         if name == "nothing":
             raise Refused("lmms-eval knows no task 'nothing'")
         return TaskFacts(name, hashlib.sha256(name.encode()).hexdigest(), self.samples, "exact_match")
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], recipe: Recipe) -> Iterator[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> Iterator[RunCell]:
         if self.broken:
             raise ShortVError("no replica started")
         self.revisions.append(recipe.revision)

@@ -15,13 +15,13 @@ from reports.store import Folder
 from shortv.errors import Refused
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.folder import TABLES
-from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.spec import CampaignSpec
 from tests.workers.campaign.fakes import FakeRunner, make_sweep, recipe
 
 TIMES = {"started", "finished", "wall_seconds"}
 
 
-def campaign(wanted: Recipe, runner: FakeRunner | None = None, status: int = 0) -> str:
+def campaign(wanted: CampaignSpec, runner: FakeRunner | None = None, status: int = 0) -> str:
     """Run the campaign and return what it printed."""
     console = Console(file=io.StringIO(), width=160)
     assert run_campaign(wanted, runner=runner or FakeRunner(), console=console) == status

@@ -14,7 +14,7 @@ from reports.manifest import State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.campaign.folder import TABLES, open_campaign
-from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.stopping import Stopped
 from tests.workers.campaign.fakes import FakeRunner, recipe
 from tests.workers.campaign.test_campaign import campaign, last_table, tables
@@ -22,7 +22,7 @@ from tests.workers.campaign.test_campaign import campaign, last_table, tables
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def small(output: Path, **changes: Any) -> Recipe:
+def small(output: Path, **changes: Any) -> CampaignSpec:
     return recipe(output, **{"plans": ("first@3", "last@3"), **changes})
 
 

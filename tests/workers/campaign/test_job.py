@@ -10,7 +10,7 @@ import pytest
 
 from jobs.campaign import main
 from jobs.common import run
-from shortv.workers.campaign.recipe import Recipe
+from shortv.workers.campaign.spec import CampaignSpec
 from tests.workers.campaign.fakes import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +72,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
 
 
 def test_the_defaults_are_the_bundled_model_and_task(job: Any, tmp_path: Path) -> None:
-    seen: list[Recipe] = []
+    seen: list[CampaignSpec] = []
     job.runner.task = lambda name, recipe: seen.append(recipe) or FakeRunner().task(name, recipe)
     assert job("--output-path", tmp_path)[0] == 0
     assert Path(seen[0].models[0]).resolve() == ROOT / "shortv/tiny/model" and seen[0].tasks == ("shapes_vqa",)

@@ -10,8 +10,8 @@ import ray
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
-from shortv.chat import Answer, Question
 from shortv.evals.benchmark import Benchmark
+from shortv.request import Completion, Request
 from shortv.workers.campaign.runner import ReplicaRunner
 
 
@@ -19,23 +19,23 @@ class LosingReplicas:
     """A handle whose questions lose their replica three times each, and are answered then."""
 
     def __init__(self) -> None:
-        self.answer = SimpleNamespace(remote=self._remote)
+        self.complete = SimpleNamespace(remote=self._remote)
         self._asked: Counter[str] = Counter()
 
     def options(self, **_: Any) -> Any:
         return self
 
-    def _remote(self, question: Question) -> Any:
+    def _remote(self, question: Request) -> Any:
         return asyncio.ensure_future(self._answer(question))
 
-    async def _answer(self, question: Question) -> Answer:
+    async def _answer(self, question: Request) -> Completion:
         self._asked[question.request_id] += 1
         await asyncio.sleep(0.01)
         if self._asked[question.request_id] <= 3:
             raise ray.exceptions.RayActorError()
-        return Answer(
+        return Completion(
             text="2",
-            finish="stop",
+            finish_reason="stop",
             prompt_tokens=40,
             visual_tokens=36,
             completion_tokens=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from reports.store import Folder
 from shortv.families.parts import read_header, save_parts
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
 from shortv.planfile import read_plan
+from shortv.spec import load_spec
 from shortv.workers.campaign.plans import Kind, ModelFacts, resolve_plans
-from shortv.workers.campaign.recipe import Recipe, read_recipe
+from shortv.workers.campaign.spec import CampaignSpec
 from tests.parts import ShiftParts, ShiftSettings
 from tests.tiny_model import bundled
 from tests.workers.campaign.fakes import ARCH, LAYERS, FakeRunner, make_sweep
@@ -43,9 +43,10 @@ WITHOUT = [
 ]
 
 
-def seeds(**changes: Any) -> Recipe:
-    found = read_recipe(str(TINY / "seeds.toml"), {}, {"models": ["shortv/tiny/model"]}, environment={})
-    return replace(found, **changes)
+def seeds(**changes: Any) -> CampaignSpec:
+    defaults = {"models": ["shortv/tiny/model"]}
+    found = load_spec(CampaignSpec, flags={}, config=str(TINY / "seeds.toml"), defaults=defaults, environment={})
+    return found.model_copy(update=changes)
 
 
 def stand_ins(folder: Path, digest: str) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shortv.chat import Answer, Decoding, Failure, Likelihood, Piece, Question, Turn
 from shortv.families import LoadedModel
-from shortv.families.encoding import turn_of
 from shortv.families.parts import Learned
-from shortv.families.prompts import prompt_of
+from shortv.families.preprocessing import message_of, prompt_of
 from shortv.plan import Mode
+from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample
 from shortv.workers.serving.engine import Engine
 from shortv.workers.serving.row import Event, Row
@@ -24,26 +23,26 @@ class Told:
 
     row: Row
     events: queue.Queue[Event] = field(default_factory=queue.Queue)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Chunk] = field(default_factory=list)
 
-    def last(self, timeout: float = 60.0) -> Answer | Failure | Likelihood:
+    def last(self, timeout: float = 60.0) -> Completion | Failure | Likelihood:
         """The event that ended it."""
         while True:
             event = self.events.get(timeout=timeout)
-            if not isinstance(event, Piece):
+            if not isinstance(event, Chunk):
                 return event
             self.pieces.append(event)
 
-    def answer(self) -> Answer:
+    def answer(self) -> Completion:
         """The answer; fails the test when there is none."""
         found = self.last()
-        assert isinstance(found, Answer), found
+        assert isinstance(found, Completion), found
         return found
 
 
 def row_of(
     loaded: LoadedModel,
-    asked: Sample | Sequence[Turn],
+    asked: Sample | Sequence[Message],
     modes: Sequence[Mode] | None = None,
     *,
     learned: Learned | None = None,
@@ -53,17 +52,22 @@ def row_of(
     **decoding: Any,
 ) -> Told:
     """A row for a sample or a conversation, full unless modes are given."""
-    turns = (turn_of(asked),) if isinstance(asked, Sample) else tuple(asked)
+    turns = (message_of(asked),) if isinstance(asked, Sample) else tuple(asked)
     events: queue.Queue[Event] = queue.Queue()
     row = Row(
-        question=Question(request_id="test", turns=turns, decoding=Decoding(**decoding), seconds=seconds),
+        request=Request(
+            request_id="test",
+            messages=turns,
+            sampling=SamplingParams(**decoding),
+            continuation=continuation,
+            timeout_s=seconds,
+        ),
         prompt=prompt_of(loaded, turns),
         modes=tuple(modes or (Mode.FULL,) * len(loaded.decoder.layers)),
         learned=learned,
         plan_digest=None,
         tell=events.put,
         streams=streams,
-        continuation=continuation,
     )
     return Told(row=row, events=events)
 

@@ -14,7 +14,7 @@ import uvicorn
 from PIL import Image
 from starlette.types import ASGIApp
 
-from shortv.chat import Answer, Failure, Piece, Question, Reason, TokenLogprob
+from shortv.request import Chunk, Completion, Failure, Reason, Request, TokenLogprob
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 
 MODEL = "org/tiny"
@@ -39,12 +39,12 @@ class FakeReplicas:
         self.failure, self.error, self.seconds, self.pieces = failure, error, seconds, pieces
         self.ends, self.decodes = ends, decodes
         self.is_healthy = True
-        self.asked: list[Question] = []
+        self.asked: list[Request] = []
         self.cancelled = 0
         self.closed = 0
 
-    async def answer(self, question: Question) -> Answer | Failure:
-        self.asked.append(question)
+    async def complete(self, request: Request) -> Completion | Failure:
+        self.asked.append(request)
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
@@ -52,20 +52,20 @@ class FakeReplicas:
             raise
         if self.error is not None:
             raise self.error
-        if self.decodes and (damaged := _damaged(question)):
+        if self.decodes and (damaged := _damaged(request)):
             return damaged
-        return self.failure or _answer(question)
+        return self.failure or _answer(request)
 
-    async def stream(self, question: Question) -> AsyncIterator[Piece | Answer | Failure]:
-        self.asked.append(question)
+    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
+        self.asked.append(request)
         try:
             for number in range(self.pieces):
                 await asyncio.sleep(self.seconds)
-                yield Piece("The " if number == 0 else "cat", _logprobs(question)[number : number + 1])
+                yield Chunk("The " if number == 0 else "cat", _logprobs(request)[number : number + 1])
             if self.error is not None:
                 raise self.error
             if self.ends:
-                yield self.failure or _answer(question)
+                yield self.failure or _answer(request)
         finally:
             self.closed += 1
 
@@ -76,31 +76,31 @@ class FakeReplicas:
         return self.is_healthy
 
 
-def _answer(question: Question) -> Answer:
-    return Answer(
+def _answer(request: Request) -> Completion:
+    return Completion(
         text="The cat",
-        finish="stop",
+        finish_reason="stop",
         prompt_tokens=12,
         visual_tokens=8,
         completion_tokens=2,
-        plan_digest=PLANS[question.plan],
+        plan_digest=PLANS[request.plan],
         queue_ms=0.5,
         prefill_ms=3.25,
         decode_ms=1.0,
         exit_layer=5,
-        logprobs=_logprobs(question),
+        logprobs=_logprobs(request),
     )
 
 
-def _logprobs(question: Question) -> tuple[TokenLogprob, ...]:
-    if question.decoding.top_logprobs is None:
+def _logprobs(request: Request) -> tuple[TokenLogprob, ...]:
+    if request.sampling.top_logprobs is None:
         return ()
-    top = (("The ", -0.25), ("Ä", float("-inf")))[: question.decoding.top_logprobs]
+    top = (("The ", -0.25), ("Ä", float("-inf")))[: request.sampling.top_logprobs]
     return (TokenLogprob("The ", -0.25, top), TokenLogprob("cat", -1.0, top))
 
 
-def _damaged(question: Question) -> Failure | None:
-    for part in question.turns[-1].parts:
+def _damaged(request: Request) -> Failure | None:
+    for part in request.messages[-1].parts:
         try:
             if isinstance(part, bytes):
                 Image.open(io.BytesIO(part)).load()

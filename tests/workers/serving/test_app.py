@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from shortv.errors import Refused
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.spec import WorkerRange
+from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import ReplicaResources, endpoint_settings, replica_app, resources_of
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.engine import EngineSettings

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from shortv.chat import FULL_MODEL, Failure, Reason
+from shortv.request import FULL_MODEL, Failure, Reason
 from tests.workers.serving.endpoint_fakes import (
     MODEL,
     FakeReplicas,
@@ -43,9 +43,9 @@ def test_an_answer_has_openais_form() -> None:
         "shortv": {"plan": "last3", "plan_digest": "d3", "exit_layer": 5}
         | {"queue_ms": 0.5, "prefill_ms": 3.25, "decode_ms": 1.0},
     }
-    assert question.plan == "last3" and question.seconds == 120
-    assert question.decoding.max_tokens == 7 and question.decoding.temperature == 0
-    assert question.turns[0].parts == (picture(), "What is this?")
+    assert question.plan == "last3" and question.timeout_s == 120
+    assert question.sampling.max_tokens == 7 and question.sampling.temperature == 0
+    assert question.messages[0].parts == (picture(), "What is this?")
 
 
 def test_logprobs_come_with_their_bytes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shortv.chat import Piece
+from shortv.request import Chunk
 from shortv.workers.serving.event_stream import EventStream
 from shortv.workers.serving.openai_answers import AnswerForm
 from shortv.workers.serving.rejection import Rejected
@@ -81,10 +81,10 @@ def test_a_stream_nobody_reads_is_closed() -> None:
     """It stands at a yield then, where cancelling the sender does not reach it."""
     steps: list[str] = []
 
-    async def pieces() -> AsyncIterator[Piece]:
+    async def pieces() -> AsyncIterator[Chunk]:
         try:
             while True:
-                yield Piece("word ")
+                yield Chunk("word ")
         finally:
             steps.append("closed")
 

@@ -52,7 +52,7 @@ def test_ten_megabytes_of_prompt_are_refused_fast() -> None:
 def test_a_big_image_is_read_off_the_event_loop() -> None:
     replicas = FakeReplicas()
     assert post(body(image_part(uri(picture("BMP", (1000, 1000))))), replicas).status_code == 200
-    assert len(replicas.asked[0].turns[0].parts[0]) > 3_000_000  # type: ignore[arg-type]
+    assert len(replicas.asked[0].messages[0].parts[0]) > 3_000_000  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
@@ -112,7 +112,7 @@ def test_a_refusal_comes_before_the_body() -> None:
 def test_what_takes_too_long_is_cancelled() -> None:
     replicas = FakeReplicas(seconds=30)
     assert problem(post(body(), replicas, timeout_s=0.1), 504)["code"] == "deadline"
-    assert replicas.cancelled == 1 and replicas.asked[0].seconds == 0.1
+    assert replicas.cancelled == 1 and replicas.asked[0].timeout_s == 0.1
     assert problem(post(body(stream=True), replicas, timeout_s=0.1), 504)["code"] == "deadline"
     assert replicas.closed == 1
     slow = FakeReplicas(seconds=0.1, pieces=100)

@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
-from shortv.api_keys import key_digests_of
-from shortv.chat import Failure, Reason
+from reports.access import key_digests_of
+from shortv.request import Failure, Reason
 from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
 from tests.workers.serving.endpoint_fakes import KEY, MODEL, FakeReplicas, image_part, picture, uri
 
@@ -61,7 +61,7 @@ def test_it_asks_about_an_image(model: str) -> None:
     assert found.usage.total_tokens == 14 and found.usage.visual_tokens == 8
     assert found.shortv["prefill_ms"] == 3.25
     assert found._request_id and found._request_id in found.id
-    assert replicas.asked[0].decoding.top_k == 3
+    assert replicas.asked[0].sampling.top_k == 3
 
 
 def test_it_streams_and_talks_on_with_what_it_got() -> None:
@@ -81,7 +81,7 @@ def test_it_streams_and_talks_on_with_what_it_got() -> None:
     chunks = with_client(use, replicas)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "The cat"
     assert chunks[-1].usage.prompt_tokens == 12
-    assert [turn.role for turn in replicas.asked[-1].turns] == ["user", "assistant", "user"]
+    assert [turn.role for turn in replicas.asked[-1].messages] == ["user", "assistant", "user"]
 
 
 def test_errors_are_its_exceptions(tmp_path: Any) -> None:

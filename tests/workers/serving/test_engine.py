@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from shortv.chat import Answer, Failure, Likelihood, Reason, Turn
 from shortv.evals.generation import Answer as Generated
 from shortv.evals.generation import Decoding as GenerateSettings
 from shortv.evals.generation import generate
@@ -20,6 +19,7 @@ from shortv.evals.prompts import NamedPrompt
 from shortv.families import LoadedModel
 from shortv.layers.apply import executing
 from shortv.plan import Mode, modes_of_layers
+from shortv.request import Completion, Failure, Likelihood, Message, Reason
 from shortv.workers.serving.batch import RunningBatch
 from shortv.workers.serving.engine import Engine, EngineSettings
 from tests.tiny_model import bundled, calibration
@@ -48,9 +48,9 @@ def running(settings: EngineSettings | None = None, loaded: LoadedModel | None =
 def generated(told: Told, loaded: LoadedModel | None = None, **arguments: Any) -> Generated:
     """What transformers answers to this question alone, under its plan."""
     loaded = loaded or bundled()
-    decoding = told.row.question.decoding
+    decoding = told.row.request.sampling
     settings = GenerateSettings(
-        arguments={"do_sample": False, "max_new_tokens": decoding.max_tokens, **arguments}, stops=decoding.stops
+        arguments={"do_sample": False, "max_new_tokens": decoding.max_tokens, **arguments}, stops=decoding.stop
     )
     with executing(loaded.model, told.row.modes):
         return generate(loaded, [NamedPrompt(name="it", prompt=told.row.prompt)], settings)[0]
@@ -62,9 +62,9 @@ def questions(**decoding: Any) -> list[Told]:
     two = replace(samples[0], images=samples[0].images + samples[1].images, prompt="Is <image> like <image> there?")
     none = replace(samples[0], images=(), prompt="how many circles are there?")
     talk = (
-        Turn(role="user", parts=(samples[2].images[0], samples[2].prompt)),
-        Turn(role="assistant", parts=("red",)),
-        Turn(role="user", parts=(samples[3].prompt,)),
+        Message(role="user", parts=(samples[2].images[0], samples[2].prompt)),
+        Message(role="assistant", parts=("red",)),
+        Message(role="user", parts=(samples[3].prompt,)),
     )
     asked: list[Any] = [*samples[:4], two, none, talk]
     return [row_of(bundled(), one, modes, **decoding) for modes in PLANS.values() for one in asked]
@@ -80,14 +80,14 @@ def test_answers_equal_generate_for_every_plan_at_once() -> None:
         assert (answer.text, answer.completion_tokens) == (wanted.text, wanted.output_tokens)
         assert answer.prompt_tokens == wanted.input_tokens
         assert answer.visual_tokens == 36 * len(told.row.prompt.images)
-        assert answer.finish == ("length" if answer.completion_tokens == 12 else "stop")
+        assert answer.finish_reason == ("length" if answer.completion_tokens == 12 else "stop")
     assert engine.vision.misses == 4  # five plans, four images
 
 
 @pytest.mark.parametrize(
     ("asked", "arguments"),
     [
-        ({"stops": ("e",)}, {}),
+        ({"stop": ("e",)}, {}),
         ({"max_tokens": 1}, {}),
         ({"repetition_penalty": 1.3, "min_tokens": 5}, {"repetition_penalty": 1.3, "min_new_tokens": 5}),
     ],
@@ -121,7 +121,7 @@ def test_pieces_add_up_to_the_answer_and_never_show_a_stop() -> None:
             answer = told.answer()
             assert "".join(piece.text for piece in told.pieces) == answer.text != ""
         word = answer.text
-        cut = submit(engine, row_of(bundled(), calibration()[7], streams=True, stops=(word[1:],)))[0]
+        cut = submit(engine, row_of(bundled(), calibration()[7], streams=True, stop=(word[1:],)))[0]
         assert cut.answer().text == word[:1] == "".join(piece.text for piece in cut.pieces)
 
 
@@ -142,7 +142,8 @@ def test_likelihoods_equal_those_in_process() -> None:
         found = [told.last() for told in submit(engine, *rows)]
     with executing(bundled().model, PLANS["freeze"]):
         named = [
-            NamedPrompt(name="it", prompt=told.row.prompt, continuation=str(told.row.continuation)) for told in rows
+            NamedPrompt(name="it", prompt=told.row.prompt, continuation=str(told.row.request.continuation))
+            for told in rows
         ]
         wanted = [likelihoods(bundled(), [one])[0] for one in named]
     for one, other in zip(found, wanted, strict=True):
@@ -256,4 +257,4 @@ def test_stopping_sends_rows_elsewhere() -> None:
     for told in rows:
         failure = told.last()
         assert isinstance(failure, Failure) and failure.reason is Reason.LOST
-    assert isinstance(failure, Failure) and not isinstance(failure, Answer)
+    assert isinstance(failure, Failure) and not isinstance(failure, Completion)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from shortv.chat import Failure, Reason
 from shortv.layers.sequence import keep_rows
+from shortv.request import Failure, Reason
 from shortv.workers.serving.batch import RunningBatch, end_tokens
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.row import Row
@@ -77,7 +77,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
     long = row_of(bundled(), replace(calibration()[0], prompt="circle " * 900), min_tokens=49152, max_tokens=49152)
     with running() as engine:
         answer = submit(engine, long)[0].answer()
-    assert answer.finish == "length" and answer.prompt_tokens + answer.completion_tokens == bundled().context
+    assert answer.finish_reason == "length" and answer.prompt_tokens + answer.completion_tokens == bundled().context
 
 
 def test_an_idle_engine_holds_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_pieces_carry_every_log_probability() -> None:
     tokenizer = bundled().processor.tokenizer
     with running() as engine:
         text = submit(engine, row_of(bundled(), calibration()[7]))[0].answer().text
-        told = submit(engine, row_of(bundled(), calibration()[7], streams=True, stops=(text[1:],), top_logprobs=0))[0]
+        told = submit(engine, row_of(bundled(), calibration()[7], streams=True, stop=(text[1:],), top_logprobs=0))[0]
         answer = told.answer()
     assert [one for piece in told.pieces for one in piece.logprobs] == list(answer.logprobs) != []
     transcript = Transcript(tokenizer, stops=(), ends=(), limit=2)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from shortv.chat import Answer
 from shortv.errors import Refused
 from shortv.evals.generation import Decoding as GenerateSettings
 from shortv.evals.generation import generate
@@ -24,6 +23,7 @@ from shortv.families.parts import Learned, save_parts
 from shortv.families.parts.dyvte import ExitRouters, RouterSettings
 from shortv.layers.apply import executing
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
+from shortv.request import Completion
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.engine import Engine, EngineSettings
@@ -59,7 +59,7 @@ def routers(folder: Path) -> Plan:
     return plan_of(bundled(), named)
 
 
-def answers(*asked: Told) -> list[Answer]:
+def answers(*asked: Told) -> list[Completion]:
     engine = Engine(bundled(), EngineSettings(batch_size=8))
     engine.start()
     try:
@@ -183,9 +183,9 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
         await replica.reconfigure({"plans": [json.loads(one.to_json()) for one in plans]})
         return await replica.plans()
 
-    async def ask() -> Answer:
-        found = await replica.answer(replace(row_of(bundled(), calibration()[0]).row.question, plan="learned"))
-        assert isinstance(found, Answer)
+    async def ask() -> Completion:
+        found = await replica.complete(replace(row_of(bundled(), calibration()[0]).row.request, plan="learned"))
+        assert isinstance(found, Completion)
         return found
 
     assert asyncio.run(change(plan)) == {"learned": plan.digest}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shortv.chat import Decoding
+from shortv.request import SamplingParams
 from shortv.workers.serving.openai_schema import parse_request
 from shortv.workers.serving.questions import read_question
 from shortv.workers.serving.rejection import Rejected
@@ -138,14 +138,14 @@ def test_harmless_fields_are_ignored() -> None:
     ignored = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "n": 1, "tools": []}
     neutral = {"presence_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "temperature": None}
     # lmms-eval's own OpenAI backend passes on the penalties and n of a task.
-    assert read(body(**ignored, **neutral, frequency_penalty=0)).decoding == Decoding()
+    assert read(body(**ignored, **neutral, frequency_penalty=0)).sampling == SamplingParams()
 
 
 def test_every_setting_reaches_the_replica() -> None:
     settings = {"max_completion_tokens": 9, "temperature": 1, "top_p": 0.5, "seed": -3, "stop": "end"}
     vendor = {"top_k": 4, "min_tokens": 2, "repetition_penalty": 1.5}
     asked = read(body(**settings, shortv=vendor, logprobs=True, top_logprobs=3, stream=True))
-    assert asked.decoding == Decoding(
+    assert asked.sampling == SamplingParams(
         max_tokens=9,
         min_tokens=2,
         temperature=1.0,
@@ -153,13 +153,13 @@ def test_every_setting_reaches_the_replica() -> None:
         top_k=4,
         repetition_penalty=1.5,
         seed=-3,
-        stops=("end",),
+        stop=("end",),
         top_logprobs=3,
     )
     assert asked.stream and not asked.include_usage
-    assert read(body(), default_max_tokens=64).decoding.max_tokens == 64
+    assert read(body(), default_max_tokens=64).sampling.max_tokens == 64
     # As tasks of lmms-eval ask.
-    assert read(body(max_tokens=49152)).decoding.max_tokens == 49152
+    assert read(body(max_tokens=49152)).sampling.max_tokens == 49152
 
 
 def test_turns_keep_the_order_of_texts_and_images() -> None:
@@ -170,6 +170,6 @@ def test_turns_keep_the_order_of_texts_and_images() -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "Yes."}], "refusal": None, "name": "bot"},
         {"role": "user", "content": ""},
     ]
-    turns = read({"model": "m", "messages": talk}).turns
+    turns = read({"model": "m", "messages": talk}).messages
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
     assert [turn.parts for turn in turns] == [("Be brief.",), (one, "and", two), ("Yes.",), ("",)]

@@ -18,13 +18,14 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from shortv.chat import Answer, Decoding, Failure, Question, Reason, Turn
 from shortv.evals.asking import answer_all
 from shortv.families import load_architecture
-from shortv.families.encoding import turn_of
+from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
+from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
+from shortv.spec import WorkerRange
 from shortv.workers.cluster import start
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
@@ -97,14 +98,14 @@ def processes(app: str) -> dict[int, psutil.Process]:
     return {one.pid: one for one in children if f"ServeReplica:{app}:{REPLICA}" in " ".join(one.cmdline())}
 
 
-def ask(handle: Any, questions: Sequence[Question], told: Callable[[Any], None] | None = None) -> list[Any]:
+def ask(handle: Any, questions: Sequence[Request], told: Callable[[Any], None] | None = None) -> list[Any]:
     client = ReplicaClient(handle, patient=True)
     makers = [lambda question=question: question for question in questions]
     return asyncio.run(answer_all(client, makers, concurrency=24, told=told))
 
 
-def question(plan: str = "", text: str = "how many?", **more: Any) -> Question:
-    return Question(**{"request_id": text, "plan": plan, "turns": (Turn(role="user", parts=(text,)),)} | more)
+def question(plan: str = "", text: str = "how many?", **more: Any) -> Request:
+    return Request(**{"request_id": text, "plan": plan, "messages": (Message(role="user", parts=(text,)),)} | more)
 
 
 def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
@@ -125,10 +126,13 @@ def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
 
 
 def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
-    decoding = Decoding(max_tokens=40, min_tokens=40)
+    decoding = SamplingParams(max_tokens=40, min_tokens=40)
     questions = [
-        Question(
-            request_id=sample.sample_id, plan="b" if number % 2 else "", turns=(turn_of(sample),), decoding=decoding
+        Request(
+            request_id=sample.sample_id,
+            plan="b" if number % 2 else "",
+            messages=(message_of(sample),),
+            sampling=decoding,
         )
         for number, sample in enumerate(calibration()[:60])
     ]
@@ -155,13 +159,13 @@ def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with
         async def plans(self) -> dict[str, str]:
             return {}
 
-        async def answer(self, question: Question) -> Answer:
+        async def complete(self, request: Request) -> Completion:
             await asyncio.sleep(0.1)
-            if question.request_id == "deadly":
+            if request.request_id == "deadly":
                 os._exit(1)
             counts = {"prompt_tokens": 1, "visual_tokens": 0, "completion_tokens": 1}
             times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
-            return Answer(text=question.request_id, finish="stop", plan_digest=None, **counts, **times)
+            return Completion(text=request.request_id, finish_reason="stop", plan_digest=None, **counts, **times)
 
     deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
     handle = deploy(deployment.bind(), name="deadly", route_prefix=None)
@@ -171,7 +175,7 @@ def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with
         if name == "deadly":
             assert isinstance(one, Failure) and one.reason is Reason.LOST and one.message.startswith("5 replicas")
         else:
-            assert isinstance(one, Answer) and one.text == name
+            assert isinstance(one, Completion) and one.text == name
     serve.delete("deadly")
 
 
@@ -199,6 +203,6 @@ def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch:
     handle = deploy(app_of_one(), name="losing", route_prefix=None)
     before = processes("losing")
     found = ask(handle, [question(text=text) for text in ("how many?", "what is red?")])
-    assert lost.exists() and all(isinstance(one, Answer) and one.text for one in found)
+    assert lost.exists() and all(isinstance(one, Completion) and one.text for one in found)
     assert len(before) == 1 and processes("losing").keys().isdisjoint(before)
     serve.delete("losing")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from shortv.api_keys import key_digests_of
+from reports.access import is_loopback, key_digests_of
 from shortv.errors import Refused
-from shortv.listening import is_loopback
 from shortv.workers.serving.gate import log_requests
 from tests.workers.serving.endpoint_fakes import (
     KEY,
@@ -40,7 +39,7 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     [
         (None, "cannot be read"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"\n# nothing\n", "holds no key"),
+        (b"\n# nothing\n", "has no key"),
         (b"# a\nshort-key-15-ch\n", "line 2 .* has 15 characters"),
         (b"two words are no good key\n", "line 1 .* space"),
         ("schlüssel-mit-umlauten".encode(), "line 1"),

@@ -22,8 +22,9 @@ from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.plan import PartsKind, Plan
+from shortv.spec import WorkerRange
 from shortv.workers.driver_lock import one_driver
-from shortv.workers.request import ModelSpec, WorkerRange
+from shortv.workers.request import ModelSpec
 from shortv.workers.resources import Pool
 from shortv.workers.training import driver
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, to_bytes
@@ -51,6 +52,8 @@ class ToyEngine(FakeEngine):
             decoder=empty,
             architecture=architecture(num_layers=LAYERS),
             device=torch.device("cpu"),
+            family=empty,
+            visual_ids=frozenset(),
             context=1,
             chat_template=None,
         )

@@ -1,4 +1,4 @@
-"""The three measurements of `jobs/bench.py campaign`."""
+"""A campaign against runs of lmms-eval, an endpoint under overload, and scores by each way to the model."""
 
 from __future__ import annotations
 
@@ -18,42 +18,40 @@ from rich.console import Console
 
 from reports.store import Folder
 from shortv.architecture import Architecture
+from shortv.bench.lmms_runs import TASK, LmmsRun, run_lmms_eval
+from shortv.bench.load import Load, bodies_of, closed_loop, open_loop, running_endpoint
 from shortv.families import load_architecture
 from shortv.plan import Mode, Plan
+from shortv.spec import WorkerRange
 from shortv.sweep.planning import Control, replacement_order
-from shortv.workers.bench.endpoint import running_endpoint
-from shortv.workers.bench.lmms_runs import TASK, LmmsRun, run_lmms_eval
-from shortv.workers.bench.load import Load, bodies_of, closed_loop, open_loop
 from shortv.workers.campaign.driver import run_campaign
-from shortv.workers.campaign.recipe import Recipe
 from shortv.workers.campaign.runner import ReplicaRunner
-from shortv.workers.request import WorkerRange
+from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.arguments import BUNDLED_NAME
 
-TINY = Path(__file__).resolve().parents[2] / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 JOB = TINY.parents[1] / "jobs" / "serve.py"
 MODEL, TASKS, BENCHMARK = TINY / "model", TINY / "task", TINY / "benchmark.parquet"
 _MOST_REPLICAS = 8
 
 
 class SpeedResult(NamedTuple):
-    """Six runs of lmms-eval and one campaign over the same six plans: seconds of evaluation and of start-up."""
+    """Seconds of evaluation and of start-up, for six runs of lmms-eval and for one campaign with the same plans."""
 
     lmms: Sequence[LmmsRun]
     campaign_seconds: float
     campaign_startup: float
     replicas: int
-    """Of the campaign."""
     same_scores: bool
 
     @property
     def ratio(self) -> float:
-        """How many times faster the campaign is, start-up not counted."""
+        """Time of the lmms-eval runs over the time of the campaign, without start-up."""
         return sum(run.seconds for run in self.lmms) / self.campaign_seconds
 
     @property
     def ratio_with_startup(self) -> float:
-        """The same with it."""
+        """The same ratio with start-up."""
         return sum(run.seconds + run.startup for run in self.lmms) / (self.campaign_seconds + self.campaign_startup)
 
 
@@ -76,7 +74,7 @@ def bench_speed(limit: int, console: Console) -> SpeedResult:
 
 @contextmanager
 def bench_plans() -> Iterator[dict[str, Path | None]]:
-    """Files of six plans of the bundled model: full, the last 4, 5 and 6 layers frozen, and two controls."""
+    """Write plans of the bundled model: the last 4, 5 and 6 layers frozen, and two controls; full is None."""
     architecture = load_architecture(str(MODEL))
     ranking = tuple(range(architecture.num_layers))
     with tempfile.TemporaryDirectory(prefix="shortv-plans-") as folder:
@@ -106,9 +104,9 @@ def _plan(name: str, layers: Sequence[int], architecture: Architecture) -> Plan:
 
 
 def _campaign(plans: Sequence[str], limit: int, *, replicas: int) -> tuple[float, list[dict[str, float]]]:
-    """Run a campaign in a folder of its own; returns the seconds of its cells and each cell's scores."""
+    """Run a campaign in a temporary folder; returns the seconds of its cells and the scores of each cell."""
     with tempfile.TemporaryDirectory(prefix="shortv-bench-") as output:
-        recipe = Recipe(
+        recipe = CampaignSpec(
             models=(str(MODEL),),
             plans=tuple(plans),
             tasks=(TASK,),
@@ -129,7 +127,7 @@ def _campaign(plans: Sequence[str], limit: int, *, replicas: int) -> tuple[float
 
 
 class LoadResult(NamedTuple):
-    """The endpoint's capacity, and what it made of twice as much."""
+    """Load at the endpoint's capacity, and at twice that rate."""
 
     capacity: Load
     overload: Load
@@ -137,10 +135,10 @@ class LoadResult(NamedTuple):
 
 
 def bench_load(seconds: float, *, clients: int = 32, warm_up: float = 5.0, closed: float = 20.0) -> LoadResult:
-    """Measure an endpoint on loopback: a closed loop, then an open one at twice its goodput."""
+    """Measure an endpoint on loopback with a closed loop, then with an open loop at twice its goodput."""
     rows = pq.read_table(BENCHMARK).to_pylist()
-    questions = [(_uri(row["images"][0]), row["prompt"]) for row in rows]
-    bodies = bodies_of(questions, BUNDLED_NAME)
+    prompts = [(_uri(row["images"][0]), row["prompt"]) for row in rows]
+    bodies = bodies_of(prompts, BUNDLED_NAME)
 
     async def measure(url: str) -> LoadResult:
         await closed_loop(url, bodies, clients=clients, seconds=warm_up)
@@ -157,7 +155,7 @@ def _uri(image: bytes) -> str:
 
 
 def bench_scores(limit: int, plan: str = "last-5") -> Mapping[str, Mapping[str, float]]:
-    """Scores of one plan, by the way its questions took."""
+    """Scores of one plan, by the way its requests reach the model."""
     with bench_plans() as files:
         file = files[plan]
         found = {
@@ -178,3 +176,39 @@ def bench_scores(limit: int, plan: str = "last-5") -> Mapping[str, Mapping[str, 
                         "async_openai", openai, limit=limit, include_path=TASKS
                     ).scores
     return found
+
+
+def speed_text(result: SpeedResult, limit: int) -> str:
+    """Format seconds and start-up of both sides, and their ratio."""
+    lmms, startup = sum(run.seconds for run in result.lmms), sum(run.startup for run in result.lmms)
+    campaign = f"one campaign, {result.replicas} replicas"
+    return (
+        f"six plans x {limit} documents\n"
+        f"{'':28}{'seconds':>9}{'start-up':>10}\n"
+        f"{'six lmms_eval runs, batch 1':28}{lmms:>9.1f}{startup:>10.1f}\n"
+        f"{campaign:28}{result.campaign_seconds:>9.1f}{result.campaign_startup:>10.1f}\n"
+        f"{result.ratio:.2f} times faster, {result.ratio_with_startup:.2f} with start-up; scores are "
+        f"{'equal' if result.same_scores else 'NOT equal'}"
+    )
+
+
+def load_text(result: LoadResult) -> str:
+    """Format the capacity and the overload."""
+    capacity, over = result.capacity, result.overload
+    return (
+        f"capacity (closed loop): {capacity.goodput:.1f} responses/s, median {1e3 * capacity.median:.0f} ms\n"
+        f"overload (open loop): {over.sent} requests at {result.rate:.1f}/s for {over.seconds:.0f} s: "
+        f"{over.answered} answered, {over.refused} refused with 429 or 503 ({over.bare_refusals} without Retry-After), "
+        f"{over.sent - over.answered - over.refused - over.silent} other, {over.silent} without a response\n"
+        f"goodput {over.goodput:.1f} responses/s, {over.goodput / capacity.goodput:.0%} of the capacity; "
+        f"median {1e3 * over.median:.0f} ms, p99 {1e3 * over.p99:.0f} ms\n"
+        f"the client's own cost: {1e3 * over.client_cpu / over.sent:.2f} ms of CPU per request, "
+        f"{over.client_cpu / over.seconds:.0%} of a core; at most {1e3 * over.lag:.0f} ms late"
+    )
+
+
+def scores_text(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Format exact match per interface, and whether all metrics agree."""
+    same = all(scores == next(iter(found.values())) for scores in found.values())
+    lines = [f"{name:28}{scores['exact_match,none']:.4f}" for name, scores in found.items()]
+    return "\n".join([*lines, f"all metrics of all interfaces are {'equal' if same else 'NOT equal'}"])

@@ -1,4 +1,4 @@
-"""What handing out units costs: workers with GPUs that exist in name only, and units that sleep."""
+"""Overhead of distributing work units: workers with GPUs in name only, and units that sleep."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from shortv.families import load_architecture
 from shortv.plan import Mode
 from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
+from shortv.spec import WorkerRange
 from shortv.workers.cluster import start
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest, WorkerRange
+from shortv.workers.request import ModelSpec, SweepRequest
 from shortv.workers.sweep import run_sweep
 
 
 class Scheduling(NamedTuple):
-    """Of a sweep by so many workers: its units, and the share of the workers' time that was spent in them.
+    """Units of a sweep, its seconds, and the share of the workers' time that they spent in units.
 
-    Counted from the moment when the last worker began its first unit, so without the start of workers.
+    Counted from the moment when the last worker began its first unit, so the start of workers is left out.
     """
 
     workers: int
@@ -42,28 +43,28 @@ class Scheduling(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SleepEngine:
-    """An engine without a model: each unit takes its time, and is written down."""
+    """An engine without a model: each unit sleeps and records when it ran."""
 
     architecture: Architecture
     unit_seconds: float
     trace: Path
 
     def describe(self, spec: ModelSpec) -> Architecture:
-        """The sizes of the bundled model."""
+        """Return the sizes of the bundled model."""
         return self.architecture
 
     def pin(self, spec: ModelSpec) -> ModelSpec:
-        """Nothing to ask for."""
+        """Return the model as it is."""
         return spec
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
-        """Nothing to load."""
+        """Load nothing."""
         return "nothing"
 
     def measure(
         self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
     ) -> Measured:
-        """Sleep, and give every sample and layer a divergence."""
+        """Sleep, and return a divergence for every sample, mode and layer."""
         started = time.monotonic()
         time.sleep(self.unit_seconds)
         # One machine has one monotonic clock for all processes.
@@ -92,7 +93,7 @@ class SleepEngine:
 
 
 def bench_scheduling(model: str, workers: int, *, units_each: int, unit_seconds: float) -> Scheduling:
-    """Sweep with so many workers, each with a GPU in name, `units_each` units for each."""
+    """Sweep `units_each` units per worker on `workers` workers that each have a GPU in name."""
     with tempfile.TemporaryDirectory(prefix="shortv-bench-") as folder:
         trace = Path(folder, "trace")
         trace.mkdir()

@@ -1,4 +1,4 @@
-"""Runs of `python -m lmms_eval` in processes of their own, with the time between start-up and results."""
+"""Runs of `python -m lmms_eval` in their own processes, with start-up timed apart from evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shortv.errors import ShortVError
 
 TASK = "shapes_vqa"
 _LIMIT_S = 1800.0
-# lmms-eval's command with a clock around its evaluation: loading of libraries, model and task is start-up.
+# lmms-eval's command with a clock around its evaluation; loading libraries, the model and the task is start-up.
 _TIMED = """
 import sys, time
 import lmms_eval.evaluator as evaluator
@@ -34,7 +34,7 @@ cli_evaluate()
 
 
 class LmmsRun(NamedTuple):
-    """Seconds of the evaluation and of everything before and after it, and the scores by `metric,filter`."""
+    """Seconds of the evaluation, seconds of all the rest, and the scores by `metric,filter`."""
 
     seconds: float
     startup: float
@@ -42,7 +42,7 @@ class LmmsRun(NamedTuple):
 
 
 def run_lmms_eval(model: str, model_args: Mapping[str, object], *, limit: int, include_path: Path) -> LmmsRun:
-    """Score the bundled task once with a model of lmms-eval. Raises ShortVError when there are no results."""
+    """Score the bundled task once with a model of lmms-eval; raises ShortVError when it writes no results."""
     with tempfile.TemporaryDirectory(prefix="shortv-bench-") as folder:
         clock = Path(folder, "seconds")
         arguments = ",".join(f"{name}={value}" for name, value in model_args.items())

@@ -1,0 +1,420 @@
+"""The HTTP server of this project: one guard before every application, and the process that listens.
+
+`Guard` is ASGI middleware for the endpoint and for the download service. It checks, in this order, the size of the
+headers, the API key, the number of requests in flight, and reads the body within its limits, so that the application
+gets a request whose body is complete. It answers `HttpError`, adds a request id and security headers, and writes one
+log line per request. `serve_app` runs an application in uvicorn until a signal.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Final, NoReturn
+from urllib.parse import quote
+
+import uvicorn
+from markupsafe import escape
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reports.access import CHALLENGES, is_accepted, is_local, key_in
+
+logger = logging.getLogger("shortv.http")
+CLIENT_GONE: Final = 499
+"""The status in the log of a request whose client went away."""
+ERROR_POLICY: Final = b"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_INFO: Final = "shortv.request"
+_LONGEST_PATH: Final = 200
+_LONGEST_MESSAGE: Final = 1000
+_ACCEPTED_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CLOSE: Final = (b"connection", b"close")
+_SECURITY_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one process accepts at a time.
+
+    `max_bytes_in_flight` bounds the bodies of all requests together, from their first byte to the end of their reply.
+    `max_in_flight` counts requests with a complete body. `receive_timeout_s` is for the whole body.
+    """
+
+    max_header_bytes: int = 32 * 2**10
+    max_body_bytes: int = 20 * 2**20
+    max_bytes_in_flight: int = 256 * 2**20
+    max_in_flight: int = 64
+    receive_timeout_s: float = 120.0
+    retry_after_s: int = 1
+
+
+class HttpError(Exception):
+    """Ends a request with a status and an error body as OpenAI's clients expect it.
+
+    `message` is one line for the caller, `code` a short word that programs can compare, `param` the wrong field.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(message)
+        if len(message) > _LONGEST_MESSAGE:
+            message = message[:_LONGEST_MESSAGE] + " ..."
+        self.status = status
+        self.message = message
+        self.code = code
+        self.headers = tuple(headers)
+        kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+def retry_after(seconds: int) -> tuple[bytes, bytes]:
+    """Return the header that tells a client when to try again."""
+    return b"retry-after", str(seconds).encode()
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestInfo:
+    """What is recorded about one HTTP request; nothing of its content.
+
+    `request_id` is the caller's id if it is acceptable; `unique_id` is never shared by two requests. The application
+    may set `subject`, the part of the log line that says what was requested, as `model=NAME`.
+    """
+
+    headers: dict[bytes, bytes]
+    request_id: str
+    unique_id: str
+    line: str
+    subject: str = "-"
+    received: int = 0
+    sent: int = 0
+    status: int = 0
+    content_type: bytes = b""
+    started: float = field(default_factory=time.perf_counter)
+
+
+def info_of(scope: Scope) -> RequestInfo:
+    """Return what the guard recorded about a request."""
+    info: RequestInfo = scope[_INFO]
+    return info
+
+
+def accepts_html(scope: Scope) -> bool:
+    """Return whether a request prefers a page, as browsers do."""
+    return b"text/html" in info_of(scope).headers.get(b"accept", b"")
+
+
+def log_requests() -> None:
+    """Write a line per request to this process's stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+class Guard:
+    """Admits requests to an application within limits, and answers whatever is raised behind it.
+
+    `key_digests` are the SHA-256 digests (hex) of accepted API keys; without any, only clients of this machine are
+    answered; None skips the check, behind another guard. `open_paths` need no key. `sends_request_id` is False behind
+    a proxy that adds the header itself.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key_digests: Sequence[str] | None = (),
+        limits: Limits | None = None,
+        open_paths: Sequence[str] = (),
+        sends_request_id: bool = True,
+    ) -> None:
+        self._app = app
+        self._key_digests = key_digests
+        self._limits = limits or Limits()
+        self._open_paths = frozenset(open_paths)
+        self._sends_request_id = sends_request_id
+        self._in_flight = 0
+        self._bytes_in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one HTTP request; other scopes pass."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        info = scope[_INFO] = _begin(scope)
+        counting = self._counting(info, send)
+        try:
+            error = await self._handle(scope, receive, counting)
+            # Nothing is held any more: a client that does not read its error occupies only its socket.
+            if error is not None:
+                await _reply(error, scope, counting)
+        finally:
+            milliseconds = 1000 * (time.perf_counter() - info.started)
+            form = "%s %s status=%d %s received=%d sent=%d ms=%.1f"
+            counts = info.received, info.sent, milliseconds
+            logger.info(form, info.request_id, info.line, info.status or CLIENT_GONE, info.subject, *counts)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
+        info = info_of(scope)
+        try:
+            self._admit(scope)
+            if scope["method"] in ("GET", "HEAD"):
+                await self._app(scope, receive, send)
+                return None
+            self._check_room()
+            with self._counted() as count:
+                body = await self._body(info, receive, count)
+                with self._slot():
+                    await self._app(scope, _replay(body, receive), send)
+        except HttpError as error:
+            return error
+        except Exception as error:
+            # The message of the exception may contain what the caller sent; the frames cannot.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("%s %s\n%s", info.request_id, type(error).__name__, frames)
+            return HttpError(500, f"the service failed; its log has more under {info.request_id}", code="internal")
+        return None
+
+    def _admit(self, scope: Scope) -> None:
+        """Check the size of the headers, then the caller. Raises HttpError."""
+        headers, limit = info_of(scope).headers, self._limits.max_header_bytes
+        if _head_bytes(scope) > limit:
+            raise HttpError(
+                431, f"the headers are longer than {limit} bytes", code="headers_too_large", headers=[_CLOSE]
+            )
+        if self._key_digests is None or _path(scope) in self._open_paths:
+            return
+        if self._key_digests:
+            key = key_in(headers.get(b"authorization"))
+            if not is_accepted(key, self._key_digests):
+                problem = "this API key is not accepted here" if key else "an API key is needed"
+                message = f"{problem}; send one as 'Authorization: Bearer KEY', or as the password of Basic"
+                challenges = [(b"www-authenticate", challenge.encode()) for challenge in CHALLENGES]
+                raise HttpError(401, message, code="invalid_api_key", headers=challenges)
+        elif not is_local((scope.get("client") or (None,))[0], headers):
+            message = "without an API key file only clients of this machine are answered, at the name localhost"
+            raise HttpError(403, f"{message}; start the service with --api-key-file", code="loopback_only")
+
+    def _check_room(self) -> None:
+        if self._in_flight >= self._limits.max_in_flight:
+            raise self._overloaded(f"{self._in_flight} requests are in flight, as many as are allowed")
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        """Count a request whose body is complete: one that is sent slowly takes no slot from others."""
+        self._check_room()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    @contextmanager
+    def _counted(self) -> Iterator[Callable[[int], None]]:
+        """Count the bytes of one body among those in flight."""
+        counted = 0
+
+        def count(size: int) -> None:
+            nonlocal counted
+            if self._bytes_in_flight + size > self._limits.max_bytes_in_flight:
+                raise self._overloaded("the bodies of the requests in flight have as many bytes as are allowed", _CLOSE)
+            counted += size
+            self._bytes_in_flight += size
+
+        try:
+            yield count
+        finally:
+            self._bytes_in_flight -= counted
+
+    def _overloaded(self, problem: str, *headers: tuple[bytes, bytes]) -> HttpError:
+        headers = (retry_after(self._limits.retry_after_s), *headers)
+        return HttpError(429, f"{problem}; try again later", code="overloaded", headers=headers)
+
+    async def _body(self, info: RequestInfo, receive: Receive, count: Callable[[int], None]) -> bytes:
+        """Receive the whole body within its limits, whatever its declared length. Raises HttpError."""
+        limit, seconds = self._limits.max_body_bytes, self._limits.receive_timeout_s
+        declared = info.headers.get(b"content-length", b"")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+            raise _too_large(limit)
+        chunks = []
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise HttpError(CLIENT_GONE, "the client went away", code="client_gone")
+                    chunk = message.get("body", b"")
+                    info.received += len(chunk)
+                    if info.received > limit:
+                        raise _too_large(limit)
+                    count(len(chunk))
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            problem = f"the body did not arrive within {seconds:g} s; send it faster"
+            raise HttpError(408, problem, code="body_too_slow", headers=[_CLOSE]) from None
+
+    def _counting(self, info: RequestInfo, send: Send) -> Send:
+        own = [(b"x-request-id", info.request_id.encode())] if self._sends_request_id else []
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                info.status = message["status"]
+                info.content_type = dict(message.get("headers", ())).get(b"content-type", b"")
+                message["headers"] = [*message.get("headers", ()), *own, *_SECURITY_HEADERS]
+            elif message["type"] == "http.response.body":
+                info.sent += len(message.get("body", b""))
+            await send(message)
+
+        return counting
+
+
+def guarded(app: ASGIApp, **options: Any) -> Starlette:
+    """Return an application behind a guard with these options."""
+    guard = Middleware(Guard, **options)
+    handlers = {HTTPException: refuse_route}
+    return Starlette(routes=[Mount("/", app)], middleware=[guard], exception_handlers=handlers)
+
+
+async def refuse_route(request: Request, error: Exception) -> NoReturn:
+    """Handle an unknown path or method, for applications behind a guard. Raises HttpError."""
+    assert isinstance(error, HTTPException)
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    known = ", ".join(f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ()))
+    headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    hint = f"; there is {known}" if known else ""
+    raise HttpError(error.status_code, f"{error.detail.lower()}{hint}", code="no_route", headers=headers)
+
+
+def _begin(scope: Scope) -> RequestInfo:
+    headers = dict(scope["headers"])
+    line = f"{scope['method'][:10]} {quote(scope['path'])[:_LONGEST_PATH]}"
+    given, own = headers.get(b"x-request-id", b""), uuid.uuid4().hex
+    if not _ACCEPTED_ID.fullmatch(given):
+        return RequestInfo(headers=headers, request_id=own, unique_id=own, line=line)
+    # Two callers may choose the same id, and replicas must not confuse their requests.
+    shown = given.decode("ascii")
+    return RequestInfo(headers=headers, request_id=shown, unique_id=f"{shown}.{own[:12]}", line=line)
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _head_bytes(scope: Scope) -> int:
+    target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    return target + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+def _too_large(limit: int) -> HttpError:
+    # The rest of the body is not read, so the connection cannot carry another request.
+    problem = f"the body is longer than the {limit} bytes that are allowed; send smaller or fewer images"
+    return HttpError(413, problem, code="body_too_large", headers=[_CLOSE])
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body once and then waits for the client to disconnect."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _reply(error: HttpError, scope: Scope, send: Send) -> None:
+    """Send an error: as JSON, as a page for browsers, or as the last event of a stream that has begun."""
+    info = info_of(scope)
+    if info.status:
+        if not info.content_type.startswith(b"text/event-stream"):
+            # Part of a file was sent: the connection must break, or the file would look complete.
+            raise ConnectionAbortedError("the reply could not be completed")
+        await send({"type": "http.response.body", "body": b"data: " + error.body + b"\n\n"})
+        info.status = error.status
+        return
+    body, headers = error.body + b"\n", [(b"content-type", b"application/json")]
+    if accepts_html(scope):
+        title = escape(f"{error.status} {(error.code or 'error').replace('_', ' ')}")
+        page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><h1>{title}</h1>"
+        body = f"{page}<p>{escape(error.message)}</p>\n".encode(errors="replace")
+        headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-security-policy", ERROR_POLICY)]
+    headers += [*error.headers, (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+def serve_app(
+    app: ASGIApp,
+    listening: socket.socket,
+    *,
+    announce: Callable[[], None],
+    limits: Limits | None = None,
+    max_connections: int | None = None,
+) -> None:
+    """Serve an application on a bound socket until SIGTERM or Ctrl-C; requests in flight then have 10 s to end.
+
+    `announce` is called as soon as requests are accepted.
+    """
+    config = uvicorn.Config(
+        app,
+        # The parser of uvicorn's default has no limit on headers.
+        http="h11",
+        h11_max_incomplete_event_size=(limits or Limits()).max_header_bytes,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=max_connections,
+        timeout_graceful_shutdown=10,
+    )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    asyncio.run(_Server(config, announce).serve([listening]))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for the traceback of a request that the end of the server cut off: uvicorn logs their number."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+
+
+class _Server(uvicorn.Server):
+    """A server that ends at a signal and does not raise it again afterwards."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End; at the second signal without waiting for requests in flight."""
+        self.force_exit = self.should_exit
+        self.should_exit = True

@@ -1,0 +1,1 @@
+"""Benchmarks and sizing tables; only `jobs/bench.py` imports this package."""

@@ -1,1 +1,0 @@
-"""What serving and campaigns gain, measured against lmms-eval and against the endpoint's own capacity."""

@@ -1,0 +1,85 @@
+"""What a user asks of a campaign, from flags and a TOML recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from reports.manifest import plain
+from shortv.spec import Count, Device, Gpus, Limit, LoadingSpec, Seed, Share, Texts, Workers
+
+
+def _gen_kwargs(value: object) -> object:
+    """Read a table, or lmms-eval's `name=value,name=value`."""
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(name.strip() and equals for name, equals, _ in pairs):
+            raise ValueError("give name=value,name=value")
+        value = {name.strip(): _literal(text.strip()) for name, _, text in pairs}
+    if not isinstance(value, Mapping):
+        raise ValueError("give a table of names and values")
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("give text, finite numbers, true, false, and lists of them") from None
+    return dict(value)
+
+
+def _literal(text: str) -> object:
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class CampaignSpec(LoadingSpec):
+    """One campaign: models, plans and tasks, and how to run them. Every field is a flag and a key of the recipe."""
+
+    models: Annotated[Texts, Field(min_length=1)] = Field(
+        description="Hub id, or a folder. May be repeated. [default: the bundled model]",
+        json_schema_extra={"flag": "--models", "also": "--model"},
+    )
+    plans: Texts = Field(
+        (),
+        description="Plans, as above; may be repeated or separated by commas.",
+        json_schema_extra={"flag": "--plans", "also": "--plan"},
+    )
+    tasks: Annotated[Texts, Field(min_length=1)] = Field(
+        ("shapes_vqa",),
+        description="lmms-eval tasks; may be repeated or separated by commas.",
+        json_schema_extra={"flag": "--tasks", "also": "--task"},
+    )
+    include_path: Texts = Field((), description="Folder with your own lmms-eval tasks. The bundled tasks need none.")
+    limit: Limit | None = Field(None, description="Samples per task; below 1 a share. [default: all]")
+    seed: Seed = Field(0, description="Seed of sampled completions and of the intervals.")
+    gen_kwargs: Annotated[Mapping[str, Any], BeforeValidator(_gen_kwargs)] = Field(
+        default_factory=dict, description="name=value,name=value; replaces entries of the task's generation_kwargs."
+    )
+    replicas: Workers | None = Field(
+        None,
+        description="N or MIN:MAX. [default: one per free GPU, or one on CPUs]",
+        json_schema_extra={"metavar": "TEXT"},
+    )
+    gpus_per_replica: Gpus = Field(1.0, description="GPUs of a replica; above 1 the model is spread over them.")
+    batch_size: Count = Field(
+        16, description="Most requests that a replica runs together.", json_schema_extra={"short": "-b"}
+    )
+    num_concurrent: Count | None = Field(
+        None, description="Requests in flight at once. [default: as many as the replicas take]"
+    )
+    device: Device = Field("auto", description="Where replicas run.")
+    output_path: Annotated[str, Field(min_length=1)] = Field(description="Folder or URI (s3://...) for the results.")
+    fail_on_error: Share = Field(0.0, description="Share of a cell's samples whose failure still gives exit status 0.")
+    retry_failed: bool = Field(False, description="Run the cells again that failed or lack samples.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings by name, as JSON values."""
+        return {name: plain(getattr(self, name)) for name in type(self).model_fields}

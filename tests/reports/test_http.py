@@ -1,0 +1,197 @@
+"""The guard before every HTTP application, and the server that runs it."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route, Router
+
+from reports import http
+from reports.access import bound
+from reports.http import Guard, HttpError, Limits, guarded
+
+KEY = b"a-key-of-24-characters-x"
+DIGESTS = (hashlib.sha256(KEY).hexdigest(),)
+
+
+async def echo(request: Request) -> Response:
+    return JSONResponse({"bytes": len(await request.body()) if request.method == "POST" else 0})
+
+
+async def broken_stream(request: Request) -> Response:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        raise HttpError(504, "too late", code="deadline")
+
+    return StreamingResponse(chunks(), media_type=request.query_params["type"])
+
+
+APP = Router([Route("/echo", echo, methods=["POST", "GET"]), Route("/stream", broken_stream)])
+
+
+def scope(method: str = "POST", path: str = "/echo", query: bytes = b"", headers: Sequence[Any] = ()) -> Any:
+    own = [(b"host", b"localhost"), *headers]
+    about = {"type": "http", "method": method, "path": path, "query_string": query, "headers": own}
+    return {**about, "client": ("127.0.0.1", 1), "root_path": "", "scheme": "http", "server": ("localhost", 80)}
+
+
+class Client:
+    """One request to a guard: messages are received when the test sends them."""
+
+    def __init__(self, guard: Guard, about: Any) -> None:
+        self.messages: asyncio.Queue[Any] = asyncio.Queue()
+        self.sent: list[Any] = []
+        self.task = asyncio.create_task(guard(about, self.messages.get, self._send))
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def body(self, chunk: bytes, more: bool = False) -> None:
+        self.messages.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
+
+    async def reply(self) -> tuple[int, Any]:
+        await asyncio.wait_for(self.task, 60)
+        return self.sent[0]["status"], json.loads(b"".join(item.get("body", b"") for item in self.sent[1:]))
+
+
+@pytest.mark.parametrize("keys", [(), DIGESTS])
+def test_long_headers_are_refused_before_the_key_is_read(keys: tuple[str, ...]) -> None:
+    async def run(**about: Any) -> tuple[int, Any]:
+        return await Client(Guard(APP, key_digests=keys), scope(method="GET", **about)).reply()
+
+    accepted = (b"authorization", b"Bearer " + KEY)
+    assert asyncio.run(run(headers=[(b"x-long", b"x" * 2**20), accepted]))[0] == 431
+    assert asyncio.run(run(query=b"x" * 2**20, headers=[accepted]))[0] == 431
+    assert asyncio.run(run(headers=[(b"x-short", b"x" * 2**10), accepted]))[0] == 200
+
+
+def test_bodies_are_bounded_one_by_one_and_together() -> None:
+    limits = Limits(max_body_bytes=100, max_bytes_in_flight=150, receive_timeout_s=60)
+
+    async def run() -> None:
+        guard = Guard(APP, limits=limits)
+        declared, lying, first, second = (
+            Client(guard, scope(headers=[(b"content-length", b"1" * 30)])),
+            Client(guard, scope(headers=[(b"content-length", b"1")])),
+            Client(guard, scope()),
+            Client(guard, scope()),
+        )
+        lying.body(b"x" * 101)
+        assert (await declared.reply())[0] == (await lying.reply())[0] == 413
+        first.body(b"x" * 90, more=True)
+        while not first.messages.empty():
+            await asyncio.sleep(0)
+        second.body(b"x" * 90)
+        status, error = await second.reply()
+        assert status == 429 and error["error"]["code"] == "overloaded"
+        first.body(b"x" * 10)
+        assert await first.reply() == (200, {"bytes": 100})
+        # The bytes of requests that have ended count no more.
+        third = Client(guard, scope())
+        third.body(b"x" * 100)
+        assert (await third.reply())[0] == 200
+
+    asyncio.run(run())
+
+
+def test_half_sent_bodies_take_no_slot_and_end() -> None:
+    async def run() -> None:
+        guard = Guard(APP, limits=Limits(max_in_flight=1, receive_timeout_s=0.2))
+        slow = [Client(guard, scope()) for _ in range(5)]
+        for client in slow:
+            client.body(b"x", more=True)
+        await asyncio.sleep(0)
+        good = Client(guard, scope())
+        good.body(b"xx")
+        assert await good.reply() == (200, {"bytes": 2})
+        assert [(await client.reply())[0] for client in slow] == [408] * 5
+
+    asyncio.run(run())
+
+
+def test_more_requests_than_slots_are_refused() -> None:
+    released = asyncio.Event()
+
+    async def wait(request: Request) -> Response:
+        await released.wait()
+        return JSONResponse({})
+
+    async def run() -> None:
+        guard = Guard(Router([Route("/echo", wait, methods=["POST"])]), limits=Limits(max_in_flight=1))
+        clients = [Client(guard, scope()) for _ in range(2)]
+        for client in clients:
+            client.body(b"x")
+        status, error = await clients[1].reply()
+        assert status == 429 and (b"retry-after", b"1") in clients[1].sent[0]["headers"], error
+        released.set()
+        assert (await clients[0].reply())[0] == 200
+
+    asyncio.run(run())
+
+
+def test_an_error_ends_a_stream_of_events_and_breaks_any_other() -> None:
+    async def run(kind: str) -> Client:
+        client = Client(Guard(APP), scope("GET", "/stream", query=b"type=" + kind.encode()))
+        await asyncio.wait([client.task], timeout=60)
+        return client
+
+    events = asyncio.run(run("text/event-stream"))
+    assert events.task.exception() is None and json.loads(events.sent[-1]["body"][6:])["error"]["code"] == "deadline"
+    assert isinstance(asyncio.run(run("application/octet-stream")).task.exception(), ConnectionAbortedError)
+
+
+def test_a_message_is_bounded() -> None:
+    assert len(HttpError(400, "x" * 2**20).body) < 2**12
+
+
+@contextlib.contextmanager
+def served(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[tuple[socket.socket, Any]]:
+    """A connection to `serve_app` in a thread, and the sockets that the server accepted."""
+    servers: list[uvicorn.Server] = []
+    up = threading.Event()
+
+    class Kept(http._Server):
+        def __init__(self, *arguments: Any) -> None:
+            servers.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(http, "_Server", Kept)
+    with bound("127.0.0.1", 0) as listening:
+        thread = threading.Thread(
+            target=lambda: http.serve_app(guarded(APP, **options), listening, announce=up.set), daemon=True
+        )
+        thread.start()
+        assert up.wait(60)
+        with socket.create_connection(listening.getsockname(), timeout=60) as client:
+            yield client, servers[0]
+        servers[0].should_exit = True
+        thread.join(60)
+
+
+def test_the_server_stops_reading_headers_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(monkeypatch) as (client, _):
+        client.sendall(b"GET /echo HTTP/1.1\r\nhost: localhost\r\nx: ")
+        with contextlib.suppress(OSError):  # the server closes before all of it is sent
+            for _ in range(400):
+                client.sendall(b"x" * 2**10)
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_replies_do_not_wait_for_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(monkeypatch) as (_client, server):
+        until = time.monotonic() + 60
+        while not server.server_state.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
