@@ -28,10 +28,12 @@ import click
 from jobs.common import option, run
 from reports.page import PAGE_NAME
 from reports.store import Folder
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused, ShortVError, one_line
 from shortv.workers.folder import check_output
 
 AGAINST_NAME = "report-against.html"
+# What code raises for values of types or sizes that no job writes.
+FOREIGN_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
@@ -56,10 +58,14 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
 
     try:
         page = build_page(source, against=Folder(against) if against else None, links=links(source, target))
-    except ShortVError as error:
+        content = render(page)
+    except (ShortVError, *FOREIGN_ERRORS) as error:
         # No work has started: a folder that cannot be read is refused, whatever the reason.
-        raise Refused(str(error)) from error
-    target.write_bytes(name, render(page))
+        if isinstance(error, ShortVError):
+            raise Refused(str(error)) from error
+        problem = f"{source.shown} contains what no job writes ({type(error).__name__}: {one_line(error)})"
+        raise Refused(f"{problem}; give a folder as its job left it") from error
+    target.write_bytes(name, content)
     state = "" if page.state == "complete" else f", of a run that is {page.state}"
     click.echo(f"written to {target.shown}/{name}{state}")
     return 0
@@ -69,7 +75,7 @@ def serve_runs(root: str, other: str | None, *, host: str | None, port: int | No
     """Serve the runs below a root until a signal comes. Raises Refused, or click's error where a page is asked for."""
     if other is not None:
         raise click.UsageError("--output and --against write a page; leave them out with --serve.")
-    from reports.service.run import run_service
+    from reports.service import run_service
 
     return run_service(root, host=host, port=port or 8080, api_key_file=api_key_file, say=click.echo)
 

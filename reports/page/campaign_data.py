@@ -14,6 +14,7 @@ from shortv.errors import Refused
 from shortv.plan import Mode, PartsKind
 
 Row = Mapping[str, Any]
+MAX_ROWS: Final = 200_000
 # What the page reads of each model, plan and task in the manifest.
 _ITEMS: Final = {"models": {"name"}, "plans": {"model", "name", "kind", "digest", "modes"}, "tasks": {"name"}}
 # What a plan is to the reader, in the order of colours, shapes and legends.
@@ -181,7 +182,10 @@ def read_campaign_data(folder: Folder) -> CampaignData:
 
 def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
     if folder.exists(f"{name}.parquet"):
-        rows: list[dict[str, Any]] = folder.read_table(name).to_pylist()
+        table = folder.read_table(name)
+        if len(table) > MAX_ROWS:
+            raise Refused(f"{folder.shown}/{name}.parquet has {len(table)} rows, at most {MAX_ROWS} are read")
+        rows: list[dict[str, Any]] = table.to_pylist()
         return rows
     if needed:
         raise Refused(f"{folder.shown} lacks {name}.parquet although its run has ended; run the campaign again")

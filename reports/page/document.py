@@ -1,8 +1,13 @@
-"""What a page is made of, whatever run it shows."""
+"""What a page is made of, whatever run it shows, and the style and templates of every page."""
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 # More rows than a person reads make a page slow; the Parquet file beside it has them all.
 MOST_ROWS: Final = 500
@@ -76,3 +81,24 @@ class Page:
 def shortened(rows: Sequence[Sequence[Value]], **rest: Any) -> Grid:
     """Return a table of the first `MOST_ROWS` rows, which says how many there are."""
     return Grid(rows=rows[:MOST_ROWS], total=len(rows) if len(rows) > MOST_ROWS else None, **rest)
+
+
+def template_environment(folder: Path) -> Environment:
+    """Return Jinja's environment for the templates in a folder: every text is escaped."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def page_style() -> str:
+    """Return the style sheet of all pages."""
+    return (Path(__file__).parent / "page.css").read_text("utf-8")
+
+
+def policy_digest(text: str) -> str:
+    """Return the source expression of a Content-Security-Policy that allows an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,7 +1,5 @@
 """From a page to one HTML file: template, style, script and charting library inlined, the network forbidden."""
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +10,9 @@ from urllib.parse import quote
 
 import vl_convert
 from altair import SCHEMA_VERSION as VEGA_LITE
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports.page.document import Chart, Page, Value
+from reports.page.document import Chart, Page, Value, page_style, policy_digest, template_environment
 
 _HERE: Final = Path(__file__).parent
 # Characters that end a script element or open a comment in it.
@@ -31,9 +28,11 @@ _IN_SCRIPT: Final = {
 def render(page: Page) -> bytes:
     """Return the page as one HTML file in UTF-8. Every text from a run is escaped."""
     scripts = (library(), _read("page.js"))
-    style = _read("page.css")
+    style = page_style()
     charts = {chart.key: _embedded(chart) for section in page.sections for chart in section.charts}
-    template = _environment().get_template("page.html")
+    environment = template_environment(_HERE)
+    environment.filters["number"] = number
+    template = environment.get_template("page.html")
     text = template.render(
         page=page,
         policy=_policy(scripts, style),
@@ -65,14 +64,6 @@ def number(value: Value) -> str:
     return str(value)
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    return environment
-
-
 def _embedded(chart: Chart) -> dict[str, Any]:
     spec = {**chart.spec, "datasets": {name: _columns(rows) for name, rows in chart.data.items()}}
     return {"spec": spec, "renderer": "canvas" if chart.canvas else "svg"}
@@ -93,15 +84,11 @@ def _json(value: Any) -> str:
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    digests = " ".join(_digest(script) for script in scripts)
+    digests = " ".join(policy_digest(script) for script in scripts)
     return (
-        f"default-src 'none'; script-src {digests}; style-src {_digest(style)}; img-src data:; "
+        f"default-src 'none'; script-src {digests}; style-src {policy_digest(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _link(links: str | None) -> Any:

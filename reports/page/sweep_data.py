@@ -20,6 +20,7 @@ from shortv.records import KlDirection
 
 # The heat map of more samples than this is drawn from as many, evenly spaced.
 MOST_SAMPLES: Final = 20_000
+MAX_LAYER_ROWS: Final = 100_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +58,7 @@ def read_sweep_data(folder: Folder, *, measurements: bool = True) -> SweepData:
     finished = manifest.state is not State.RUNNING
     data = SweepData(
         manifest=manifest,
-        layers=_table(folder, "lc_layers", finished).to_pylist(),
+        layers=_layers(folder, finished),
         samples=_table(folder, "samples", finished),
         errors=_table(folder, "errors", finished),
         plans={name: _plan(folder, name) for name in folder.list("plans") if name.endswith(".json")},
@@ -78,6 +79,14 @@ def _table(folder: Folder, name: str, needed: bool) -> pa.Table:
     return schema_of(name).empty_table()
 
 
+def _layers(folder: Folder, needed: bool) -> list[Mapping[str, Any]]:
+    table = _table(folder, "lc_layers", needed)
+    if len(table) > MAX_LAYER_ROWS:
+        raise Refused(f"{folder.shown}/lc_layers.parquet has {len(table)} rows, more than any model has layers")
+    rows: list[Mapping[str, Any]] = table.to_pylist()
+    return rows
+
+
 def _plan(folder: Folder, name: str) -> Plan:
     try:
         return parse_plan(folder.read_bytes(name).decode(errors="replace"))
@@ -86,11 +95,13 @@ def _plan(folder: Folder, name: str) -> Plan:
 
 
 def _check_layers(data: SweepData, folder: Folder) -> None:
-    found = [(row["mode"], row["layer"]) for row in data.layers]
-    wanted = {(mode, layer) for mode in data.modes for layer in range(data.manifest.num_layers)}
-    if len(found) != len(wanted) or set(found) != wanted or not set(data.modes) <= set(data.manifest.modes):
+    layers = data.manifest.num_layers
+    # As many distinct pairs in range as rows and as wanted: no set as large as a number in the manifest is built.
+    pairs = {(row["mode"], row["layer"]) for row in data.layers if 0 <= row["layer"] < layers}
+    known = set(data.modes) <= set(data.manifest.modes)
+    if not len(pairs) == len(data.layers) == len(data.modes) * layers or not known:
         raise Refused(
-            f"{folder.shown}/lc_layers.parquet does not hold each of {data.manifest.num_layers} layers once for "
+            f"{folder.shown}/lc_layers.parquet does not have each of {layers} layers once for "
             "each mode of the manifest; it is damaged or from another run: run the sweep again"
         )
     if not all(math.isfinite(row[name]) for row in data.layers for name in ("mean", "ci_low", "ci_high")):

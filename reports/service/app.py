@@ -1,39 +1,84 @@
-"""Runs below a root over HTTP: their list, pages, Parquet tables and plans."""
+"""The routes of the download service: the list of runs, and below each run its page, manifest, tables and plans."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
+from jinja2 import Environment
+from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from reports.http import HttpError, accepts_html, info_of
-from reports.manifest import MANIFEST_NAME
-from reports.service.files import Files, why
-from reports.service.finding import find_runs
-from reports.service.handing import Handing
-from reports.service.listing import link_of, list_page, list_policy
-from reports.service.replies import json_reply
-from reports.service.summary import Summaries, Summary, as_json
-from reports.service.trees import Tree, open_tree
-from shortv.errors import Refused
+from reports.access import address_of, bound, check_host, key_digests_of
+from reports.http import HttpError, accepts_html, guarded, info_of, log_requests, serve_app
+from reports.locations import masked_uri
+from reports.manifest import MANIFEST_NAME, State
+from reports.page import PAGE_NAME
+from reports.page.document import page_style, policy_digest, template_environment
+from reports.schemas import SCHEMAS
+from reports.service.downloads import file_response, names_tag
+from reports.service.files import Files, shown, why
+from reports.service.headline import AnyManifest
+from reports.service.runs import PAGES, Found, Resource, find_runs, resource_of, split
+from reports.service.summary import Summaries, Summary, label_of, link_of, read_run
+from reports.service.tree import Missing, Names, OpenFile, checked, open_tree
+from reports.training import TrainingManifest
+from shortv.errors import Refused, ShortVError
+from shortv.terminal import printable
 
-# Looking at a store is waiting, mostly.
-_LOOKING: Final = 8
+PARQUET: Final = "application/vnd.apache.parquet"
+# Listing a store is mostly waiting.
+_THREADS: Final = 8
+# Each holds a chunk of a file and a descriptor; more are refused.
+_MAX_CONNECTIONS: Final = 256
+_MAX_JOINED: Final = 12
+_MAX_SHOWN: Final = 500
 _METHODS: Final = ("GET", "HEAD")
+_NO_CACHE: Final = {"cache-control": "private, no-cache"}
+_LIST_POLICY: Final = (
+    "default-src 'none'; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# Anybody with access to the folder may have written the page: it gets no part in this origin.
+_PAGE_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts allow-downloads"
+)
+_NOT_FOUND: Final = "nothing is served under this name; GET /runs lists what is"
+
+
+def run_service(root: str, *, host: str | None, port: int, api_key_file: str | None, say: Callable[[str], None]) -> int:
+    """Serve the runs below a root until SIGTERM or Ctrl-C; return the exit status.
+
+    Raises:
+        Refused: the root, key file or host is not usable, or the address cannot be bound.
+    """
+    host = check_host(host, with_key=api_key_file is not None)
+    digests = key_digests_of(api_key_file) if api_key_file else ()
+    app = guarded(make_service(root), key_digests=digests)
+    with bound(host, port) as listening:
+        ready = f"{masked_uri(root)} is at {address_of(listening)}/; Ctrl-C stops it"
+        log_requests()
+        serve_app(app, listening, announce=partial(say, ready), max_connections=_MAX_CONNECTIONS)
+    say("stopped")
+    return 0
 
 
 def make_service(root: str) -> Router:
-    """Build the service over a local folder or an object-store URI; it must be behind a Guard.
+    """Build the service over a local folder or an object-store URI; it must be behind `reports.http.Guard`.
 
     Routes: `/` and `/runs` (a page, JSON with `Accept: application/json`), `/runs.json`, and below `/runs/ID/` the
     page, `report-against.html`, `manifest.json`, `tables`, `tables/TABLE.parquet`, `tables/TABLE`,
     `tables/TABLE/PART.parquet` and `plans/NAME.json`. Symbolic links below the root are not followed.
 
     Raises:
-        Refused: the root is no folder, or is a run itself.
+        Refused: the root is not a folder, or is a run itself.
     """
     tree = open_tree(root)
     try:
@@ -44,45 +89,203 @@ def make_service(root: str) -> Router:
         raise Refused("the folder to serve is a run itself; give the folder above it")
     files = Files(tree)
     summaries = Summaries(files)
-    lists, handing = _Lists(tree, summaries), Handing(files, summaries)
-    return Router(
-        redirect_slashes=False,
-        routes=[
-            Route("/", lists.either, methods=_METHODS),
-            Route("/runs", lists.either, methods=_METHODS),
-            Route("/runs.json", lists.json, methods=_METHODS),
-            Route("/runs/{path:path}", handing.below, methods=_METHODS),
-        ],
-    )
+    runs, run = _Runs(files, summaries), _Run(files, summaries)
+    routes = {"/": runs.either, "/runs": runs.either, "/runs.json": runs.json, "/runs/{path:path}": run.respond}
+    return Router([Route(path, respond, methods=_METHODS) for path, respond in routes.items()], redirect_slashes=False)
 
 
-class _Lists:
-    """The list of runs in its two forms."""
+class _Runs:
+    """The list of runs, as a page and as JSON."""
 
-    def __init__(self, tree: Tree, summaries: Summaries) -> None:
-        self._tree = tree
+    def __init__(self, files: Files, summaries: Summaries) -> None:
+        self._files = files
         self._summaries = summaries
 
     async def either(self, request: Request) -> Response:
-        """Return a page, or JSON to who asks for JSON and for no page."""
+        """Return a page, or JSON if the request accepts JSON and no page."""
         if "application/json" in request.headers.get("accept", "") and not accepts_html(request.scope):
             return await self.json(request)
         info_of(request.scope).subject = "kind=list"
-        runs, complete = await run_in_threadpool(self._runs)
-        headers = {"content-security-policy": list_policy(), "vary": "Accept", "cache-control": "private, no-cache"}
-        return Response(list_page(runs, complete), headers=headers, media_type="text/html")
+        page = await run_in_threadpool(lambda: list_page(*self._found()))
+        policy = _LIST_POLICY.format(style=policy_digest(page_style()))
+        headers = {"content-security-policy": policy, "vary": "Accept", **_NO_CACHE}
+        return Response(page, headers=headers, media_type="text/html")
 
     async def json(self, request: Request) -> Response:
         """Return JSON; links are relative to the root of the service."""
         info_of(request.scope).subject = "kind=list"
-        runs, complete = await run_in_threadpool(self._runs)
-        shape: dict[str, Any] = {"runs": [as_json(run, link_of(run.names)) for run in runs], "complete": complete}
-        return json_reply(shape)
+        runs, complete = await run_in_threadpool(self._found)
+        return _json({"runs": [run.shape for run in runs], "complete": complete})
 
-    def _runs(self) -> tuple[Sequence[Summary], bool]:
+    def _found(self) -> tuple[Sequence[Summary], bool]:
         try:
-            search = find_runs(self._tree)
+            search = find_runs(self._files.tree)
         except OSError as error:
             raise HttpError(503, f"the folder of runs cannot be listed: {why(error)}", code="unavailable") from error
-        with ThreadPoolExecutor(_LOOKING, thread_name_prefix="shortv-runs") as threads:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="shortv-runs") as threads:
             return list(threads.map(self._summaries.of, search.found)), search.complete
+
+
+class _Run:
+    """What is served below one run."""
+
+    def __init__(self, files: Files, summaries: Summaries) -> None:
+        self._files = files
+        self._summaries = summaries
+
+    async def respond(self, request: Request) -> Response:
+        """Respond to one path below /runs/."""
+        path: str = request.path_params["path"]
+        try:
+            names = checked(tuple(path.removesuffix("/").split("/")))
+            run, rest = await run_in_threadpool(split, self._files.tree, names)
+            manifest = await run_in_threadpool(read_run, self._files, run)
+            return await self._respond(request, run, rest, manifest, slash=path.endswith("/"))
+        except Missing:
+            raise HttpError(404, _NOT_FOUND, code="not_found") from None
+        except ShortVError as error:
+            raise HttpError(422, str(error), code="unreadable") from error
+        except OSError as error:
+            raise HttpError(503, f"the file could not be read: {why(error)}", code="unavailable") from error
+
+    async def _respond(
+        self, request: Request, run: Names, rest: Names, manifest: AnyManifest, *, slash: bool
+    ) -> Response:
+        if not rest and not slash:
+            # The links of the page are relative to the folder.
+            return Response(status_code=308, headers={"location": f"./{quote(run[-1], safe='')}/"})
+        if slash and rest:
+            raise Missing
+        if not rest or (len(rest) == 1 and rest[0] in PAGES):
+            return await self._page(request, run, manifest, rest[0] if rest else PAGE_NAME)
+        if rest[0] == "tables" and (len(rest) == 1 or (len(rest) == 2 and rest[1] in SCHEMAS)):
+            return await self._tables(request, run, rest[1:])
+        resource = resource_of(run, rest)
+        if resource is None:
+            raise Missing
+        return await self._file(request, run, resource, manifest.state)
+
+    async def _page(self, request: Request, run: Names, manifest: AnyManifest, page_name: str) -> Response:
+        info_of(request.scope).subject = "kind=page"
+        label = label_of(manifest)
+        try:
+            page = await run_in_threadpool(self._files.text, (*run, page_name))
+        except Missing:
+            problem = " ".join(filter(None, (label, _no_page(run, manifest, page_name))))
+            raise HttpError(404, problem, code="no_page") from None
+        lines = [f"{label} (state now: {manifest.state})"] if label else []
+        lines += (await run_in_threadpool(self._look, run)).problems
+        if lines:
+            note = "".join(f'<p class="warning" role="status">{escape(line)}</p>' for line in lines)
+            head, body, tail = page.partition(b"<body>")
+            page = head + body + note.encode(errors="replace") + tail if body else note.encode(errors="replace") + page
+        etag = f'"{hashlib.sha256(page).hexdigest()}"'
+        headers = {"content-security-policy": _PAGE_POLICY, "etag": etag, **_NO_CACHE}
+        if names_tag(request.headers.get("if-none-match", ""), etag, weak=True):
+            return Response(status_code=304, headers=headers)
+        return Response(page, headers=headers, media_type="text/html")
+
+    async def _tables(self, request: Request, run: Names, tables: Names) -> Response:
+        info_of(request.scope).subject = "kind=tables"
+        summary = await run_in_threadpool(self._look, run)
+        if summary.contents is None:
+            raise HttpError(503, summary.problems[0], code="unavailable")
+        found = summary.contents.parts(tables[0]) if tables else summary.contents.tables
+        if tables and not found:
+            raise Missing
+        files = [item.as_json() for item in found]
+        return _json({"run": shown(run), "state": summary.shape["state"], "files": files})
+
+    async def _file(self, request: Request, run: Names, resource: Resource, state: State) -> Response:
+        info_of(request.scope).subject = f"kind={resource.kind}"
+        try:
+            opened = await run_in_threadpool(self._open, resource)
+        except Missing:
+            resource = await run_in_threadpool(self._only_part, run, resource)
+            opened = await run_in_threadpool(self._open, resource)
+        media_type = PARQUET if resource.kind == "table" else "application/json"
+        try:
+            # The name starts with the run's, so that tables of several runs can be saved in one folder.
+            response = file_response(request, opened, media_type=media_type, filename="-".join(resource.names))
+        except BaseException:
+            opened.close()
+            raise
+        response.headers["x-run-state"] = state
+        return response
+
+    def _look(self, run: Names) -> Summary:
+        return self._summaries.of(Found(run, self._files.tree.entries(run)))
+
+    def _only_part(self, run: Names, resource: Resource) -> Resource:
+        """Return the one file of a table that has a folder. Raises Missing, or HttpError for several files."""
+        contents = self._look(run).contents
+        whole = resource.kind == "table" and len(resource.names) == len(run) + 1
+        parts = contents.parts(resource.table) if contents and whole else []
+        if not parts:
+            raise Missing
+        if len(parts) > 1:
+            where = f"/runs/{shown(run)}/tables/{resource.table}"
+            problem = f"{resource.table} has {len(parts)} parts; GET {where} lists them"
+            raise HttpError(404, problem, code="in_parts")
+        return resource._replace(names=parts[0].names)
+
+    def _open(self, resource: Resource) -> OpenFile:
+        """Open a file that can be used. Raises Missing, OSError, or ShortVError with what is wrong with it."""
+        if resource.kind == "plan":
+            self._files.plan(resource.names)
+        opened = self._files.tree.open(resource.names)
+        if resource.kind == "table":
+            version, modified = opened.version, opened.modified
+            reason = self._files.footer(resource.names, resource.table, version=version, modified=modified).reason
+            if reason is not None:
+                opened.close()
+                raise ShortVError(f"{shown(resource.names)} {reason}")
+        return opened
+
+
+def _no_page(run: Names, manifest: AnyManifest, page_name: str) -> str:
+    """Say why a run has no page, and what to do."""
+    name = shown(run)
+    if isinstance(manifest, TrainingManifest):
+        return f"{name} is a training, which has no page; GET /runs/{name}/tables lists its files"
+    found, other = ("page", "") if page_name == PAGE_NAME else ("comparison", " --against OTHER")
+    return f"{name} has no {found} yet; make it with `python jobs/report.py FOLDER/{name}{other}`"
+
+
+def list_page(runs: Sequence[Summary], complete: bool) -> bytes:
+    """Return the list as a page; its links are relative to the root of the service."""
+    template = _environment().get_template("list.html")
+    text = template.render(runs=[_listed(run) for run in runs], complete=complete, style=Markup(page_style()))
+    return text.encode("utf-8", errors="replace")
+
+
+def _listed(run: Summary) -> dict[str, Any]:
+    manifest, contents = run.manifest, run.contents
+    label = label_of(manifest) if manifest else None
+    return {
+        "shape": run.shape,
+        "link": link_of(run.names),
+        "warnings": [printable(line, limit=_MAX_SHOWN) for line in [*([label] if label else []), *run.problems]],
+        "counted": "used" if manifest and manifest.kind == "sweep" else "samples",
+        "plans": contents.plans if contents else [],
+        # A page that does not exist says how to make it; a training never has one.
+        "has_page": manifest is not None and not isinstance(manifest, TrainingManifest),
+    }
+
+
+def _environment() -> Environment:
+    environment = template_environment(Path(__file__).parent)
+    environment.filters["short"] = lambda value: "unknown" if value is None else f"{value:.4g}"
+    environment.filters["joined"] = _joined
+    environment.finalize = lambda value: printable(value, limit=_MAX_SHOWN) if type(value) is str else value
+    return environment
+
+
+def _joined(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MAX_JOINED} more" if len(items) > _MAX_JOINED else ""
+    return ", ".join(map(str, items[:_MAX_JOINED])) + more
+
+
+def _json(value: Any) -> Response:
+    headers = {"vary": "Accept", **_NO_CACHE}
+    return Response(json.dumps(value, allow_nan=False) + "\n", headers=headers, media_type="application/json")

@@ -1,119 +1,153 @@
-"""Files below the root as their contents: texts, plans, rows; digests and footers, found out once for each version."""
+"""Files below the root as their contents: texts, plans, rows and footers of tables, checked once for each version."""
 
-import hashlib
-import io
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import parquet as pq
 
 from reports.locations import one_line
 from reports.schemas import difference, fitted
-from reports.service.memory import Memory
-from reports.service.trees import Missing, Names, Opened, Tree
+from reports.service.tree import Missing, Names, OpenFile, Tree
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
 from shortv.planfile import parse_plan
+from shortv.untrusted import read_parquet
 
-CHUNK: Final = 2**20
-LARGEST_TEXT: Final = 32 * 2**20
+MAX_TEXT_BYTES: Final = 32 * 2**20
 """Manifests, plans and pages beyond this are refused: they are read whole."""
-_NOT_WHOLE: Final = "is not a whole Parquet file: {}"
-_MOST_DIGESTS: Final = 2**14
-# Some 500 bytes each.
-_MOST_FOOTERS: Final = 2**17
+MAX_ROWS: Final = 50_000
+MAX_TABLE_BYTES: Final = 64 * 2**20
+"""Bounds on a table whose rows are read for the list, after decompression."""
+# Some 500 bytes each; a list of very many parts must find all of them.
+_MAX_FOOTERS: Final = 2**17
+# A store's clock may tick once a second: two contents within one second look like one.
+_SETTLED_S: Final = 2.0
+
+V = TypeVar("V")
+
+
+class Cache(Generic[V]):
+    """The values of the `size` most recently used keys; a key names a file and its version."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], V], *, modified: float | None, lasts: Callable[[], bool]) -> V:
+        """Return the value of a key. A new value is kept if its file is not recent and `lasts` agrees."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        if (modified is None or abs(time.time() - modified) > _SETTLED_S) and lasts():
+            self.put(key, value)
+        return value
+
+    def put(self, key: Hashable, value: V) -> None:
+        """Keep a value."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
 
 
 class Footer(NamedTuple):
-    """What the end of a Parquet file says, or the reason why the file cannot be used, to stand after its name."""
+    """The rows that the end of a Parquet file declares, or why the file cannot be used, to be read after its name."""
 
     rows: int | None
     reason: str | None
 
 
-class _Whole(NamedTuple):
-    data: bytes
-    version: str
-
-
 class Files:
-    """Reads below a root, without holding more than a chunk of a table.
-
-    `interrupted` counts the reads that the file system refused: they may succeed the next time.
-    """
+    """Reads files below a root. `interrupted` counts failed reads that may succeed the next time."""
 
     def __init__(self, tree: Tree) -> None:
-        """Read files of this tree."""
         self.tree = tree
         self.interrupted = 0
-        self._digests: Memory[bytes] = Memory(_MOST_DIGESTS)
-        self._footers: Memory[Footer] = Memory(_MOST_FOOTERS)
+        self._footers: Cache[Footer] = Cache(_MAX_FOOTERS)
 
     def text(self, names: Names) -> bytes:
-        """Read a small file whole. Raises Missing, or ShortVError when it is too large or cannot be read."""
-        return self._whole(names).data
+        """Read a small file whole. Raises Missing, or ShortVError if it is too large or cannot be read."""
+        opened = self._open(names)
+        try:
+            if opened.size > MAX_TEXT_BYTES:
+                raise ShortVError(f"{shown(names)} has {opened.size} bytes, at most {MAX_TEXT_BYTES} are read")
+            return opened.read(MAX_TEXT_BYTES)
+        except OSError as error:
+            raise self._failed(names, error) from error
+        finally:
+            opened.close()
 
     def plan(self, names: Names) -> Plan:
         """Read a plan. Raises Missing, or ShortVError with what is wrong."""
-        text = self.text(names).decode(errors="replace")
         try:
-            return parse_plan(text)
+            return parse_plan(self.text(names).decode(errors="replace"))
         except Refused as error:
             raise ShortVError(f"{shown(names)}: {error}") from error
 
-    def _whole(self, names: Names) -> _Whole:
+    def footer(self, names: Names, table: str, *, version: str, modified: float | None) -> Footer:
+        """Check a Parquet file as far as its footer, or an earlier read, tells."""
+        before = self.interrupted
+        make = lambda: self._footer(names, table)  # noqa: E731
+        return self._footers.get((names, version), make, modified=modified, lasts=lambda: self.interrupted == before)
+
+    def _footer(self, names: Names, table: str) -> Footer:
         try:
-            opened = self.tree.open(names)
-            try:
-                if opened.size > LARGEST_TEXT:
-                    raise ShortVError(f"{shown(names)} has {opened.size} bytes, at most {LARGEST_TEXT} are read")
-                return _Whole(read_exactly(opened, 0, opened.size), opened.version)
-            finally:
-                opened.close()
-        except OSError as error:
-            self.interrupted += 1
-            raise ShortVError(f"{shown(names)} could not be read: {why(error)}") from error
-
-    def digest(self, names: Names, opened: Opened) -> bytes:
-        """Return the SHA-256 of an open file. Raises OSError."""
-        return self._digests.recall((names, opened.version), lambda: _digest(opened), modified=opened.modified)
-
-    def footer(self, names: Names, opened: Opened, table: str) -> Footer:
-        """Check an open Parquet file as far as its footer, or an earlier read, tells. Raises OSError."""
-        return self._footers.recall((names, opened.version), lambda: _footer(opened, table), modified=opened.modified)
-
-    def footer_at(self, names: Names, version: str, modified: float | None, table: str) -> Footer:
-        """Return the footer of a file that was listed; it is opened only where this version is new."""
-
-        def look() -> Footer:
-            opened = self.tree.open(names)
-            try:
-                return _footer(opened, table)
-            finally:
-                opened.close()
-
-        try:
-            return self._footers.recall((names, version), look, modified=modified)
+            opened = self._open(names)
         except Missing:
-            return Footer(None, "is not there any more, or is no regular file")
-        except OSError as error:
-            self.interrupted += 1
-            return Footer(None, f"could not be read: {why(error)}")
+            return Footer(None, "was removed, or is not a regular file")
+        except ShortVError as error:
+            return Footer(None, str(error).removeprefix(shown(names)).strip())
+        try:
+            file = pq.ParquetFile(opened.stream, pre_buffer=False)
+            reason = difference(file.schema_arrow, table)
+            return Footer(file.metadata.num_rows if reason is None else None, reason)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                # pyarrow reports damaged files with OSError too, but only the file system's has a number.
+                self.interrupted += 1
+                if error.errno is not None:
+                    return Footer(None, f"could not be read: {why(error)}")
+            return Footer(None, f"is not a whole Parquet file: {one_line(error)}")
+        finally:
+            opened.close()
 
     def rows(self, names: Names, table: str) -> list[dict[str, Any]]:
-        """Read a small table. Raises Missing, or ShortVError when it is too large or damaged, which is remembered."""
-        whole = self._whole(names)
+        """Read a small table. Raises Missing, or ShortVError if it is too large or damaged; damage is remembered."""
+        opened = self._open(names)
         try:
-            found = pq.ParquetFile(pa.BufferReader(whole.data), pre_buffer=False).read(use_threads=False)
+            found = read_parquet(opened.stream, what=shown(names), max_rows=MAX_ROWS, max_bytes=MAX_TABLE_BYTES)
             reason = difference(found.schema, table)
-            rows: list[dict[str, Any]] = fitted(found, table).to_pylist() if reason is None else []
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = _NOT_WHOLE.format(one_line(error))
-        if reason is not None:
-            self._footers.keep((names, whole.version), Footer(None, reason))
-            raise ShortVError(f"{shown(names)} {reason}")
-        return rows
+            if reason is not None:
+                raise Refused(f"{shown(names)} {reason}")
+            rows: list[dict[str, Any]] = fitted(found, table).to_pylist()
+            return rows
+        except Refused as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise self._failed(names, cause) from error
+            reason = str(error).removeprefix(shown(names)).strip()
+            self._footers.put((names, opened.version), Footer(None, reason))
+            raise
+        finally:
+            opened.close()
+
+    def _open(self, names: Names) -> OpenFile:
+        try:
+            return self.tree.open(names)
+        except OSError as error:
+            raise self._failed(names, error) from error
+
+    def _failed(self, names: Names, error: OSError) -> ShortVError:
+        self.interrupted += 1
+        return ShortVError(f"{shown(names)} could not be read: {why(error)}")
 
 
 def shown(names: Sequence[str]) -> str:
@@ -124,70 +158,3 @@ def shown(names: Sequence[str]) -> str:
 def why(error: OSError) -> str:
     """Return an error of a file system without the paths and addresses in its text."""
     return error.strerror or type(error).__name__
-
-
-def read_exactly(opened: Opened, start: int, count: int) -> bytes:
-    """Read `count` bytes. Raises OSError when the file ends before them."""
-    pieces = []
-    while count:
-        piece = opened.read(start, count)
-        if not piece:
-            raise OSError(None, "the file became shorter while it was read")
-        pieces.append(piece)
-        start, count = start + len(piece), count - len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _digest(opened: Opened) -> bytes:
-    digest = hashlib.sha256()
-    for start in range(0, opened.size, CHUNK):
-        digest.update(read_exactly(opened, start, min(CHUNK, opened.size - start)))
-    return digest.digest()
-
-
-def _footer(opened: Opened, table: str) -> Footer:
-    raw = _Raw(opened)
-    try:
-        file = pq.ParquetFile(pa.PythonFile(raw, mode="r"), pre_buffer=False)
-        reason = difference(file.schema_arrow, table)
-        return Footer(file.metadata.num_rows if reason is None else None, reason)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if raw.failure is not None:
-            raise raw.failure from error
-        return Footer(None, _NOT_WHOLE.format(one_line(error)))
-
-
-class _Raw(io.RawIOBase):
-    """An open file as Python's libraries want it; it stays open when this is closed.
-
-    `failure` is what the file system said where a library takes that for a damaged file.
-    """
-
-    def __init__(self, opened: Opened) -> None:
-        self.failure: OSError | None = None
-        self._opened = opened
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._opened.size}[whence]
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        try:
-            data = self._opened.read(self._place, len(view))
-        except OSError as error:
-            self.failure = error
-            raise
-        view[: len(data)] = data
-        self._place += len(data)
-        return len(data)

@@ -1,61 +1,67 @@
-"""One run in the list: what it is, how far it got, its headline numbers, and what is wrong with it."""
+"""One folder in the list: what it is, how far it got, its headline numbers, and what is wrong with it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
+from urllib.parse import quote
 
 from reports.campaign import CampaignManifest
 from reports.manifest import MANIFEST_NAME, Manifest, State
 from reports.page import PAGE_NAME
-from reports.service.contents import AGAINST_NAME, Contents, Listing, TableFile, contents_of, listing_of
-from reports.service.files import Files, shown, why
-from reports.service.finding import MOST_FOLDERS, Found
-from reports.service.headline import Headline, campaign_headline, sweep_headline, training_headline
-from reports.service.memory import Memory
-from reports.service.trees import Missing, Names
+from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
+from reports.service.headline import AnyManifest, Headline, headline_of
+from reports.service.runs import (
+    AGAINST_NAME,
+    MAX_FOLDERS,
+    Contents,
+    Found,
+    Listing,
+    TableFile,
+    contents_of,
+    listing_of,
+)
+from reports.service.tree import Missing, Names
 from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
+from shortv.untrusted import parse_json
 
-AnyManifest = Manifest | CampaignManifest | TrainingManifest
-# All that one list shows, and as many versions again.
-_MOST: Final = 2 * MOST_FOLDERS
+_UNFINISHED: Final = (
+    "This run is not finished: it is being written, or was stopped. What can be downloaded may be only part of it."
+)
+_PARTIAL: Final = "This run is partial: some {unit} failed. The numbers are over the others."
+_UNITS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
+# The folders of one list, and as many other versions of them.
+_MAX_SUMMARIES: Final = 2 * MAX_FOLDERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A folder in the list; without a manifest it is no run, or none that this release reads: `problems` say why.
+    """A folder in the list. Without a manifest it is not a run, or not one that this release reads.
 
-    `headline` is empty for a run that is not finished: what its tables say then is some of it, or of an earlier one.
+    `shape` is the summary as a JSON object. Its headline is empty if the run is not finished: its tables are then
+    incomplete, or those of an earlier run.
     """
 
     names: Names
+    shape: Mapping[str, Any]
     manifest: AnyManifest | None = None
     contents: Contents | None = None
-    headline: Headline = field(default_factory=Headline)
-    problems: Sequence[str] = ()
 
     @property
-    def run_id(self) -> str:
-        """The run's path below the root."""
-        return shown(self.names)
-
-    @property
-    def state(self) -> str:
-        """running, complete or partial; unreadable where the manifest does not say."""
-        return str(self.manifest.state) if self.manifest is not None else "unreadable"
+    def problems(self) -> Sequence[str]:
+        """What is wrong with the folder, a line each."""
+        problems: Sequence[str] = self.shape["problems"]
+        return problems
 
 
 def read_run(files: Files, run: Names) -> AnyManifest:
     """Read the manifest of a run. Raises Missing, or ShortVError with the reason why it cannot be used."""
     name = shown((*run, MANIFEST_NAME))
-    try:
-        value = json.loads(files.text((*run, MANIFEST_NAME)))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{name} is not JSON, perhaps it was cut off ({error})") from error
+    value = parse_json(files.text((*run, MANIFEST_NAME)), what=name, limit_bytes=MAX_TEXT_BYTES)
     if not isinstance(value, dict):
-        raise Refused(f"{name} holds a JSON {type(value).__name__}, not an object")
+        raise Refused(f"{name} is a JSON {type(value).__name__}, not an object")
     if value.get("kind") == "campaign":
         campaign = CampaignManifest.from_json(value, name)
         for item in (*campaign.models, *campaign.plans, *campaign.tasks):
@@ -66,50 +72,60 @@ def read_run(files: Files, run: Names) -> AnyManifest:
         return Manifest.from_json(value, name)
     if value.get("kind") == "training":
         return TrainingManifest.from_json(value, name)
-    raise Refused(f"{name} is of kind {value.get('kind')!r}, not 'sweep', 'campaign' or 'training'")
+    raise Refused(f"{name} is of kind {str(value.get('kind'))[:40]!r}, not 'sweep', 'campaign' or 'training'")
 
 
 class Summaries:
-    """Looks at runs; one whose files are as they were is not looked at again."""
+    """Summarises folders; a run whose files have not changed is not read again."""
 
     def __init__(self, files: Files) -> None:
-        """Look at runs of these files."""
         self._files = files
-        self._known: Memory[Summary] = Memory(_MOST)
+        self._known: Cache[Summary] = Cache(_MAX_SUMMARIES)
 
     def of(self, found: Found) -> Summary:
-        """Look at one folder that a search found; whatever is wrong with it is in the summary, never raised."""
+        """Summarise one folder that a search found; whatever is wrong with it becomes a problem, never an error."""
         if found.reason is not None:
-            return Summary(names=found.names, problems=(found.reason,))
+            return _unreadable(found.names, found.reason)
         try:
             listing = listing_of(self._files.tree, found.names, found.entries)
         except OSError as error:
-            return Summary(names=found.names, problems=(f"it cannot be listed: {why(error)}",))
+            return _unreadable(found.names, f"it cannot be listed: {why(error)}")
         before, key = self._files.interrupted, (found.names, listing.version)
         make = partial(_summarise, self._files, listing)
-        return self._known.recall(key, make, modified=listing.modified, lasts=lambda: self._files.interrupted == before)
+        return self._known.get(key, make, modified=listing.modified, lasts=lambda: self._files.interrupted == before)
+
+
+def _unreadable(names: Names, problem: str) -> Summary:
+    return Summary(names=names, shape={"id": shown(names), "state": "unreadable", "problems": [problem]})
 
 
 def _summarise(files: Files, listing: Listing) -> Summary:
-    run = listing.run
     try:
-        manifest = read_run(files, run)
+        return _summary(files, listing, read_run(files, listing.run))
     except Missing:
-        return Summary(names=run, problems=("it vanished while it was read",))
+        return _unreadable(listing.run, "it was removed while it was read")
     except ShortVError as error:
-        return Summary(names=run, problems=(str(error),))
-    contents = contents_of(files, listing)
-    headline = _headline(files, manifest, contents)
-    if headline.problems:
-        # What failed when it was read has another footer now.
-        contents = contents_of(files, listing)
+        return _unreadable(listing.run, str(error))
+    except Exception as error:  # one folder that nobody foresaw must not take the whole list away
+        return _unreadable(listing.run, f"it cannot be read ({type(error).__name__}); look at its {MANIFEST_NAME}")
+
+
+def _summary(files: Files, listing: Listing, manifest: AnyManifest) -> Summary:
+    contents, headline = contents_of(files, listing), Headline({}, ())
+    if manifest.state is not State.RUNNING:
+        headline = headline_of(files, manifest, contents)
+        if headline.problems:
+            # A file that failed when its rows were read has another footer now.
+            contents = contents_of(files, listing)
     damaged = [*_damaged(contents.tables), *(plan.problem for plan in contents.plans if plan.problem)]
-    problems = tuple(dict.fromkeys([*damaged, *headline.problems]))
-    return Summary(names=run, manifest=manifest, contents=contents, headline=headline, problems=problems)
+    problems = list(dict.fromkeys([*contents.skipped, *damaged, *headline.problems]))
+    shape = _shape(manifest, contents, headline.values, problems)
+    json.dumps(shape, allow_nan=False)  # raises ValueError here, and not when the whole list is sent
+    return Summary(names=listing.run, shape=shape, manifest=manifest, contents=contents)
 
 
 def _damaged(tables: Sequence[TableFile]) -> Iterator[str]:
-    """Name the files that cannot be used; those of one table for one reason together."""
+    """Name the files that cannot be used; those of one table with the same reason together."""
     groups: dict[tuple[str, str], list[TableFile]] = {}
     for item in tables:
         if item.reason is not None:
@@ -118,26 +134,15 @@ def _damaged(tables: Sequence[TableFile]) -> Iterator[str]:
         yield f"{len(items)} files of {table}: each {reason}" if len(items) > 1 else str(items[0].problem)
 
 
-def _headline(files: Files, manifest: AnyManifest, contents: Contents) -> Headline:
-    if manifest.state is State.RUNNING:
-        return Headline()
-    if isinstance(manifest, Manifest):
-        return sweep_headline(files, manifest, contents)
-    if isinstance(manifest, TrainingManifest):
-        return training_headline(files, manifest, contents)
-    return campaign_headline(files, manifest, contents)
-
-
-def as_json(summary: Summary, link: str) -> dict[str, Any]:
-    """Return a summary as a JSON object; `link` is the way to the run's page, with a slash at its end."""
-    manifest, contents = summary.manifest, summary.contents
-    shape: dict[str, Any] = {"id": summary.run_id, "state": summary.state, "problems": list(summary.problems)}
-    if manifest is None or contents is None:
-        return shape
+def _shape(
+    manifest: AnyManifest, contents: Contents, headline: Mapping[str, Any], problems: Sequence[str]
+) -> dict[str, Any]:
+    link = link_of(contents.run)
+    shape: dict[str, Any] = {"id": shown(contents.run), "state": str(manifest.state), "problems": problems}
     counts = {name: count for name, count in manifest.counts.items() if isinstance(count, int)}
     shape |= {"kind": manifest.kind, "finished_run": manifest.state is not State.RUNNING}
-    shape |= {"models": models(manifest), **choices(manifest), "counts": counts}
-    shape |= {"started": manifest.started, "finished": manifest.finished, "headline": summary.headline.values}
+    shape |= {"models": _models(manifest), **_choices(manifest), "counts": counts}
+    shape |= {"started": manifest.started, "finished": manifest.finished, "headline": headline}
     for name, page in (("page", PAGE_NAME), ("page_against", AGAINST_NAME)):
         shape[name] = f"{link}{page if page != PAGE_NAME else ''}" if page in contents.pages else None
     shape["manifest"] = f"{link}{MANIFEST_NAME}"
@@ -146,18 +151,27 @@ def as_json(summary: Summary, link: str) -> dict[str, Any]:
     return shape
 
 
-def models(manifest: AnyManifest) -> list[str]:
-    """Return the names of the models of a run."""
+def _models(manifest: AnyManifest) -> list[str]:
     if isinstance(manifest, CampaignManifest):
-        return [str(item.get("name")) for item in manifest.models]
+        return [str(item["name"]) for item in manifest.models]
     return [manifest.model]
 
 
-def choices(manifest: AnyManifest) -> dict[str, list[str]]:
-    """Return what was tried: the modes of a sweep, the plans and tasks of a campaign, the parts that were learned."""
-    if isinstance(manifest, Manifest):
-        return {"modes": list(manifest.modes)}
-    if isinstance(manifest, TrainingManifest):
-        return {"parts": [manifest.parts]}
-    plans = list(dict.fromkeys(str(item.get("name")) for item in manifest.plans))
-    return {"plans": plans, "tasks": [str(item.get("name")) for item in manifest.tasks]}
+def _choices(manifest: AnyManifest) -> dict[str, list[str]]:
+    """Return the modes of a sweep, the plans and tasks of a campaign, or the parts that a training learned."""
+    if isinstance(manifest, CampaignManifest):
+        plans = list(dict.fromkeys(str(item["name"]) for item in manifest.plans))
+        return {"plans": plans, "tasks": [str(item["name"]) for item in manifest.tasks]}
+    return {"modes": list(manifest.modes)} if isinstance(manifest, Manifest) else {"parts": [manifest.parts]}
+
+
+def link_of(names: Sequence[str]) -> str:
+    """Return the path from the list to a run's page."""
+    return f"runs/{'/'.join(quote(name, safe='', errors='replace') for name in names)}/"
+
+
+def label_of(manifest: AnyManifest) -> str | None:
+    """Return what a reader must know first about a run that is not complete."""
+    if manifest.state is State.RUNNING:
+        return _UNFINISHED
+    return _PARTIAL.format(unit=_UNITS[manifest.kind]) if manifest.state is State.PARTIAL else None

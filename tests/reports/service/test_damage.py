@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from reports.page import PAGE_NAME
-from reports.service.local_tree import LocalFile
+from reports.service.tree import LocalTree, Names, OpenFile
 from reports.store import Folder
 from tests.reports.runs import make_sweep
 from tests.reports.service.asking import HTML, ask, ask_all, listed
@@ -39,7 +39,7 @@ SWEEPS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fewer-parts": (
         _without_a_part,
-        "the manifest counts 3 samples x 2 modes x 5 layers, a/lc_samples holds 20 rows",
+        "the manifest counts 3 samples x 2 modes x 5 layers, a/lc_samples has 20 rows",
     ),
 }
 CAMPAIGNS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -103,17 +103,16 @@ def test_what_failed_when_it_was_read_is_not_handed_out(tmp_path: Path) -> None:
 
 def test_a_read_that_was_interrupted_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_sweep(tmp_path / "a")
-    path = tmp_path / "a" / "samples.parquet"
-    size, read, broken = path.stat().st_size, LocalFile.read, True
+    open_file, broken = LocalTree.open, True
 
-    def interrupted(self: LocalFile, start: int, count: int) -> bytes:
+    def interrupted(self: LocalTree, names: Names) -> OpenFile:
         nonlocal broken
-        if broken and self.size == size:
+        if broken and names == ("a", "samples.parquet"):
             broken = False
             raise OSError(5, "Input/output error")
-        return read(self, start, count)
+        return open_file(self, names)
 
-    monkeypatch.setattr(LocalFile, "read", interrupted)
+    monkeypatch.setattr(LocalTree, "open", interrupted)
     first, second = ask_all(tmp_path, [("GET", "/runs.json", {})] * 2)
     assert "samples.parquet could not be read: Input/output error" in first.json()["runs"][0]["problems"][0]
     assert second.json()["runs"][0]["problems"] == []

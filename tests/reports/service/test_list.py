@@ -112,16 +112,16 @@ def _manifest(folder: Path, **changes: Any) -> None:
 
 
 BROKEN = {
-    "cut-manifest": (lambda folder: _cut(folder / "manifest.json"), "not JSON"),
+    "cut-manifest": (lambda folder: _cut(folder / "manifest.json"), "not valid JSON"),
     "newer": (lambda folder: _manifest(folder, schema_version=2), "schema version 2, this release reads 1"),
     "kind": (lambda folder: _manifest(folder, kind="poem"), "of kind 'poem'"),
     "list": (lambda folder: (folder / "manifest.json").write_text("[]"), "JSON list"),
-    "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "not JSON"),
-    "binary": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "not JSON"),
-    "empty": (lambda folder: (folder / "manifest.json").write_bytes(b""), "not JSON"),
+    "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "not valid JSON"),
+    "binary": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "empty": (lambda folder: (folder / "manifest.json").write_bytes(b""), "not valid JSON"),
     "type": (lambda folder: _manifest(folder, counts=[]), "wrong type"),
     "state": (lambda folder: _manifest(folder, state="done"), "unknown state"),
-    "no-manifest": (lambda folder: (folder / "manifest.json").unlink(), "is no run: it holds no manifest.json"),
+    "no-manifest": (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
 }
 
 
@@ -156,7 +156,7 @@ DAMAGED = {
         "lc_layers.parquet holds the table errors",
     ),
     "counts": (lambda folder: _manifest(folder, counts={"used": 4, "errors": 0}), "counts 4 used"),
-    "layers": (lambda folder: _manifest(folder, num_layers=6), "does not hold each layer once"),
+    "layers": (lambda folder: _manifest(folder, num_layers=6), "each layer once"),
     "plan": (lambda folder: (folder / "plans/two.json").write_text("{"), "plans/two.json: the plan is no valid JSON"),
 }
 
@@ -188,19 +188,6 @@ def test_a_contradicting_campaign_has_no_numbers(tmp_path: Path) -> None:
     _manifest(tmp_path / "c", counts={"cells": 5})
     run = listed(tmp_path)["c"]
     assert "best" not in run["headline"] and "counts 5 cells" in run["problems"][0]
-
-
-def test_strange_texts_do_no_harm(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "a")
-    _manifest(
-        tmp_path / "a",
-        model="\ud800</script>",
-        noise_floor=float("inf"),
-        counts={"used": 3, "errors": 0, "x": float("nan")},
-    )
-    run = listed(tmp_path)["a"]
-    assert run["models"] == ["\ud800</script>"] and run["headline"]["noise_floor"] is None
-    assert ask(tmp_path, "/", headers=HTML).status_code == 200
 
 
 def test_a_change_is_seen_at_once(tmp_path: Path) -> None:

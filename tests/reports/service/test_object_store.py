@@ -10,8 +10,7 @@ import pytest
 from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
-from reports.service.store_tree import StoreTree
-from reports.service.trees import Kind, Missing
+from reports.service.tree import Kind, Missing, StoreFile, StoreTree
 from tests.reports.runs import make_sweep
 from tests.reports.service.asking import ask, ask_all, listed
 from tests.reports.service.folders import make_campaign
@@ -52,6 +51,14 @@ def test_tables_of_a_store_come_in_ranges(store: Any) -> None:
     assert ask(ROOT, "/runs/a/plans/two.json").json()["name"] == "two"
 
 
+def test_a_file_that_is_replaced_while_it_is_sent_breaks_the_answer(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StoreFile, "changed", lambda self: True)
+    with pytest.raises(ConnectionAbortedError):
+        ask(ROOT, "/runs/a/tables/samples.parquet")
+
+
 def test_a_change_in_a_store_is_seen(store: Any) -> None:
     name = "/service-tests/runs/a/plans/two.json"
     first = ask(ROOT, "/runs/a/plans/two.json")
@@ -71,7 +78,7 @@ def test_files_that_pyarrow_opens_itself(tmp_path: Path) -> None:
     tree = StoreTree(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "")
     assert [entry.kind for entry in tree.entries(())] == [Kind.FOLDER]
     opened = tree.open(("a", "manifest.json"))
-    assert opened.read(0, opened.size) == (tmp_path / "a" / "manifest.json").read_bytes()
+    assert opened.read(opened.size) == (tmp_path / "a" / "manifest.json").read_bytes()
     assert opened.modified is not None and not opened.changed()
     (tmp_path / "a" / "manifest.json").write_text("x")
     assert opened.changed()
