@@ -27,7 +27,7 @@ from shortv.sweep.planning import Control, replacement_order
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.runner import ReplicaRunner
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.serving.arguments import BUNDLED_NAME
+from shortv.workers.serving.spec import BUNDLED_NAME
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 JOB = TINY.parents[1] / "jobs" / "serve.py"

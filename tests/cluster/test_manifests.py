@@ -19,7 +19,7 @@ from shortv.plan import Plan
 from shortv.spec import load_spec
 from shortv.workers import running
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.spec import read_arguments
 from shortv.workers.submission import sweep_submission_id
 from shortv.workers.sweep import run_sweep
 from tests.cluster.rules import KINDS, RAY_VERSION, SECRETS, cluster_of, cross_problems, pods_of, problems
@@ -207,7 +207,7 @@ def test_the_serve_config() -> None:
     module, _, builder = application.import_path.partition(":")
     assert (module, builder) == ("shortv.workers.serving.app", "endpoint")
     assert re.search(rf"^def {builder}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.MULTILINE)
-    arguments = EndpointArguments.parse(application.args)
+    arguments = read_arguments(application.args)
     assert arguments.device != "auto" and arguments.cpus_per_replica and arguments.api_key_file
     (replica,) = application.deployments
     app_text = (ROOT / "shortv/workers/serving/app.py").read_text()
@@ -274,18 +274,6 @@ def docker_options(key: str, name: str) -> list[str]:
 def mounts(key: str) -> dict[str, str]:
     """Places in the containers by those on the machines."""
     return dict(value.split(":")[:2] for value in docker_options(key, "volume"))
-
-
-def test_how_many_workers_the_jobs_take_by_themselves() -> None:
-    def default(job: str, name: str) -> Any:
-        command = importlib.import_module(f"jobs.{job}").main
-        return next(parameter.default for parameter in command.params if parameter.name == name)
-
-    said = " ".join(README.split())
-    assert default("serve", "replicas") == "1" and "`jobs/serve.py` starts one replica unless `--replicas` says" in said
-    # None, or click's own mark for no default.
-    assert not isinstance(default("lc_sweep", "workers"), str) and not isinstance(default("campaign", "replicas"), str)
-    assert "A sweep and a campaign take one worker or replica per GPU by themselves" in said
 
 
 def test_an_id_that_a_refused_driver_used_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

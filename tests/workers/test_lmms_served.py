@@ -30,8 +30,9 @@ from shortv.workers.lmms_served import ShortVServe
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.spec import EndpointSpec
 from tests.tiny_model import TINY, bundled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,7 +62,7 @@ def url() -> Iterator[str]:
     resources = ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0)
     app = replica_app(ModelSpec(name=MODEL), [plan()], resources, engine=EngineSettings())
     client = ReplicaClient(deploy(app, name=APP, route_prefix=None))
-    face = make_endpoint("shortv-tiny", client, EndpointSettings())
+    face = make_endpoint(EndpointSpec(), client)
     server = uvicorn.Server(uvicorn.Config(face, log_level="warning", access_log=False))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,27 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from reports.access import key_digests_of
+from reports.http import log_requests
+from reports.service import make_service
 from shortv.errors import ShortVError
 from shortv.plan import Plan
 from shortv.spec import WorkerRange
 from shortv.workers.cluster import first_line, living_nodes
 from shortv.workers.request import ModelSpec
-from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.endpoint import limits_of, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
-from shortv.workers.serving.face import Endpoint
 from shortv.workers.serving.learned import parts_of
 from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
-from shortv.workers.serving.settings import EndpointSettings
+from shortv.workers.serving.spec import EndpointSpec, read_arguments
 from shortv.workers.shipping import ShippedFolder, folder_digest, ship
 from shortv.workers.worker import Environment
 
 REPLICA = "Replica"
-_ENVIRONMENT = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+# Settings of the hub, without its token: Serve stores what a deployment is bound to. Replicas find a token in the
+# environment of their node, or in the file at HF_TOKEN_PATH.
+_ENVIRONMENT = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
 # Requests that one process of the endpoint turns away at a time.
 _REFUSING = 32
 # Serve's access log has a line per request with its path; the endpoint writes its own.
@@ -135,61 +139,74 @@ def _autoscaling(low: int, high: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+class Endpoint:
+    """The deployment that clients talk to; its process loads neither torch nor a model."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], spec: EndpointSpec, key_digests: Sequence[str]) -> None:
+        """Take the handle of the replicas."""
+        log_requests()
+        self._app = make_endpoint(
+            spec,
+            ReplicaClient(replicas),
+            key_digests=key_digests,
+            reports=reports_of(spec),
+            sends_request_id=False,  # Serve's proxy adds the header
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+
+def reports_of(spec: EndpointSpec) -> Any:
+    """Return the service of the runs to serve beside the model, if any. Raises Refused for a missing folder."""
+    return make_service(spec.reports) if spec.reports else None
+
+
+def key_digests(spec: EndpointSpec) -> tuple[str, ...]:
+    """Return the digests of the accepted keys, none without a key file. Raises Refused for an unusable file."""
+    return key_digests_of(spec.api_key_file) if spec.api_key_file else ()
+
+
 def endpoint(args: Mapping[str, Any]) -> Any:
     """Build the application from arguments as `serve run` and config files give them. Raises Refused."""
     if not ray.is_initialized():
-        # `serve run` connects only after this, and uses a connection that it finds.
+        # `serve run` connects only after this, and uses a connection that exists.
         ray.init(namespace="serve")
-    return build(EndpointArguments.parse(args))
+    return build(read_arguments(args))
 
 
-def build(arguments: EndpointArguments) -> Any:
-    """The replicas and, behind Serve's proxies, the endpoint. Raises Refused for plans and keys that cannot be read."""
-    settings = replace(endpoint_settings(arguments), sends_request_id=False)  # Serve's proxy adds the header
-    face: Any = serve.deployment(
+def build(spec: EndpointSpec) -> Any:
+    """Return the replicas and, behind Serve's proxies, the endpoint. Raises Refused for unreadable plans or keys."""
+    deployment: Any = serve.deployment(
         serve.ingress()(Endpoint),
         name="Endpoint",
-        # The endpoint turns away what is too much, in the callers' form. When even that is too much work the proxies
-        # do, in theirs.
-        max_ongoing_requests=settings.max_in_flight + _REFUSING,
+        # The endpoint refuses surplus requests in OpenAI's form. When even that is too much, the proxies refuse.
+        max_ongoing_requests=spec.max_in_flight + _REFUSING,
         max_queued_requests=_REFUSING,
-        backpressure_config={"status_code": 429, "retry_after_s": settings.retry_after_s},
+        backpressure_config={"status_code": 429, "retry_after_s": limits_of(spec).retry_after_s},
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=arguments.timeout,
+        graceful_shutdown_timeout_s=spec.timeout,
         logging_config=_LOGGING,
     )
-    return face.bind(replicas_of(arguments), arguments, settings)
+    return deployment.bind(replicas_of(spec), spec, key_digests(spec))
 
 
-def replicas_of(arguments: EndpointArguments, *, folder: ShippedFolder | None = None) -> Any:
-    """The replicas alone, for an endpoint in another process. Raises Refused for plans that cannot be read."""
+def replicas_of(spec: EndpointSpec, *, folder: ShippedFolder | None = None) -> Any:
+    """Return the replicas alone, for an endpoint in another process. Raises Refused for unreadable plans."""
     resources = resources_of(
-        arguments.range,
-        device=arguments.device,
-        gpus=arguments.gpus_per_replica,
-        cpus=arguments.cpus_per_replica,
+        spec.replicas,
+        device=spec.device,
+        gpus=spec.gpus_per_replica,
+        cpus=spec.cpus_per_replica,
         nodes=living_nodes(),
     )
     return replica_app(
-        arguments.spec(),
-        read_plans(arguments.plans),
+        spec.model_spec(),
+        read_plans(spec.plans),
         resources,
-        engine=EngineSettings(batch_size=arguments.batch_size, max_queued=arguments.max_queued),
+        engine=EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout),
         folder=folder,
-        drain_s=arguments.timeout,
-    )
-
-
-def endpoint_settings(arguments: EndpointArguments) -> EndpointSettings:
-    """What the endpoint allows. Raises Refused for keys that cannot be read."""
-    return EndpointSettings(
-        key_digests=key_digests_of(arguments.api_key_file) if arguments.api_key_file else (),
-        max_body_bytes=int(arguments.max_body_mb * 2**20),
-        max_images=arguments.max_images,
-        max_image_pixels=int(arguments.max_image_megapixels * 1e6),
-        timeout_s=arguments.timeout,
-        # As many as the replicas take: what is too much is turned away here, where that costs next to nothing.
-        max_in_flight=arguments.range.high * (arguments.batch_size + arguments.max_queued),
+        drain_s=spec.timeout,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from shortv.errors import SampleError
 from shortv.request import Message
-from shortv.workers.serving.images import ImageSize, size_of
+from shortv.untrusted import image_size
 
 _BYTES_PER_PIXEL = 3  # RGB
 
@@ -37,7 +38,7 @@ class ImageRoom:
 
 def _decoded_bytes(part: object) -> int:
     try:
-        size = size_of(part) if isinstance(part, bytes) else ImageSize(*getattr(part, "size", (0, 0)))
-    except Exception:  # no image: whoever decodes it says so
+        width, height = image_size(part) if isinstance(part, bytes) else getattr(part, "size", (0, 0))
+    except SampleError:  # decoding it fails with the same error
         return 0
-    return size.width * size.height * _BYTES_PER_PIXEL
+    return int(width * height * _BYTES_PER_PIXEL)

@@ -6,21 +6,13 @@ refusal pays too (see jobs/bench.py campaign). Behind proxies runs `app.endpoint
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import socket
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 
-import uvicorn
-from fastapi import FastAPI
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -28,18 +20,17 @@ from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
 from reports.access import address_of, bound, check_host
+from reports.http import log_requests, serve_app
 from reports.locations import masked_uri
 from shortv.errors import Refused
-from shortv.families import load_architecture, load_processor
+from shortv.terminal import say
 from shortv.workers.cluster import connected
 from shortv.workers.engine import ModelEngine
-from shortv.workers.serving.app import deploy, endpoint_settings, replicas_of, shipped
-from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.app import deploy, key_digests, replicas_of, reports_of, shipped
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
-from shortv.workers.serving.face import reports_of
-from shortv.workers.serving.gate import log_requests
 from shortv.workers.serving.plans import PlanBook, read_plans
+from shortv.workers.serving.spec import EndpointSpec
 from shortv.workers.stopping import Stopped, stop_on_signal
 
 APP = "shortv"
@@ -47,20 +38,18 @@ _DELETION_S = 15.0
 _GONE = "gone"
 
 
-def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, console: Console) -> int:
-    """Start the endpoint, say where it is, and serve until SIGTERM or Ctrl-C.
+def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Console) -> int:
+    """Start the endpoint, print its address, and serve until SIGTERM or Ctrl-C.
 
     Raises:
-        Refused: arguments, plans or keys that cannot be right, or an address that cannot be bound.
+        Refused: plans or keys that cannot be used, or an address that cannot be bound.
         ShortVError: the replicas do not come up.
     """
-    host = check_host(host, with_key=arguments.api_key_file is not None)
+    host = check_host(host, with_key=spec.api_key_file is not None)
     # Replicas that start later load the same weights, whatever a branch on the hub names by then.
-    arguments = replace(arguments, revision=ModelEngine().pin(arguments.spec()).revision)
-    check_model(arguments, console)
-    settings, reports = endpoint_settings(arguments), reports_of(arguments)
-    # The endpoint has a limit of its own, and an answer for images beyond it.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    spec = spec.model_copy(update={"revision": ModelEngine().pin(spec.model_spec()).revision})
+    check_model(spec, console)
+    digests, reports = key_digests(spec), reports_of(spec)
     log_requests()
     with bound(host, port) as listening, connected(), suppress(Stopped), stop_on_signal():
         others = _applications()
@@ -68,13 +57,14 @@ def run_endpoint(arguments: EndpointArguments, *, host: str | None, port: int, c
             raise Refused(f"this cluster serves {APP} already; end that job or application first")
         serve.start(proxy_location="Disabled")
         try:
-            replicas = deploy(replicas_of(arguments, folder=shipped(arguments.model_path)), name=APP, route_prefix=None)
-            face = make_endpoint(arguments.served_name, ReplicaClient(replicas), settings, reports=reports)
+            replicas = deploy(replicas_of(spec, folder=shipped(spec.model_path)), name=APP, route_prefix=None)
+            app = make_endpoint(spec, ReplicaClient(replicas), key_digests=digests, reports=reports)
+            announce = partial(_announce, spec, address_of(listening), console)
             with _watched(console):
-                asyncio.run(_listen(face, listening, partial(_say, arguments, address_of(listening), console)))
+                serve_app(app, listening, announce=announce)
         finally:
             _end(alone=not others)
-    console.print("stopped", highlight=False)
+    say(console, "stopped")
     return 0
 
 
@@ -90,24 +80,6 @@ def _end(*, alone: bool) -> None:
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-async def _listen(face: FastAPI, listening: socket.socket, say: Callable[[], None]) -> None:
-    """Answer until a signal comes, then let running requests end."""
-    server = uvicorn.Server(
-        uvicorn.Config(face, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10)
-    )
-    logging.getLogger("uvicorn.error").addFilter(_is_news)
-    serving = asyncio.create_task(server.serve([listening]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.02)
-    say()
-    await serving
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the traceback of a request that the stop has cut off: uvicorn says how many those are."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
-
-
 def _applications() -> list[str]:
     """The applications that Serve runs on this cluster."""
     try:
@@ -116,24 +88,21 @@ def _applications() -> list[str]:
         return []
 
 
-def check_model(arguments: EndpointArguments, console: Console) -> None:
+def check_model(spec: EndpointSpec, console: Console) -> None:
     """Check on the driver what a replica would only find out after loading weights. Raises Refused."""
-    spec = arguments.spec()
-    architecture = load_architecture(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    load_processor(
-        spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, chat_template=spec.chat_template
-    )
-    book = PlanBook(architecture, read_plans(arguments.plans), model=spec.name, revision=spec.revision)
+    model = spec.model_spec()
+    architecture = ModelEngine().describe(model)
+    book = PlanBook(architecture, read_plans(spec.plans), model=model.name, revision=model.revision)
     for warning in book.warnings:
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+        say(console, warning)
 
 
-def _say(arguments: EndpointArguments, address: str, console: Console) -> None:
-    names = [arguments.served_name, *(f"{arguments.served_name}@{plan.name}" for plan in read_plans(arguments.plans))]
-    console.print(f"serving {', '.join(names)}", highlight=False, soft_wrap=True)
-    if arguments.reports:
-        console.print(f"{masked_uri(arguments.reports)} is at {address}/reports/", highlight=False, soft_wrap=True)
-    console.print(f"{address}/v1 is ready; Ctrl-C stops it", highlight=False, soft_wrap=True)
+def _announce(spec: EndpointSpec, address: str, console: Console) -> None:
+    names = [spec.served_name, *(f"{spec.served_name}@{plan.name}" for plan in read_plans(spec.plans))]
+    say(console, f"serving {', '.join(names)}")
+    if spec.reports:
+        say(console, f"{masked_uri(spec.reports)} is at {address}/reports/")
+    say(console, f"{address}/v1 is ready; Ctrl-C stops it")
 
 
 @contextmanager
@@ -154,7 +123,7 @@ def _watch(console: Console, over: threading.Event) -> None:
     while not over.wait(1):
         status = _status()
         if status != last:
-            console.print(f"the application is {status.lower().replace('_', ' ')}", highlight=False)
+            say(console, f"the application is {status.lower().replace('_', ' ')}")
             last = status
 
 

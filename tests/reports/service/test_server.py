@@ -21,11 +21,11 @@ from pyarrow import parquet as pq
 
 from jobs.report import main
 from reports.access import check_host
-from reports.http import guarded
 from reports.schemas import SCHEMAS
 from reports.service import make_service, run_service
 from shortv.errors import Refused
-from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from shortv.workers.serving.endpoint import make_endpoint
+from shortv.workers.serving.spec import EndpointSpec
 from tests.reports.runs import make_sweep
 from tests.workers.serving.endpoint_fakes import FakeReplicas
 
@@ -163,8 +163,8 @@ def test_the_job_refuses_what_cannot_be(tmp_path: Path, arguments: list[str], wh
 def test_the_endpoint_mounts_the_service_behind_its_gate(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a")
     key = "a-key-of-24-characters-x"
-    settings = EndpointSettings(key_digests=(hashlib.sha256(key.encode()).hexdigest(),))
-    app = make_endpoint("m", FakeReplicas(), settings, reports=guarded(make_service(str(tmp_path)), key_digests=None))
+    digests = (hashlib.sha256(key.encode()).hexdigest(),)
+    app = make_endpoint(EndpointSpec(), FakeReplicas(), key_digests=digests, reports=make_service(str(tmp_path)))
 
     async def run(path: str, **headers: str) -> httpx.Response:
         transport = httpx.ASGITransport(app, client=("10.0.0.9", 4711))

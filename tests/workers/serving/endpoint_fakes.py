@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -14,8 +14,9 @@ import uvicorn
 from PIL import Image
 from starlette.types import ASGIApp
 
-from shortv.request import Chunk, Completion, Failure, Reason, Request, TokenLogprob
-from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from shortv.request import Chunk, Completion, Failure, Request, TokenLogprob
+from shortv.workers.serving.endpoint import make_endpoint
+from shortv.workers.serving.spec import EndpointSpec
 
 MODEL = "org/tiny"
 PLANS = {"": "d0", "last3": "d3", "half": "d5"}
@@ -24,48 +25,54 @@ KEY = "a-key-of-24-characters-x"
 
 
 class FakeReplicas:
-    """Says "The cat", or what its fields tell it to; notes what it was asked and what was given up."""
+    """Completes with "The cat" or as its fields say; keeps the requests, and counts those that were cancelled.
+
+    With an event as `gate`, requests wait for it, streams before the chunk of number `gate_from`.
+    """
 
     def __init__(
         self,
         *,
         failure: Failure | None = None,
         error: Exception | None = None,
-        seconds: float = 0.0,
-        pieces: int = 2,
+        gate: asyncio.Event | None = None,
+        chunks: int = 2,
         ends: bool = True,
-        decodes: bool = False,
+        gate_from: int = 0,
     ) -> None:
-        self.failure, self.error, self.seconds, self.pieces = failure, error, seconds, pieces
-        self.ends, self.decodes = ends, decodes
+        self.failure, self.error, self.gate, self.chunks = failure, error, gate, chunks
+        self.ends, self.gate_from = ends, gate_from
         self.is_healthy = True
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
         self.cancelled = 0
         self.closed = 0
 
     async def complete(self, request: Request) -> Completion | Failure:
-        self.asked.append(request)
+        self.requests.append(request)
         try:
-            await asyncio.sleep(self.seconds)
+            await self._wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         if self.error is not None:
             raise self.error
-        if self.decodes and (damaged := _damaged(request)):
-            return damaged
-        return self.failure or _answer(request)
+        return self.failure or _completion(request)
+
+    async def _wait(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
-        self.asked.append(request)
+        self.requests.append(request)
         try:
-            for number in range(self.pieces):
-                await asyncio.sleep(self.seconds)
+            for number in range(self.chunks):
+                if number >= self.gate_from:
+                    await self._wait()
                 yield Chunk("The " if number == 0 else "cat", _logprobs(request)[number : number + 1])
             if self.error is not None:
                 raise self.error
             if self.ends:
-                yield self.failure or _answer(request)
+                yield self.failure or _completion(request)
         finally:
             self.closed += 1
 
@@ -76,7 +83,7 @@ class FakeReplicas:
         return self.is_healthy
 
 
-def _answer(request: Request) -> Completion:
+def _completion(request: Request) -> Completion:
     return Completion(
         text="The cat",
         finish_reason="stop",
@@ -97,16 +104,6 @@ def _logprobs(request: Request) -> tuple[TokenLogprob, ...]:
         return ()
     top = (("The ", -0.25), ("Ä", float("-inf")))[: request.sampling.top_logprobs]
     return (TokenLogprob("The ", -0.25, top), TokenLogprob("cat", -1.0, top))
-
-
-def _damaged(request: Request) -> Failure | None:
-    for part in request.messages[-1].parts:
-        try:
-            if isinstance(part, bytes):
-                Image.open(io.BytesIO(part)).load()
-        except OSError:
-            return Failure(reason=Reason.INVALID, message="image 1 is damaged; send it again")
-    return None
 
 
 def picture(form: str = "PNG", size: tuple[int, int] = (32, 24)) -> bytes:
@@ -130,36 +127,36 @@ def body(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
 
 
-def client_of(
-    replicas: FakeReplicas,
-    address: str = "127.0.0.1",
-    host: str = "localhost",
-    reports: ASGIApp | None = None,
-    **settings: Any,
-) -> Any:
+def app_of(
+    replicas: Any, *, key_digests: Sequence[str] = (), reports: ASGIApp | None = None, **settings: Any
+) -> ASGIApp:
+    spec = EndpointSpec(model=MODEL, **settings)
+    return make_endpoint(spec, replicas, key_digests=key_digests, reports=reports)
+
+
+def client_of(replicas: FakeReplicas, address: str = "127.0.0.1", **settings: Any) -> httpx.AsyncClient:
     """An HTTP client whose requests reach an endpoint without a socket."""
-    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings), reports=reports)
-    transport = httpx.ASGITransport(app, client=(address, 4711))
-    return httpx.AsyncClient(transport=transport, base_url=f"http://{host}")
+    transport = httpx.ASGITransport(app_of(replicas, **settings), client=(address, 4711))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 def post(data: Any, replicas: FakeReplicas | None = None, **settings: Any) -> httpx.Response:
-    """Ask one question; `data` is JSON-like, or the bytes of a body."""
+    """Send one request; `data` is JSON-like, or the bytes of a body."""
 
-    async def ask() -> httpx.Response:
+    async def send() -> httpx.Response:
         async with client_of(replicas or FakeReplicas(), **settings) as client:
             raw = {"content": data, "headers": {"content-type": "application/json"}}
             return await client.post(PATH, **(raw if isinstance(data, bytes) else {"json": data}))
 
-    return asyncio.run(ask())
+    return asyncio.run(send())
 
 
 def get(path: str, replicas: FakeReplicas | None = None, *, headers: Any = None, **settings: Any) -> httpx.Response:
-    async def ask() -> httpx.Response:
+    async def send() -> httpx.Response:
         async with client_of(replicas or FakeReplicas(), **settings) as client:
             return await client.get(path, headers=headers)
 
-    return asyncio.run(ask())
+    return asyncio.run(send())
 
 
 def problem(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -192,8 +189,9 @@ async def background(work: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Ta
 @contextlib.asynccontextmanager
 async def served(replicas: FakeReplicas, **settings: Any) -> AsyncIterator[int]:
     """The endpoint behind a real socket; yields its port."""
-    app = make_endpoint(MODEL, replicas, EndpointSettings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app_of(replicas, **settings), port=0, log_config=None, timeout_graceful_shutdown=1)
+    )
     async with background(server.serve()):
         await until(lambda: server.started)
         yield server.servers[0].sockets[0].getsockname()[1]

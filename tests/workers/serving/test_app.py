@@ -9,9 +9,9 @@ import pytest
 from shortv.errors import Refused
 from shortv.spec import WorkerRange
 from shortv.workers.request import ModelSpec
-from shortv.workers.serving.app import ReplicaResources, endpoint_settings, replica_app, resources_of
-from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.app import ReplicaResources, replica_app, resources_of
 from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.spec import EndpointSpec, read_arguments
 
 NODES = [{"Resources": {"CPU": 16.0, "GPU": 4.0}}, {"Resources": {"CPU": 9.0}}]
 
@@ -32,7 +32,7 @@ def test_a_range_of_replicas_follows_the_load() -> None:
 
 
 def test_what_the_endpoint_takes_is_what_runs_and_what_may_wait() -> None:
-    taken = endpoint_settings(EndpointArguments(replicas="1:2", batch_size=8, max_queued=24)).max_in_flight
+    taken = EndpointSpec(replicas="1:2", batch_size=8, max_queued=24).max_in_flight
     assert taken == 2 * (8 + 24)
     found = deployment(WorkerRange(1, 2))
     assert found.max_queued_requests > taken and 2 * found.max_ongoing_requests > taken
@@ -59,7 +59,13 @@ def test_cpus_are_shared_where_there_are_no_gpus() -> None:
     assert (resources.device, resources.gpus, resources.cpus) == ("cpu", 0, 4)
 
 
-def test_the_number_of_images_is_an_argument() -> None:
-    assert endpoint_settings(EndpointArguments.parse({"max-images": "3"})).max_images == 3
-    with pytest.raises(Refused, match="--max-images is 0; give more than 0"):
-        EndpointArguments(max_images=0)
+def test_arguments_are_read_from_text_and_refused_by_name() -> None:
+    arguments = {"max-images": "3", "plans": "a, b", "replicas": "1:4", "trust_remote_code": "true", "revision": None}
+    spec = read_arguments(arguments)
+    assert (spec.max_images, spec.plans, spec.replicas, spec.trust_remote_code) == (3, ("a", "b"), (1, 4), True)
+    refused = {"max_image": 3, "batch_size": 0, "timeout": "nan", "replicas": "4:1", "max_body_mb": "9" * 5000}
+    for name, value in {**refused, "gpus_per_replica": 1.5, "model": "a\0b", "stall_timeout": -1}.items():
+        with pytest.raises(Refused) as caught:
+            read_arguments({name: value})
+        assert name.replace("_", "-") in str(caught.value).replace("_", "-")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from shortv.workers.serving import client as module
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
+from tests.workers.serving.endpoint_fakes import app_of
 
 PLANS = {"last3": "d3"}
 
@@ -103,7 +103,7 @@ def test_without_replicas_the_endpoint_says_when_to_ask_again(
     outcome: Exception | None, ask: Callable[[TestClient], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    app = make_endpoint("m", ReplicaClient(FakeHandle(outcome)), EndpointSettings())  # type: ignore[arg-type]
+    app = app_of(ReplicaClient(FakeHandle(outcome)))  # type: ignore[arg-type]
     with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 1)) as client:
         response = ask(client)
     assert response.status_code == 503 and response.headers["retry-after"] == "1"

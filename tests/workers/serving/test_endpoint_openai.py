@@ -10,10 +10,9 @@ import pytest
 
 from reports.access import key_digests_of
 from shortv.request import Failure, Reason
-from shortv.workers.serving.endpoint import EndpointSettings, make_endpoint
-from tests.workers.serving.endpoint_fakes import KEY, MODEL, FakeReplicas, image_part, picture, uri
+from tests.workers.serving.endpoint_fakes import KEY, MODEL, FakeReplicas, app_of, image_part, picture, uri
 
-QUESTION: Any = [{"role": "user", "content": [image_part(uri(picture())), {"type": "text", "text": "What?"}]}]
+MESSAGES: Any = [{"role": "user", "content": [image_part(uri(picture())), {"type": "text", "text": "What?"}]}]
 
 
 def with_client(
@@ -23,8 +22,7 @@ def with_client(
     **settings: Any,
 ) -> Any:
     async def go() -> Any:
-        app = make_endpoint(MODEL, replicas or FakeReplicas(), EndpointSettings(**settings))
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app_of(replicas or FakeReplicas(), **settings)))
         async with openai.AsyncOpenAI(
             api_key=key, base_url="http://localhost/v1", http_client=http, max_retries=0
         ) as one:
@@ -47,7 +45,7 @@ def test_it_asks_about_an_image(model: str) -> None:
     async def use(client: openai.AsyncOpenAI) -> Any:
         return await client.chat.completions.create(
             model=model,
-            messages=QUESTION,
+            messages=MESSAGES,
             max_completion_tokens=5,
             logprobs=True,
             top_logprobs=1,
@@ -61,17 +59,17 @@ def test_it_asks_about_an_image(model: str) -> None:
     assert found.usage.total_tokens == 14 and found.usage.visual_tokens == 8
     assert found.shortv["prefill_ms"] == 3.25
     assert found._request_id and found._request_id in found.id
-    assert replicas.asked[0].sampling.top_k == 3
+    assert replicas.requests[0].sampling.top_k == 3
 
 
 def test_it_streams_and_talks_on_with_what_it_got() -> None:
     async def use(client: openai.AsyncOpenAI) -> Any:
         stream = await client.chat.completions.create(
-            model=MODEL, messages=QUESTION, stream=True, stream_options={"include_usage": True}
+            model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
         )
         chunks = [chunk async for chunk in stream]
-        whole = await client.chat.completions.create(model=MODEL, messages=QUESTION)
-        history = [*QUESTION, whole.choices[0].message, {"role": "user", "content": "Sure?"}]
+        whole = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
+        history = [*MESSAGES, whole.choices[0].message, {"role": "user", "content": "Sure?"}]
         await client.chat.completions.create(model=MODEL, messages=history)
         history[1] = whole.choices[0].message.model_dump()
         await client.chat.completions.create(model=MODEL, messages=history)
@@ -81,7 +79,7 @@ def test_it_streams_and_talks_on_with_what_it_got() -> None:
     chunks = with_client(use, replicas)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "The cat"
     assert chunks[-1].usage.prompt_tokens == 12
-    assert [turn.role for turn in replicas.asked[-1].messages] == ["user", "assistant", "user"]
+    assert [turn.role for turn in replicas.requests[-1].messages] == ["user", "assistant", "user"]
 
 
 def test_errors_are_its_exceptions(tmp_path: Any) -> None:
@@ -89,12 +87,11 @@ def test_errors_are_its_exceptions(tmp_path: Any) -> None:
     guarded = {"key_digests": key_digests_of(tmp_path / "keys")}
 
     async def ask(client: openai.AsyncOpenAI, **fields: Any) -> Any:
-        return await client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, **fields})
+        return await client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **fields})
 
     cases: list[tuple[type[openai.APIStatusError], FakeReplicas, dict[str, Any], dict[str, Any]]] = [
         (openai.NotFoundError, FakeReplicas(), {"model": "other"}, {}),
         (openai.BadRequestError, FakeReplicas(), {"temperature": 9}, {}),
-        (openai.RateLimitError, FakeReplicas(), {}, {"max_in_flight": 0}),
         (openai.AuthenticationError, FakeReplicas(), {}, {"key": "wrong" * 5, **guarded}),
         (openai.InternalServerError, FakeReplicas(failure=Failure(reason=Reason.LOST, message="lost")), {}, {}),
     ]
@@ -107,7 +104,7 @@ def test_errors_are_its_exceptions(tmp_path: Any) -> None:
 
 def test_a_stream_that_fails_is_an_exception() -> None:
     async def use(client: openai.AsyncOpenAI) -> None:
-        stream = await client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True)
+        stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
         async for _ in stream:
             pass
 

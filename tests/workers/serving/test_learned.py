@@ -25,12 +25,12 @@ from shortv.layers.apply import executing
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.workers.request import ModelSpec
-from shortv.workers.serving.arguments import EndpointArguments
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.run import check_model
+from shortv.workers.serving.spec import EndpointSpec
 from tests.parts import plan_of, register, save_shifts
 from tests.tiny_model import TINY, bundled, calibration
 from tests.workers.serving.asking import Told, row_of, submit
@@ -165,7 +165,7 @@ def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> Non
     plan = routers(tmp_path / "parts")
     assert plan.parts is not None
     file = plan.save(tmp_path / "x.json")
-    arguments = EndpointArguments(model=str(TINY / "model"), plans=(str(file),))
+    arguments = EndpointSpec(model=str(TINY / "model"), plans=(str(file),))
     check_model(arguments, Console(quiet=True))
     header = tmp_path / "parts" / "parts.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"config_digest": "cd" * 32}))

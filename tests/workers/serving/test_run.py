@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from rich.console import Console
 from shortv.families import load_architecture
 from shortv.plan import Plan
 from shortv.workers.serving import run
-from shortv.workers.serving.arguments import EndpointArguments
+from shortv.workers.serving.spec import EndpointSpec
 from tests.tiny_model import TINY
 
 MODEL = str(TINY / "model")
@@ -35,14 +33,6 @@ def test_the_end_does_not_wait_for_a_replica_that_never_ends(
     assert least <= time.monotonic() - started < least + 1
 
 
-def test_requests_that_the_stop_cuts_off_are_counted_without_tracebacks() -> None:
-    def news(error: BaseException | None) -> bool:
-        exc_info = (type(error), error, None) if error else None
-        return run._is_news(logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "it", (), exc_info))
-
-    assert news(None) and news(ValueError()) and not news(asyncio.CancelledError())
-
-
 def test_a_plan_made_for_this_very_folder_is_nothing_to_warn_of(tmp_path: Path) -> None:
     found = load_architecture(MODEL)
     plan = Plan.full(num_layers=found.num_layers, name="p", model=MODEL, config_digest=found.config_digest)
@@ -50,7 +40,7 @@ def test_a_plan_made_for_this_very_folder_is_nothing_to_warn_of(tmp_path: Path) 
 
     def check(plan: Plan) -> str:
         file = plan.save(tmp_path / "p.json")
-        run.check_model(EndpointArguments(model=MODEL, plans=(str(file),)), Console(file=said))
+        run.check_model(EndpointSpec(model=MODEL, plans=(str(file),)), Console(file=said))
         return said.getvalue()
 
     assert check(plan) == ""
