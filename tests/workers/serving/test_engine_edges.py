@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from shortv.layers.sequence import keep_rows
 from shortv.request import Failure, Reason
-from shortv.workers.serving.batch import RunningBatch, end_tokens
+from shortv.workers.serving.batch import RunningBatch
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.transcript import Transcript
@@ -194,7 +194,7 @@ def test_every_token_that_texts_leave_out_can_be_a_stop() -> None:
     tokenizer = build_tokenizer(CHECKPOINTS["Qwen2VLProcessor"])
     assert "<|im_start|>" not in tokenizer.all_special_tokens
     processor = type("Processor", (), {"tokenizer": tokenizer})
-    ends, texts = end_tokens(replace(bundled(), processor=processor), ("<|im_start|>", "\n", "<|im_end|>"))
+    ends, texts = replace(bundled(), processor=processor).end_tokens(("<|im_start|>", "\n", "<|im_end|>"))
     assert texts == ("\n",)
     assert ends[-2:] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
 
