@@ -3,12 +3,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 COMPAT := .venv-compat
+SEED := $(or $(SEED),$(shell date +%s))
 LOCK_FLAGS := -q --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 # The oldest transformers that pyproject.toml allows, and the newest hub client it works with.
 OLDEST := transformers==5.17.0\nhuggingface-hub<2\n
 
-.PHONY: help install demo campaign campaign-seeds page docs test test-slow test-browser test-compat check format lock clean
+.PHONY: help install demo campaign campaign-seeds page docs test test-fast test-order test-slow test-gpu bench-gpu \
+	test-browser test-compat check format lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show the targets
@@ -35,12 +37,25 @@ page: demo ## Write the page of runs/demo, and its picture reports/page.png
 docs: .venv/.installed ## Write reports/TABLES.md from reports/fields.py
 	$(BIN)/python -m reports.documentation
 
-test: .venv/.installed ## Run the tests (no slow, gpu, browser); those that start Ray one by one
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not browser and not ray"
+FAST := not slow and not gpu and not browser and not ray
+
+test: test-fast ## Run all tests but the slow, gpu and browser ones, in about 5 minutes
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu and not browser"
 
-test-slow: .venv/.installed ## Run the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu and not browser" || test $$? -eq 5 # 5: no such test
+test-fast: .venv/.installed ## Run the tests that need no Ray, in about 2 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
+
+test-order: .venv/.installed ## Run the fast tests in a random order and with random hashes (SEED=7 repeats one)
+	PYTHONHASHSEED=$(SEED) $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)" --shuffle=$(SEED)
+
+test-slow: .venv/.installed ## Run the slow tests: killed drivers and nodes, submitted jobs, large files
+	$(BIN)/python -m pytest -m "slow and not gpu and not browser"
+
+test-gpu: .venv/.installed ## Run the tests that need a CUDA device; they skip without one
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+bench-gpu: .venv/.installed ## Run every GPU benchmark and write one table into runs/bench-gpu
+	$(BIN)/python jobs/bench.py gpu
 
 test-browser: .venv/.browser ## Run the tests of the page in headless Chromium
 	@$(need_chromium)

@@ -1,31 +1,77 @@
-"""What holds for every test: no network, no hub, no display."""
+"""Rules for every test (no network, no hub), the Ray that tests share, and an order of tests drawn from a seed."""
 
 import os
+import random
 import socket
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-# CI judges a change by the same examples every time; runs at a desk go on looking for new ones.
+# CI uses the same examples every time; other runs keep searching for new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--shuffle SEED` and `--gpu-device DEVICE`."""
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run modules, and tests in a module, in random order")
+    parser.addoption("--gpu-device", default="cuda", help="cuda, or cpu to run their bodies without a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle modules, and tests within their module: fixtures of a module are still set up once."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    modules: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    draw = random.Random(seed)
+    groups = list(modules.values())
+    draw.shuffle(groups)
+    for group in groups:
+        draw.shuffle(group)
+    items[:] = [item for group in groups for item in group]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine with four CPUs, started by the first test that needs it and shared by all of them.
+
+    A test that starts a cluster of its own calls `ray.shutdown()` first; the next user of this fixture starts it again.
+    """
+    import ray
+
+    from shortv.workers.cluster import start
+
+    if not ray.is_initialized():
+        start(num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    yield
+
+
+def pytest_sessionfinish() -> None:
+    """Stop the shared Ray."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Cut the network off before any test module is imported, and give it back at the end."""
+    """Disconnect the network before any test module is imported, and restore it at the end."""
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
     # The hub's client reads these once, when it is imported.
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_DATASETS_OFFLINE", "1")
     patch.setenv("MPLBACKEND", "agg")
-    # A cluster that Ray starts by itself takes the whole process with it, a minute after it was shut down.
+    # Otherwise Ray may start a second cluster in the background and end this process when that one stops.
     patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
     # The models are tiny: more threads than one only wait for each other, badly so on a busy machine.
     patch.setenv("OMP_NUM_THREADS", "1")
-    # Credentials of the person who runs the tests are no business of the tests.
+    # Tests must not see the credentials of the person who runs them.
     patch.delenv("HF_TOKEN", raising=False)
     allowed = {"127.0.0.1", "::1", "localhost", "0.0.0.0", *_own_addresses()}
     connect = socket.socket.connect

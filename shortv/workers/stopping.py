@@ -11,12 +11,16 @@ from types import FrameType
 from shortv.errors import ShortVError
 
 
-class Stopped(ShortVError):
-    """The user, or the cluster, ended the run; the same command continues it."""
+class Stopped(ShortVError, SystemExit):
+    """The user, or the cluster, ended the run; the same command continues it.
+
+    It is a SystemExit as well: asyncio logs and drops other errors that are raised in a callback of its loop, and click
+    replaces KeyboardInterrupt.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__("stopped before the end; what is finished is kept, and the same command continues")
-        self.exit_status = 128 + number
+        self.exit_status = self.code = 128 + number
 
 
 @contextmanager

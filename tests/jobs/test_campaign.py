@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from jobs.campaign import main
 from jobs.common import run
@@ -25,21 +23,13 @@ from shortv.families import load_architecture
 from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
-from shortv.workers.cluster import start
 from shortv.workers.progress import SampleProgress
 from tests.tiny_model import bundled
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "shortv/tiny/model"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_submitted_as_a_job(tmp_path: Path, head: dict[str, str], embedded: Path) -> None:
     submit = ["ray", "job", "submit", "--working-dir", ".", "--entrypoint-num-cpus", "1", "--", "python"]
     output = tmp_path / "out"

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 import uvicorn
 from ray import serve
 
@@ -25,7 +24,6 @@ from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Request
 from shortv.spec import WorkerRange
-from shortv.workers.cluster import start
 from shortv.workers.lmms_served import ShortVServe
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
@@ -55,9 +53,8 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(local_ray: None) -> Iterator[str]:
     """The address of an endpoint in this process before a replica on Serve, the application `lmms`."""
-    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     serve.start(proxy_location="Disabled")
     resources = ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0)
     app = replica_app(ModelSpec(name=MODEL), [plan()], resources, engine=EngineSettings())
@@ -75,7 +72,7 @@ def url() -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
     assert not thread.is_alive()
-    ray.shutdown()
+    serve.delete(APP)
 
 
 class InProcess:

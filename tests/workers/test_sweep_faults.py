@@ -21,7 +21,6 @@ import ray
 from reports.manifest import Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.workers.cluster import start
 from shortv.workers.ledger import RemoteLedger, start_ledger
 from shortv.workers.shipping import CHUNK, folder_digest, ship
 from shortv.workers.stream import stream_results
@@ -29,13 +28,6 @@ from shortv.workers.sweep import run_sweep
 from tests.workers.fakes import FakeEngine, make_request, tables
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    start(num_cpus=6, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

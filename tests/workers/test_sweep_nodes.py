@@ -21,7 +21,7 @@ from shortv.workers.request import SweepRequest
 from shortv.workers.sweep import run_sweep
 from tests.workers.fakes import FakeEngine, make_request, tables
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class TracedEngine(FakeEngine):
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without GPUs, and three nodes with one each."""
+    ray.shutdown()
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(3):
         found.add_node(num_cpus=1, num_gpus=1)

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -24,7 +23,6 @@ from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.spec import WorkerRange
-from shortv.workers.cluster import start
 from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
@@ -39,11 +37,8 @@ APP = "replicas"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    start(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+def local_serve(local_ray: None) -> None:
     serve.start(proxy_location="Disabled")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
