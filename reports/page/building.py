@@ -26,13 +26,13 @@ def build_page(folder: Folder, *, against: Folder | None = None, links: str | No
         data = read_sweep_data(folder)
         if against is None:
             return sweep_page(data, links=links)
-        from reports.page.against_sweep import compare_sweeps
+        from reports.page.against import compare_sweeps
 
         return sweep_page(data, links=links, compared=compare_sweeps(data, folder, against))
     campaign = read_campaign_data(folder)
     if against is None:
         return campaign_page(campaign, links=links)
-    from reports.page.against_campaign import compare_campaigns
+    from reports.page.against import compare_campaigns
 
     return campaign_page(campaign, links=links, compared=compare_campaigns(campaign, folder, against))
 

@@ -6,13 +6,10 @@ from typing import Any
 
 from reports.campaign import CampaignManifest
 from reports.manifest import State
-from reports.page.campaign_charts import accuracy_chart, difference_chart
-from reports.page.campaign_data import CampaignData, Training, kind_of_plan, parts_of_plan
+from reports.page.campaign_charts import accuracy_chart, difference_chart, exit_charts, speed_chart
+from reports.page.campaign_data import CampaignData, Training, interval_of, kind_of_plan, parts_of_plan
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
-from reports.page.exit_chart import exit_charts
-from reports.page.intervals import interval_of
 from reports.page.ran import command_of, run_facts, state_warnings
-from reports.page.speed_chart import speed_chart
 from reports.page.sweep_charts import plan_strips
 
 # Strips beyond this many plans of one model are no longer looked at.

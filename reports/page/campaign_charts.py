@@ -1,16 +1,14 @@
-"""The charts of one model and task of a campaign: accuracy against FLOPs, and differences."""
+"""The charts of a campaign: accuracy and speed against FLOPs, differences, and exit layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import altair as alt
 
-from reports.page.campaign_data import KINDS, Group, Point
-from reports.page.document import Chart, Grid
-from reports.page.intervals import interval_note
-from reports.page.kinds import kind_colour, kind_shape, tips
-from reports.page.labels import PADDING, label_layer, label_rows
-from reports.page.marks import ROWS, spec_of
+from reports.page.answers import Exits, answers_of
+from reports.page.campaign_data import KINDS, Group, Point, interval_note
+from reports.page.charts import PADDING, ROWS, kind_colour, kind_shape, label_layer, label_rows, spec_of, tips
+from reports.page.document import Chart, Grid, Value, shortened
 
 # Between two plans of the same FLOPs, as a share of the axis.
 _STEP: Final = 0.008
@@ -168,3 +166,121 @@ def difference_chart(group: Group, key: str) -> Chart | None:
 
 def _ends(point: Point) -> tuple[float | None, float | None]:
     return (None, None) if point.interval is None else point.interval[:2]
+
+
+def speed_chart(group: Group, key: str) -> Chart | None:
+    """Draw the measured prefill time against the FLOPs of the prefill, both as shares of the full model's."""
+    known = [point for point in group.points if point.flops_ratio is not None and point.prefill_ratio is not None]
+    rows = [
+        {"plan": point.plan, "kind": point.kind, "flops": point.flops_ratio, "measured": point.prefill_ratio}
+        for point in sorted(known, key=lambda point: -KINDS.index(point.kind))
+    ]
+    description = f"Prefill time of {len(rows)} plans of {group.model} on {group.task} against their FLOPs."
+    if not rows:
+        return None
+    least = min(min(point.flops_ratio or 1.0, point.prefill_ratio or 1.0) for point in known)
+    line = [{"flops": end, "measured": end} for end in (least, 1.0)]
+    x = alt.X("flops:Q", title="FLOPs ratio of the prefill", axis=alt.Axis(format=".0%")).scale(zero=False, padding=15)
+    y = alt.Y("measured:Q", title="measured prefill time ratio", axis=alt.Axis(format=".0%")).scale(
+        zero=False, padding=15
+    )
+    points = (
+        alt.Chart(ROWS)
+        .mark_point(filled=True, size=90, opacity=0.9)
+        .encode(
+            x,
+            y,
+            kind_colour({point.kind for point in known}),
+            kind_shape({point.kind for point in known}),
+            tooltip=tips(("flops", ".1%"), ("measured", ".1%")),
+        )
+    )
+    predicted = alt.Chart(alt.NamedData(name="line")).mark_line(strokeDash=[5, 4], color="#888888").encode(x, y)
+    return Chart(
+        key=f"speed-{key}",
+        title=f"Speed against FLOPs, {group.model} on {group.task}",
+        note="Median prefill time over the full model's. Dashed: time falls as the FLOPs do; below it is faster.",
+        description=description,
+        spec=spec_of(alt.layer(predicted, points), height=260, description=description),
+        data={"rows": rows, "line": line},
+        numbers=Grid(
+            caption=f"Speed of {group.model} on {group.task}",
+            columns=("plan", "kind", "FLOPs ratio", "prefill ratio", "prefill ms", "latency ms", "samples/s"),
+            rows=[
+                [p.plan, p.kind, p.flops_ratio, p.prefill_ratio, p.prefill_ms, p.latency_ms, p.samples_per_second]
+                for p in group.points
+            ],
+            files=["speed.parquet"],
+        ),
+        half=True,
+    )
+
+
+NEVER = "never"
+_COLUMNS = ("plan", "kind", "samples", "exit after layer", "exits", "share")
+
+
+def exit_charts(exits: Sequence[Exits]) -> list[Chart]:
+    """Draw a heat map for each model and task: a line per plan and kind of question, a column per layer."""
+    groups: dict[tuple[str, str], list[Exits]] = {}
+    for one in exits:
+        groups.setdefault((one.model, one.task), []).append(one)
+    return [_chart(model, task, found, str(index)) for index, ((model, task), found) in enumerate(groups.items())]
+
+
+def _chart(model: str, task: str, exits: Sequence[Exits], key: str) -> Chart:
+    lines = {f"{one.plan}, {one.kind}": one for one in exits}
+    rows: list[dict[str, Value]] = [
+        {"line": line, "layer": layer, "exits": count, "share": count / one.samples}
+        for line, one in lines.items()
+        for layer, count in _by_layer(one)
+    ]
+    num_layers = max(one.num_layers for one in exits)
+    description = f"Heat map of exit layers by plan and kind of question, {model} on {task}."
+    numbers: list[list[Value]] = [
+        [one.plan, one.kind, one.samples, layer, count, count / one.samples]
+        for one in exits
+        for layer, count in _by_layer(one)
+        if count
+    ]
+    return Chart(
+        key=f"exits-{key}",
+        title=f"Exit layers, {model} on {task}",
+        note="Share of the questions of a kind whose visual tokens left after a layer; prompts without an image do not "
+        "count.",
+        description=description,
+        spec=_spec(list(lines), [*map(str, range(num_layers)), NEVER], description),
+        data={"rows": rows},
+        numbers=shortened(
+            numbers,
+            caption=f"Exit layers of {model} on {task}",
+            columns=_COLUMNS,
+            files=[answers_of(cell) for cell in dict.fromkeys(one.cell for one in exits)],
+        ),
+    )
+
+
+def _by_layer(one: Exits) -> Iterable[tuple[str, int]]:
+    """Every layer and never, with how many samples left there."""
+    names = [*map(str, range(one.num_layers)), NEVER]
+    return [(name, one.counts.get(layer, 0)) for layer, name in enumerate(names)]
+
+
+def _spec(lines: Sequence[str], layers: Sequence[str], description: str) -> dict[str, object]:
+    axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)
+    chart = (
+        alt.Chart(ROWS)
+        .mark_rect()
+        .encode(
+            alt.X("layer:O", title="exit after layer", sort=list(layers), axis=axis).scale(round=True),
+            alt.Y("line:N", sort=list(lines), title=None, axis=alt.Axis(labelLimit=220, ticks=False, domain=False)),
+            alt.Color("share:Q", legend=alt.Legend(title="share", format=".0%", orient="right")),
+            tooltip=[
+                alt.Tooltip("line:N", title="plan, kind"),
+                alt.Tooltip("layer:O", title="exit after layer"),
+                alt.Tooltip("exits:Q", format="d"),
+                alt.Tooltip("share:Q", format=".1%"),
+            ],
+        )
+    )
+    return spec_of(chart, height=max(80, 22 * len(lines)), description=description)

@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 
 from reports.manifest import Manifest, State
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
-from reports.page.heat import heat_chart
 from reports.page.ran import command_of, run_facts, state_warnings
-from reports.page.sweep_charts import lc_chart, plan_strips, rank_chart
+from reports.page.sweep_charts import heat_chart, lc_chart, plan_strips, rank_chart
 from reports.page.sweep_data import SweepData
 from reports.tables import by_mode, stability_line
 from shortv.plan import Mode, Plan

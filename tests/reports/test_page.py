@@ -17,10 +17,10 @@ from reports.page import write_page
 from reports.page.building import build_page
 from reports.page.campaign_charts import pareto_front
 from reports.page.campaign_data import Point
-from reports.page.heat import heat_chart
-from reports.page.marks import log_bottom
+from reports.page.charts import log_bottom
 from reports.page.ran import command_of
 from reports.page.rendering import render
+from reports.page.sweep_charts import heat_chart
 from reports.store import Folder
 from shortv.plan import Mode
 from tests.reports.runs import campaign_manifest, make_campaign, make_sweep, sweep_manifest
@@ -202,7 +202,7 @@ def test_commands_repeat_the_run() -> None:
     words = command_of(campaign_manifest(state="complete")).line.split()[2:]
     parsed = campaign_job.make_context("campaign", words).params
     assert parsed["plans"] == ("full,sweep:runs/demo@2",) and parsed["gen_kwargs"] == "temperature=0"
-    assert parsed["output_path"] == "OUTPUT_FOLDER" and parsed["retry_failed"] is False
+    assert parsed["output_path"] == "OUTPUT_FOLDER" and not parsed["retry_failed"]
 
 
 def test_secrets_and_templates_are_named_but_not_shown() -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reports.page.against_campaign import match
+from reports.page.against import kendall, match, spearman
 from reports.page.building import build_page
 from reports.page.campaign_data import read_campaign_data
-from reports.page.correlation import kendall, spearman
 from reports.page.document import Page, Section
 from shortv.errors import Refused
 from shortv.plan import Mode

@@ -67,7 +67,7 @@ def unnamed_plan(folder: Folder) -> None:
         (lambda folder: folder.delete("lc_samples/part-00001.parquet"), "holds 2 samples for freeze-text in layer 0"),
         (not_a_number, "holds an LC that is no number"),
         (strange_stability, "holds a stability that is no share"),
-        (deeper, "does not hold each of 6 layers once"),
+        (deeper, "each of 6 layers once"),
         (other_counts, "counts 4 samples as used, samples.parquet holds 3"),
     ],
 )

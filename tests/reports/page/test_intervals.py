@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from reports.page.intervals import (
+from reports.page.campaign_data import (
     CLIPPED,
     NORMAL,
     WILSON,

@@ -9,7 +9,7 @@ import pytest
 
 from reports.page import campaign_data
 from reports.page.campaign_data import KINDS, kind_of_plan, parts_of_plan
-from reports.page.kinds import kind_colour, kind_shape
+from reports.page.charts import kind_colour, kind_shape
 from shortv.plan import PartsKind
 
 PAGE = Path(campaign_data.__file__).parent

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from reports.page.labels import PADDING, Box, label_rows
+from reports.page.charts import PADDING, Box, label_rows
 
 HEIGHT, LETTER, LINE = 340, 6.5, 11
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from reports.campaign import CampaignManifest
+from reports.page.campaign_charts import exit_charts
 from reports.page.campaign_data import read_campaign_data
-from reports.page.exit_chart import exit_charts
 from reports.store import Folder
 from shortv.costs import exit_flops, layer_flops
 from shortv.errors import Refused
