@@ -1,47 +1,59 @@
-"""The driver of a campaign: checks, runs the cells that are missing, commits each, and tells what came of all."""
+"""The driver of a campaign: checks, runs the cells that are missing, commits each, and reports the result."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from reports.manifest import utc_now
-from shortv.errors import Refused, ShortVError
+from reports.campaign import CampaignManifest
+from reports.manifest import State, plain, utc_now, versions
+from shortv.errors import Refused
 from shortv.plan import Plan
-from shortv.workers.campaign.cells import Cell
+from shortv.terminal import console as default_console
+from shortv.terminal import say
+from shortv.workers.campaign.cells import (
+    Cell,
+    CellRecord,
+    CellState,
+    RunCell,
+    Runner,
+    TaskFacts,
+    failed_record,
+    list_cells,
+    record_of,
+)
 from shortv.workers.campaign.folder import CampaignFolder, open_campaign
-from shortv.workers.campaign.outcome import failed_record, record_of
-from shortv.workers.campaign.plans import Kind
-from shortv.workers.campaign.prepare import Prepared, describe_run, final_manifest, prepare
-from shortv.workers.campaign.record import CellRecord, CellState
-from shortv.workers.campaign.results import RunCell, Runner
-from shortv.workers.campaign.scores import Scores
+from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import main_metric, print_summary
-from shortv.workers.campaign.tables import build_tables
+from shortv.workers.campaign.tables import Scores, build_tables
 from shortv.workers.page import write_report
+from shortv.workers.shipping import folder_digest
 from shortv.workers.stopping import Stopped, stop_on_signal
 
 PARTIAL_STATUS = 3
 
 
-def run_campaign(recipe: CampaignSpec, *, runner: Runner, console: Console | None = None) -> int:
+def run_campaign(spec: CampaignSpec, *, runner: Runner, console: Console | None = None) -> int:
     """Run, continue or repeat a campaign, print its tables, and return the exit status (0, or 3 with failures).
 
     Raises:
-        Refused: the recipe cannot be right; nothing was started.
+        Refused: the spec cannot be right; nothing was started.
         ShortVError: the work was stopped or results cannot be written; the same command continues it.
     """
-    console = console or wide_console()
+    console = console or default_console()
     with stop_on_signal():
-        prepared = prepare(recipe, runner)
+        prepared = prepare(spec, runner)
         for warning in prepared.warnings:
-            _say(console, f"Warning: {warning}")
-        with open_campaign(recipe.output_path) as folder:
+            say(console, f"Warning: {warning}")
+        with open_campaign(spec.output_path) as folder:
             run = _Run(prepared=prepared, runner=runner, folder=folder, console=console)
             worked = run.run()
             status = run.report()
@@ -61,19 +73,19 @@ class _Run:
     scores: Scores = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = Scores(self.folder, seed=self.prepared.recipe.seed)
+        self.scores = Scores(self.folder, seed=self.prepared.spec.seed)
 
     def run(self) -> bool:
-        """Run what is missing and return True; a finished campaign of the same recipe is left as it is."""
+        """Run what is missing and return True; a finished campaign of the same spec is left as it is."""
         started = time.monotonic()
         before = self.folder.manifest()
         found = self.folder.find(self.prepared.cells)
         self.records = found.records
         for line in found.damaged:
-            _say(self.console, f"Warning: {line}")
+            say(self.console, f"Warning: {line}")
         pending = self._pending()
         keys = {cell.key for cell in self.prepared.cells}
-        _say(self.console, f"{len(keys)} cells, {len(keys) - len(pending)} finished")
+        say(self.console, f"{len(keys)} cells, {len(keys) - len(pending)} finished")
         wanted = describe_run(self.prepared, before)
         if not pending and before == final_manifest(wanted, self.records, before) and self.folder.has_tables():
             return False
@@ -90,8 +102,8 @@ class _Run:
         """Print the tables and the failures; returns the exit status."""
         cells = self.prepared.cells
         print_summary(cells, self.records, build_tables(cells, self.records, self.scores), self.console)
-        _say(self.console, f"results in {self.folder.folder.shown}")
-        tolerated = self.prepared.recipe.fail_on_error
+        say(self.console, f"results in {self.folder.folder.shown}")
+        tolerated = self.prepared.spec.fail_on_error
         shares = [
             1.0 if record.state is CellState.FAILED else record.errors / max(record.n, 1)
             for record in self.records.values()
@@ -100,38 +112,38 @@ class _Run:
 
     def _pending(self) -> list[Cell]:
         """The cells to run, one for all that share a key."""
-        retry = self.prepared.recipe.retry_failed
+        retry = self.prepared.spec.retry_failed
         first = {cell.key: cell for cell in reversed(self.prepared.cells)}
         distinct = [cell for cell in self.prepared.cells if first[cell.key] is cell]
         return [cell for cell in distinct if _is_pending(self.records.get(cell.key), retry)]
 
     def _run_model(self, cells: Sequence[Cell]) -> None:
-        plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not Kind.FULL}
+        plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not PlanKind.FULL}
         with ExitStack() as stack:
             try:
                 model = cells[0].model
-                recipe = self.prepared.recipe.model_copy(update={"revision": model.revision})
-                opened = self.runner.open(model.name, tuple(plans.values()), recipe)
+                spec = self.prepared.spec.model_copy(update={"revision": model.revision})
+                opened = self.runner.open(model.name, tuple(plans.values()), spec)
                 run_cell = stack.enter_context(opened)
             except (Stopped, Refused):
                 raise
-            except ShortVError as error:
+            except Exception as error:  # whatever keeps a model's replicas away fails its cells alone
                 for cell in cells:
-                    self._commit(cell, failed_record(cell, str(error), utc_now(), 0.0))
+                    self._commit(cell, failed_record(cell, error, utc_now(), 0.0))
                 return
             for cell in cells:
                 self._run_cell(run_cell, cell)
 
     def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
         started, clock = utc_now(), time.monotonic()
-        plan: Plan | None = None if cell.entry.kind is Kind.FULL else cell.entry.plan
+        plan: Plan | None = None if cell.entry.kind is PlanKind.FULL else cell.entry.plan
         try:
             result = run_cell(plan, cell.task.name)
             record = record_of(cell, result, started, time.monotonic() - clock)
         except Stopped:
             raise
-        except ShortVError as error:
-            self._commit(cell, failed_record(cell, str(error), started, time.monotonic() - clock))
+        except Exception as error:  # tasks and judges run third-party code; their failures are the cell's
+            self._commit(cell, failed_record(cell, error, started, time.monotonic() - clock))
             return
         if not self._keeps_old(cell, record):
             record = self.folder.write_answers(cell, result.samples, record)
@@ -140,14 +152,14 @@ class _Run:
     def _commit(self, cell: Cell, record: CellRecord) -> None:
         """Write the record and the tables. A retry that failed altogether does not undo what was there."""
         if self._keeps_old(cell, record):
-            _say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
+            say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
             return
         self.folder.write_record(record)
         self.records[cell.key] = record
         self._write_tables()
         keys = list(dict.fromkeys(one.key for one in self.prepared.cells))
         done = sum(key in self.records for key in keys)
-        _say(self.console, f"[{done}/{len(keys)}] {cell.shown}: {self._outcome(cell, record)}")
+        say(self.console, f"[{done}/{len(keys)}] {cell.shown}: {self._outcome(cell, record)}")
 
     def _keeps_old(self, cell: Cell, record: CellRecord) -> bool:
         before = self.records.get(cell.key)
@@ -166,15 +178,120 @@ class _Run:
         self.folder.write_tables(build_tables(self.prepared.cells, self.records, self.scores))
 
 
-def wide_console() -> Console:
-    """The terminal, or for a log file as wide a page as the tables need."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def _is_pending(record: CellRecord | None, retry: bool) -> bool:
     return record is None or (retry and record.state is not CellState.COMPLETE)
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A campaign whose input is checked."""
+
+    spec: CampaignSpec
+    models: tuple[ModelFacts, ...]
+    entries: Mapping[str, tuple[PlanEntry, ...]]
+    tasks: tuple[TaskFacts, ...]
+    cells: tuple[Cell, ...]
+    warnings: tuple[str, ...]
+
+
+def prepare(spec: CampaignSpec, runner: Runner) -> Prepared:
+    """Read models, plans and tasks and list the cells.
+
+    Raises:
+        Refused: one of them cannot be right.
+        ShortVError: the data of a task cannot be had.
+    """
+    models = tuple(_model_of(name, spec, runner) for name in spec.models)
+    resolved = resolve_plans(spec.plans, models)
+    tasks = tuple(runner.task(name, spec) for name in spec.tasks)
+    return Prepared(
+        spec=spec,
+        models=models,
+        entries=resolved.entries,
+        tasks=tasks,
+        cells=tuple(list_cells(spec, models, resolved.entries, tasks)),
+        warnings=resolved.warnings,
+    )
+
+
+def describe_run(prepared: Prepared, before: CampaignManifest | None) -> CampaignManifest:
+    """The manifest while cells run; what an earlier run on the folder took is carried on."""
+    return CampaignManifest(
+        state=State.RUNNING,
+        arguments=prepared.spec.arguments(),
+        versions=versions(),
+        models=tuple(_model_facts(model) for model in prepared.models),
+        plans=tuple(
+            _plan_facts(model.name, entry) for model in prepared.models for entry in prepared.entries[model.name]
+        ),
+        tasks=tuple(task._asdict() for task in prepared.tasks),
+        seed=prepared.spec.seed,
+        attempts=(before.attempts if before else 0) + 1,
+        started=before.started if before else utc_now(),
+        wall_seconds=before.wall_seconds if before else None,
+    )
+
+
+def final_manifest(
+    running: CampaignManifest,
+    records: Mapping[str, CellRecord],
+    before: CampaignManifest | None,
+    *,
+    seconds: float = 0.0,
+) -> CampaignManifest:
+    """The manifest at the end; with the manifest of an earlier end as `before`, that end's time stays."""
+    states = Counter(record.state for record in records.values())
+    whole = all(record.state is CellState.COMPLETE for record in records.values())
+    counts = {
+        "cells": len(records),
+        **{state.value: states[state] for state in CellState},
+        "samples": sum(record.n for record in records.values()),
+        "errors": sum(record.errors for record in records.values()),
+    }
+    return replace(
+        running,
+        state=State.COMPLETE if whole else State.PARTIAL,
+        counts=counts,
+        attempts=before.attempts if before else running.attempts,
+        finished=before.finished if before else utc_now(),
+        wall_seconds=running.wall_seconds if before else seconds + (running.wall_seconds or 0.0),
+    )
+
+
+def _model_of(name: str, spec: CampaignSpec, runner: Runner) -> ModelFacts:
+    folder = Path(name)
+    revision = runner.pin(name, spec)
+    return ModelFacts(
+        name=name,
+        revision=revision,
+        architecture=runner.describe(name, spec.model_copy(update={"revision": revision})),
+        digest=folder_digest(folder.resolve()) if folder.is_dir() else None,
+    )
+
+
+def _model_facts(model: ModelFacts) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "digest": model.digest,
+        "config_digest": model.architecture.config_digest,
+        "architecture": asdict(model.architecture),
+    }
+
+
+def _plan_facts(model: str, entry: PlanEntry) -> dict[str, Any]:
+    plan = entry.plan
+    facts = {
+        "model": model,
+        "name": plan.name,
+        "kind": entry.kind,
+        "same_as": entry.same_as,
+        "digest": plan.digest,
+        "modes": plan.modes,
+        "parts": asdict(plan.parts) if plan.parts else None,
+        "training": entry.training._asdict() if entry.training else None,
+        "ranking": plan.ranking,
+        "source": plan.source,
+    }
+    # As a file gives it back, so that manifests can be compared.
+    return {name: plain(value) for name, value in facts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from reports.campaign import CampaignManifest
@@ -14,8 +14,7 @@ from reports.schemas import SCHEMAS
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.evals.scoring import Sample
-from shortv.workers.campaign.cells import Cell
-from shortv.workers.campaign.record import CellRecord
+from shortv.workers.campaign.cells import Cell, CellRecord
 from shortv.workers.driver_lock import LOCK_NAME, one_driver
 from shortv.workers.folder import check_output
 
@@ -64,7 +63,7 @@ class CampaignFolder:
     def write_answers(self, cell: Cell, samples: Sequence[Sample], record: CellRecord) -> CellRecord:
         """Write the answers of a cell and return its record with their digest."""
         self.folder.write_table(_answers(cell.key), [_answer(cell, sample) for sample in samples])
-        return replace(record, answers_digest=self._digest(cell.key))
+        return record.model_copy(update={"answers_digest": self._digest(cell.key)})
 
     def write_record(self, record: CellRecord) -> None:
         """Commit a cell."""

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
+from reports.store import Folder
 from shortv.architecture import Architecture
-from shortv.errors import Refused
-from shortv.plan import Mode, Plan
-from shortv.workers.campaign.specs import FULL, PlanSource, parse_specs
+from shortv.errors import Refused, ShortVError
+from shortv.plan import Mode, Plan, parse_mode
+from shortv.sweep.planning import Control, Request, check_count, choose_layers, replacement_order
+from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
+
+FULL: Final = "full"
+_SWEEP = re.compile(r"sweep:(?P<folder>.+)@(?P<amount>\d{1,6}|\d{0,6}\.\d{1,20})(?:/(?P<mode>[a-z-]+))?")
+_CONTROL = re.compile(
+    r"(?P<order>random|first|last)(?::(?P<low>\d{1,15})(?:\.\.(?P<high>\d{1,15}))?)?"
+    r"@(?P<count>\d{1,6})(?:/(?P<mode>[a-z-]+))?"
+)
+_ALL = re.compile(r"all(?:/(?P<mode>[a-z-]+))?")
+# A text that begins like this is not a file name (./random:x is one).
+_RESERVED = re.compile(r"(sweep:|random[:@]|first[:@]|last[:@])")
+_FORMS = (
+    "a plan file, files by *, a published plan's name, full, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (FLOPs ratio), "
+    "all, random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS or last@LAYERS, each but the first four with /MODE"
+)
+_MAX_SEEDS = 1000
 
 
-class Kind(StrEnum):
-    """What a plan is in a campaign: what the others are compared with, a plan to judge, or a control."""
+class PlanKind(StrEnum):
+    """The role of a plan in a campaign: the baseline, a plan to evaluate, or a control."""
 
     FULL = "full"
     PLAN = "plan"
@@ -35,18 +54,18 @@ class ModelFacts:
 
 
 class Training(NamedTuple):
-    """What a plan's learned parts are and took; None where their header does not say."""
+    """Size of a plan's learned parts and the seconds their training took; None where their header does not say."""
 
     parameters: int | None
     seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A plan under its name; `same_as` names the entry before it that has the same modes and runs for both."""
+class PlanEntry:
+    """A plan under its name; `same_as` names the entry before it that has the same digest and runs for both."""
 
     plan: Plan
-    kind: Kind
+    kind: PlanKind
     same_as: str | None = None
     training: Training | None = None
     """None for a plan without learned parts."""
@@ -62,40 +81,153 @@ class Entry:
         return Counter(mode for mode in self.plan.modes if mode is not Mode.FULL)
 
 
-class Resolved(NamedTuple):
-    """The plans of each model, the full model first, and what the user should know of them."""
+class ResolvedPlans(NamedTuple):
+    """The plans of each model, the full model first, and warnings for the user."""
 
-    entries: Mapping[str, tuple[Entry, ...]]
+    entries: Mapping[str, tuple[PlanEntry, ...]]
     warnings: tuple[str, ...]
 
 
-def resolve_plans(specs: Iterable[str], models: Sequence[ModelFacts]) -> Resolved:
-    """Give every model the plans that fit it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlanSource:
+    """One text of a recipe, and how it becomes a plan of a model. `make` raises Refused where it cannot."""
+
+    text: str
+    kind: PlanKind
+    make: Callable[[ModelFacts], Plan]
+
+
+def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> ResolvedPlans:
+    """Give every model the plans that fit it, the full model's first.
 
     Raises:
-        Refused: a spec that means nothing, a plan that fits none of the models, or one name for two plans.
+        Refused: a text has none of the known forms, its file or folder holds no plan, a plan fits none of the models,
+            or two plans have the same name.
     """
-    sources = parse_specs(specs)
-    plans: dict[str, list[Entry]] = {model.name: [_full(model)] for model in models}
+    sweeps: dict[tuple[str, Mode], SweepResult] = {}
+    sources = [source for text in texts if text != FULL for source in _sources(text, sweeps)]
+    plans: dict[str, list[PlanEntry]] = {model.name: [_full(model)] for model in models}
     warnings: list[str] = []
     for source in sources:
         refusals: list[tuple[str, Refused]] = []
         for model in models:
             try:
-                entry, told = _fitting(source, model)
+                entry, found = _fitting(source, model)
             except Refused as error:
                 refusals.append((model.name, error))
             else:
                 plans[model.name].append(entry)
-                warnings += told
+                warnings += found
         if len(refusals) == len(models):
-            raise Refused(f"plan {source.spec!r}: {refusals[0][1]}") from refusals[0][1]
-        warnings += [f"plan {source.spec!r} is left out for {name}: {error}" for name, error in refusals]
+            raise Refused(f"plan {source.text!r}: {refusals[0][1]}") from refusals[0][1]
+        warnings += [f"plan {source.text!r} is left out for {name}: {error}" for name, error in refusals]
     entries = {name: _distinct(found, name) for name, found in plans.items()}
-    return Resolved(entries, tuple(dict.fromkeys(warnings)))
+    return ResolvedPlans(entries, tuple(dict.fromkeys(warnings)))
 
 
-def _full(model: ModelFacts) -> Entry:
+def _sources(text: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> list[_PlanSource]:
+    try:
+        if sweep := _SWEEP.fullmatch(text):
+            return [_given(text, _from_sweep(sweep["folder"], sweep["amount"], _mode(sweep["mode"]), sweeps))]
+        if every := _ALL.fullmatch(text):
+            return [_fixed(text, _mode(every["mode"]), None)]
+        if control := _CONTROL.fullmatch(text):
+            return list(_controls(control))
+        if _RESERVED.match(text):
+            raise Refused(f"this form is not known; give {_FORMS}")
+        return [_given(text, Plan.load(path)) for path in _paths(text)]
+    except ShortVError as error:
+        # No work has started: a sweep folder that cannot be read is refused, whatever the reason.
+        raise Refused(f"plan {text!r}: {error}") from error
+
+
+def _paths(text: str) -> list[str]:
+    """Return the files that a pattern matches, in alphabetical order; other names stand for themselves."""
+    if "*" not in text:
+        return [text]
+    found = sorted(glob.glob(text))
+    if not found:
+        raise Refused("the pattern matches no file; give another one, or make the plans first")
+    return found
+
+
+def _given(text: str, plan: Plan) -> _PlanSource:
+    """A plan that exists already, for whichever model it fits."""
+    return _PlanSource(text=text, kind=PlanKind.PLAN, make=lambda model: plan)
+
+
+def _from_sweep(folder: str, amount: str, mode: Mode, sweeps: dict[tuple[str, Mode], SweepResult]) -> Plan:
+    if (folder, mode) not in sweeps:
+        sweeps[folder, mode] = read_sweep(Folder(folder), mode, None)
+    result = sweeps[folder, mode]
+    request = Request(flops_ratio=float(amount)) if "." in amount else Request(layers=int(amount))
+    return make_plan(result, request, choose_layers(result.evidence, request), None)
+
+
+def _controls(found: re.Match[str]) -> Iterator[_PlanSource]:
+    order, low, high = Control(found["order"]), found["low"], found["high"]
+    if (order is Control.RANDOM) != (low is not None):
+        raise Refused(f"random controls need a seed, and only they have one; give {_FORMS}")
+    seeds = range(int(low or 0), int(high or low or 0) + 1)
+    if not 0 < len(seeds) <= _MAX_SEEDS:
+        raise Refused(f"{low}..{high} are {len(seeds)} seeds; give 1 to {_MAX_SEEDS}, the lower one first")
+    count, mode = int(found["count"]), _mode(found["mode"])
+    if order is Control.LAST and mode is Mode.DROP_VISUAL:
+        # An exit at a fixed layer is a plan, not a control.
+        yield _fixed(found.string, mode, count)
+        return
+    for seed in seeds:
+        yield _control(found.string, order, seed, count, mode)
+
+
+def _fixed(text: str, mode: Mode, count: int | None) -> _PlanSource:
+    """A mode in all layers, or in the last `count` of them: the layers are not chosen by their LC."""
+
+    def make(model: ModelFacts) -> Plan:
+        layers = model.architecture.num_layers if count is None else count
+        name = f"{mode}-{layers}"
+        return _of_order(model, mode, layers, name, {"order": "fixed"}, control=Control.LAST)
+
+    return _PlanSource(text=text, kind=PlanKind.PLAN, make=make)
+
+
+def _control(text: str, order: Control, seed: int, count: int, mode: Mode) -> _PlanSource:
+    """A control: `count` layers in an order that does not depend on their LC."""
+    random = order is Control.RANDOM
+    suffix = "" if mode is Mode.FREEZE_VISUAL else f"-{mode}"
+    name = f"{order.value}{seed if random else ''}-{count}{suffix}"
+    source = {"order": order.value} | ({"order_seed": seed} if random else {})
+
+    def make(model: ModelFacts) -> Plan:
+        return _of_order(model, mode, count, name, source, control=order, seed=seed)
+
+    return _PlanSource(text=text, kind=PlanKind(order.value), make=make)
+
+
+def _of_order(model: ModelFacts, mode: Mode, count: int, name: str, source: Mapping[str, Any], **how: Any) -> Plan:
+    num_layers = model.architecture.num_layers
+    order = replacement_order(range(num_layers), mode, **how)
+    return Plan.of_layers(
+        mode,
+        order[: check_count(count, num_layers)],
+        num_layers=num_layers,
+        name=name,
+        model=model.name,
+        revision=model.revision,
+        config_digest=model.architecture.config_digest,
+        ranking=order,
+        source=source,
+    )
+
+
+def _mode(name: str | None) -> Mode:
+    mode = parse_mode(name) if name else Mode.FREEZE_VISUAL
+    if mode is Mode.FULL:
+        raise Refused("the mode full changes nothing; name another mode, or the plan full")
+    return mode
+
+
+def _full(model: ModelFacts) -> PlanEntry:
     sizes = model.architecture
     plan = Plan.full(
         num_layers=sizes.num_layers,
@@ -105,12 +237,11 @@ def _full(model: ModelFacts) -> Entry:
         config_digest=sizes.config_digest,
         flops_ratio=1.0,
     )
-    return Entry(plan=plan, kind=Kind.FULL)
+    return PlanEntry(plan=plan, kind=PlanKind.FULL)
 
 
-def _fitting(source: PlanSource, model: ModelFacts) -> tuple[Entry, list[str]]:
-    plan = source.plan_for(model.name, model.revision, model.architecture)
-    sizes = model.architecture
+def _fitting(source: _PlanSource, model: ModelFacts) -> tuple[PlanEntry, list[str]]:
+    plan, sizes = source.make(model), model.architecture
     warnings = plan.check_fits(
         config_digest=sizes.config_digest, num_layers=sizes.num_layers, model=model.name, revision=model.revision
     )
@@ -121,12 +252,12 @@ def _fitting(source: PlanSource, model: ModelFacts) -> tuple[Entry, list[str]]:
 
         header = check_parts(plan.parts, sizes.config_digest)
         training = Training(header.parameters, header.train_seconds)
-    return Entry(plan=plan, kind=Kind(source.kind), training=training), warnings
+    return PlanEntry(plan=plan, kind=source.kind, training=training), warnings
 
 
-def _distinct(entries: Sequence[Entry], model: str) -> tuple[Entry, ...]:
-    """Keep one entry per name, and say which are the same plan under another name."""
-    by_name: dict[str, Entry] = {}
+def _distinct(entries: Sequence[PlanEntry], model: str) -> tuple[PlanEntry, ...]:
+    """Keep one entry per name, and note which plans equal an earlier one of another name."""
+    by_name: dict[str, PlanEntry] = {}
     first: dict[str, str] = {}
     for entry in entries:
         digest = entry.plan.digest

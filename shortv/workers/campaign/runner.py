@@ -22,7 +22,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
 from shortv.request import FULL_MODEL
-from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
+from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.cluster import connected, living_nodes
 from shortv.workers.engine import ModelEngine
@@ -33,8 +33,8 @@ from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.stopping import stop_on_signal
 
-QUESTION_S = 600.0
-"""How long one question may take, waiting for replicas that come back included."""
+REQUEST_SECONDS = 600.0
+"""How long one request may take, waiting for replicas that come back included."""
 
 
 class ReplicaRunner:
@@ -45,45 +45,45 @@ class ReplicaRunner:
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
 
-    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
+    def pin(self, model: str, spec: CampaignSpec) -> str | None:
         """Ask the hub, or its cache where it cannot be reached. Raises Refused."""
-        return ModelEngine().pin(_spec(model, recipe)).revision
+        return ModelEngine().pin(_model_spec(model, spec)).revision
 
-    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
+    def describe(self, model: str, spec: CampaignSpec) -> Architecture:
         """Read a model's sizes and processor, not its weights. Raises Refused."""
         quiet_transformers()
-        return ModelEngine().describe(_spec(model, recipe))
+        return ModelEngine().describe(_model_spec(model, spec))
 
-    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
+    def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
         """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
         if name not in self._benchmarks:
             self._benchmarks[name] = Benchmark(
                 name,
-                limit=recipe.limit,
-                include_path=recipe.include_path,
-                gen_kwargs=recipe.gen_kwargs,
-                seed=recipe.seed,
+                limit=spec.limit,
+                include_path=spec.include_path,
+                gen_kwargs=spec.gen_kwargs,
+                seed=spec.seed,
             )
         found = self._benchmarks[name]
         return TaskFacts(found.name, found.digest, found.num_docs, found.main_metric)
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> Iterator[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
             nodes = living_nodes()
             resources = resources_of(
-                recipe.replicas or default_replicas(nodes, device=recipe.device, gpus=recipe.gpus_per_replica),
-                device=recipe.device,
-                gpus=recipe.gpus_per_replica,
+                spec.replicas or default_replicas(nodes, device=spec.device, gpus=spec.gpus_per_replica),
+                device=spec.device,
+                gpus=spec.gpus_per_replica,
                 cpus=None,
                 nodes=nodes,
             )
             # A replica has its next batch waiting while one runs.
-            concurrency = recipe.num_concurrent or 2 * recipe.batch_size * resources.range.high
-            engine = EngineSettings(batch_size=recipe.batch_size, max_queued=max(concurrency, 2 * recipe.batch_size))
-            app = replica_app(_spec(model, recipe), plans, resources, engine=engine, folder=shipped(model))
+            concurrency = spec.num_concurrent or 2 * spec.batch_size * resources.range.high
+            engine = EngineSettings(batch_size=spec.batch_size, max_queued=max(concurrency, 2 * spec.batch_size))
+            app = replica_app(_model_spec(model, spec), plans, resources, engine=engine, folder=shipped(model))
             name = f"shortv-campaign-{secrets.token_hex(4)}"
             try:
                 serve.start(proxy_location="Disabled")
@@ -110,7 +110,7 @@ class ReplicaRunner:
                     asks,
                     plan=plan.name if plan else FULL_MODEL,
                     concurrency=concurrency,
-                    seconds=QUESTION_S,
+                    seconds=REQUEST_SECONDS,
                     told=told,
                 )
             )
@@ -126,13 +126,13 @@ class ReplicaRunner:
         )
 
 
-def _spec(model: str, recipe: CampaignSpec) -> ModelSpec:
+def _model_spec(model: str, spec: CampaignSpec) -> ModelSpec:
     return ModelSpec(
         name=model,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        trust_remote_code=recipe.trust_remote_code,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from reports.manifest import plain
 from shortv.spec import Count, Device, Gpus, Limit, LoadingSpec, Seed, Share, Texts, Workers
 
 
@@ -82,4 +81,4 @@ class CampaignSpec(LoadingSpec):
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings by name, as JSON values."""
-        return {name: plain(getattr(self, name)) for name in type(self).model_fields}
+        return self.model_dump(mode="json")

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shortv.workers.campaign.cells import Cell
-from shortv.workers.campaign.record import CellRecord, CellState
-from shortv.workers.campaign.tables import FULL, Row, beside
+from shortv.workers.campaign.cells import Cell, CellRecord, CellState
+from shortv.workers.campaign.plans import FULL
+from shortv.workers.campaign.tables import Row, beside
 
 Tables = Mapping[str, Sequence[Row]]
 _LEARNED: Final = ("learned", "trained")

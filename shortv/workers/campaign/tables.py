@@ -1,19 +1,22 @@
-"""The rows of a campaign's tables, in the order of its recipe, from the records of its finished cells."""
+"""A campaign's tables, in the order of its recipe, from the records and answers of its finished cells."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any
 
-from shortv.workers.campaign.cells import Cell
-from shortv.workers.campaign.plans import Entry, Kind
-from shortv.workers.campaign.record import CellRecord
-from shortv.workers.campaign.scores import Scores
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reports.comparing import Comparison, Side, compare
+from shortv.workers.campaign.cells import Cell, CellRecord
+from shortv.workers.campaign.folder import CampaignFolder
+from shortv.workers.campaign.plans import FULL, PlanEntry, PlanKind
 
 Row = Mapping[str, Any]
-FULL: Final = "full"
 
 
 def build_tables(cells: Sequence[Cell], records: Mapping[str, CellRecord], scores: Scores) -> dict[str, list[Row]]:
@@ -23,7 +26,7 @@ def build_tables(cells: Sequence[Cell], records: Mapping[str, CellRecord], score
         "cells": [_cell_row(cell, record) for cell, record in finished],
         "metrics": [row for cell, record in finished for row in _metric_rows(cell, record)],
         "comparisons": [row for cell, _ in finished for row in _comparison_rows(cell, cells, records, scores)],
-        "speed": [_names(cell) | asdict(record.speed) for cell, record in finished],
+        "speed": [_names(cell) | record.speed.model_dump() for cell, record in finished],
     }
 
 
@@ -34,7 +37,7 @@ def mean_of_controls(count: int) -> str:
 
 def controls_of(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
     """The cells of the random controls that change as many layers in the same way, for a plan that is no control."""
-    if cell.entry.kind is not Kind.PLAN:
+    if cell.entry.kind is not PlanKind.PLAN:
         return []
     return [other for other in beside(cell, cells) if _is_control(other.entry, cell.entry)]
 
@@ -44,8 +47,8 @@ def beside(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
     return [other for other in cells if other.model.name == cell.model.name and other.task.name == cell.task.name]
 
 
-def _is_control(entry: Entry, plan: Entry) -> bool:
-    return entry.kind is Kind.RANDOM and entry.size == plan.size and plan.plan.parts is None
+def _is_control(entry: PlanEntry, plan: PlanEntry) -> bool:
+    return entry.kind is PlanKind.RANDOM and entry.size == plan.size and plan.plan.parts is None
 
 
 def _names(cell: Cell) -> dict[str, Any]:
@@ -83,10 +86,10 @@ def _comparison_rows(
     cell: Cell, cells: Sequence[Cell], records: Mapping[str, CellRecord], scores: Scores
 ) -> Iterator[Row]:
     """Against the full model; and for a plan that is no control, against the mean of its random controls."""
-    if cell.entry.kind is Kind.FULL:
+    if cell.entry.kind is PlanKind.FULL:
         return
     own = records[cell.key]
-    full = [other for other in beside(cell, cells) if other.entry.kind is Kind.FULL]
+    full = [other for other in beside(cell, cells) if other.entry.kind is PlanKind.FULL]
     controls = [other for other in controls_of(cell, cells) if _answered(records.get(other.key))]
     for others, against in ((full, FULL), (controls, mean_of_controls(len(controls)))):
         found = [records[other.key] for other in others if _answered(records.get(other.key))]
@@ -99,3 +102,61 @@ def _comparison_rows(
 
 def _answered(record: CellRecord | None) -> bool:
     return record is not None and record.answers_digest is not None
+
+
+class Scores:
+    """Compares cells, each pair once for as long as their answers stay what they are."""
+
+    def __init__(self, folder: CampaignFolder, *, seed: int) -> None:
+        """Read answers from `folder`; `seed` is that of the bootstrap resamples."""
+        self._folder = folder
+        self._seed = seed
+        self._sides: dict[str, Mapping[str, Side]] = {}
+        self._compared: dict[tuple[str, ...], Comparison | None] = {}
+
+    def metrics(self, record: CellRecord) -> list[str]:
+        """Names of the metrics for which samples of a cell have scores, in alphabetical order."""
+        return sorted(self._of(record))
+
+    def compare(self, record: CellRecord, against: Sequence[CellRecord], metric: str) -> Comparison | None:
+        """Compare a cell with another, or with the mean of several; None when no sample has a score in all."""
+        records = (record, *against)
+        key = (metric, *(str(one.answers_digest) for one in records))
+        if key not in self._compared:
+            sides = [self._of(one).get(metric) for one in records]
+            known = [side for side in sides if side is not None]
+            whole = len(known) == len(sides)
+            self._compared[key] = compare(known[0], known[1:], seed=self._seed) if whole else None
+        return self._compared[key]
+
+    def _of(self, record: CellRecord) -> Mapping[str, Side]:
+        digest = record.answers_digest
+        if digest is None:
+            return {}
+        if digest not in self._sides:
+            self._sides[digest] = sides_of(self._folder.read_answers(record.key))
+        return self._sides[digest]
+
+
+def sides_of(answers: pa.Table) -> dict[str, Side]:
+    """Return one side of a comparison for every metric in an answers table."""
+    sample_ids = np.array(answers["sample_id"].to_pylist(), dtype=np.str_)
+    texts = answers["prediction"].to_pylist()
+    # Only equality matters, and texts may be long.
+    numbers = np.array([hash(text) for text in texts], dtype=np.int64)
+    scores = answers["scores"].combine_chunks()
+    rows = pc.list_parent_indices(scores).to_numpy(zero_copy_only=False)
+    pairs = pc.list_flatten(scores)
+    names = np.array(pairs.field("metric").to_pylist(), dtype=object)
+    values = _floats(pairs.field("value"))
+    found = {}
+    for metric in dict.fromkeys(names.tolist()):
+        of_metric = names == metric
+        column = np.full(len(sample_ids), np.nan)
+        column[rows[of_metric]] = values[of_metric]
+        found[metric] = Side(sample_ids=sample_ids, values=column, answers=numbers)
+    return found
+
+
+def _floats(column: Any) -> Any:
+    return column.to_numpy(zero_copy_only=False).astype(np.float64)

@@ -20,7 +20,7 @@ from shortv.evals.scoring import Sample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
-from shortv.workers.campaign.results import CellResult, RunCell, TaskFacts
+from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.architectures import architecture
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from reports.campaign import CampaignManifest
 from reports.manifest import State
@@ -59,13 +60,23 @@ def test_failed_samples_are_retried_only_when_asked(tmp_path: Path) -> None:
     assert tables(tmp_path) == tables(tmp_path / "undisturbed")
 
 
-def test_a_cell_that_fails_leaves_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ShortVError("out of [memory]\nsecond line"), "out of [memory] second line"),
+        (KeyError("score"), "KeyError: 'score'"),
+        (RayError("the object store is gone"), "RayError: the object store is gone"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_cell_that_fails_in_any_way_leaves_the_others(tmp_path: Path, error: Exception, shown: str) -> None:
     def fail(plan: str, task: str) -> None:
         if plan == "first-3":
-            raise ShortVError("out of [memory]\nsecond line")
+            raise error
 
     said = campaign(small(tmp_path), FakeRunner(before=fail), status=3)
-    assert "[2/3] tiny first-3 shapes: failed: out of [memory] second line" in said
+    assert f"[2/3] tiny first-3 shapes: failed: {shown}" in said
     found = tables(tmp_path)
     assert [row["state"] for row in found["cells"]] == ["complete", "failed", "complete"]
     assert {row["plan"] for row in found["comparisons"]} == {"last-3"}
@@ -110,7 +121,7 @@ def test_a_retry_that_fails_keeps_the_answers(tmp_path: Path) -> None:
 def test_a_sample_that_comes_twice_makes_the_cell_fail(tmp_path: Path) -> None:
     runner = FakeRunner()
     runner._sample = lambda model, plan, index: FakeRunner._sample(runner, model, plan, index // 2)  # type: ignore[method-assign]
-    assert "sample 's0' was answered 2 times" in campaign(small(tmp_path), runner, status=3)
+    assert "sample 's0' occurs 2 times" in campaign(small(tmp_path), runner, status=3)
     assert "gave no sample" in campaign(small(tmp_path / "none"), FakeRunner(samples=0), status=3)
 
 

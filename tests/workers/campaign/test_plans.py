@@ -8,7 +8,7 @@ from reports.page.campaign_data import kind_of_plan
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.plan import Mode, Plan
-from shortv.workers.campaign.plans import Entry, Kind, ModelFacts, resolve_plans
+from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resolve_plans
 from tests.architectures import architecture
 from tests.workers.campaign.fakes import make_sweep
 
@@ -19,7 +19,7 @@ def model(name: str = "tiny", sizes: Architecture = ARCH) -> ModelFacts:
     return ModelFacts(name=name, revision=None, digest=None, architecture=sizes)
 
 
-def resolve(*specs: str) -> dict[str, Entry]:
+def resolve(*specs: str) -> dict[str, PlanEntry]:
     found = resolve_plans(specs, [model()])
     assert found.warnings == ()
     return {entry.name: entry for entry in found.entries["tiny"]}
@@ -29,7 +29,7 @@ def test_the_full_model_is_always_the_first() -> None:
     assert list(resolve()) == ["full"] == list(resolve("full"))
     entries = resolve("first@2", "full")
     assert list(entries) == ["full", "first-2"]
-    assert entries["full"].kind is Kind.FULL and set(entries["full"].plan.modes) == {Mode.FULL}
+    assert entries["full"].kind is PlanKind.FULL and set(entries["full"].plan.modes) == {Mode.FULL}
 
 
 def test_controls() -> None:
@@ -39,7 +39,7 @@ def test_controls() -> None:
     assert entries["last-1"].plan.layers(Mode.FREEZE_VISUAL) == (4,)
     assert entries["last-2-no-visual-ffn"].plan.layers(Mode.NO_VISUAL_FFN) == (3, 4)
     assert len(entries["random7-3"].plan.layers(Mode.FREEZE_VISUAL)) == 3
-    assert [entry.kind for entry in entries.values()][-3:] == [Kind.FIRST, Kind.LAST, Kind.LAST]
+    assert [entry.kind for entry in entries.values()][-3:] == [PlanKind.FIRST, PlanKind.LAST, PlanKind.LAST]
 
 
 def test_where_no_layers_are_chosen_a_plan_is_no_control() -> None:
@@ -47,7 +47,13 @@ def test_where_no_layers_are_chosen_a_plan_is_no_control() -> None:
     assert entries["no-visual-queries-5"].plan.layers(Mode.NO_VISUAL_QUERIES) == (0, 1, 2, 3, 4)
     assert entries["freeze-visual-5"].plan.layers(Mode.FREEZE_VISUAL) == (0, 1, 2, 3, 4)
     assert entries["drop-visual-2"].plan.layers(Mode.DROP_VISUAL) == (3, 4)
-    assert [entry.kind for entry in entries.values()] == [Kind.FULL, Kind.PLAN, Kind.PLAN, Kind.PLAN, Kind.LAST]
+    assert [entry.kind.value for entry in entries.values()] == [
+        "full",
+        "plan",
+        "plan",
+        "plan",
+        "last",
+    ]
     assert entries["last-5-no-visual-queries"].same_as == "no-visual-queries-5"
     assert {kind_of_plan({"kind": "plan", "source": e.plan.source}) for e in list(entries.values())[1:4]} == {
         "other plan"
@@ -64,7 +70,7 @@ def test_a_pattern_names_files_in_alphabetical_order(tmp_path: Path) -> None:
 def test_choices_of_a_sweep_and_files(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "runs@2/demo", ARCH)
     entries = resolve(f"sweep:{sweep}@2", f"sweep:{sweep}@0.60", "last@2")
-    by_ratio = [entry for entry in entries.values() if entry.kind is Kind.PLAN][-1]
+    by_ratio = [entry for entry in entries.values() if entry.kind is PlanKind.PLAN][-1]
     assert by_ratio.plan.flops_ratio is not None and by_ratio.plan.flops_ratio <= 0.6
     assert entries["last-2"].same_as == "freeze-visual-2"
     file = Plan.of_layers(
@@ -97,28 +103,29 @@ def test_plans_go_to_the_models_that_they_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    "text",
     [
-        ("none.json", "cannot read plan none.json: No such file"),
-        ("random@2", "they need one; give a plan file"),
-        ("first:3@2", "only random controls have a seed"),
-        ("random:a@2", "it means nothing; give a plan file"),
-        ("random:4..2@2", "the lower one first"),
-        ("random:0..9999@2", "give 1 to 1000"),
-        ("all/full", "changes nothing"),
-        ("none/*.json", "plan 'none/\\*.json': no file has such a name"),
-        ("last@6/drop-visual", "6 layers cannot be replaced in a model of 5"),
-        ("last@6", "6 layers cannot be replaced in a model of 5"),
-        ("last@0", "0 layers cannot be replaced"),
-        ("last@2/full", "changes nothing"),
-        ("last@2/slow", "unknown mode 'slow'"),
-        ("first@2/drop-visual", "drop-visual always takes the last layers"),
-        ("sweep:runs/none@2", "runs/none holds no manifest.json"),
-        ("sweep:runs/none", "it means nothing"),
-        ("llava-1.5-7b", "was made for"),
+        "none.json",
+        "none/*.json",
+        "random@2",
+        "first:3@2",
+        "random:a@2",
+        "random:4..2@2",
+        "random:0..9999@2",
+        "random:0@" + "9" * 5000,
+        "all/full",
+        "last@6/drop-visual",
+        "last@6",
+        "last@0",
+        "last@2/full",
+        "last@2/slow",
+        "first@2/drop-visual",
+        "sweep:runs/none@2",
+        "sweep:runs/none",
+        "llava-1.5-7b",
     ],
 )
-def test_specs_that_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(Refused, match=message) as caught:
-        resolve(spec)
-    assert "\n" not in str(caught.value)
+def test_texts_that_name_no_plan_are_refused(text: str) -> None:
+    with pytest.raises(Refused) as caught:
+        resolve(text)
+    assert text[:20] in str(caught.value) and "\n" not in str(caught.value)

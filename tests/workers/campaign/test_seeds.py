@@ -14,7 +14,7 @@ from shortv.families.parts import read_header, save_parts
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
 from shortv.planfile import read_plan
 from shortv.spec import load_spec
-from shortv.workers.campaign.plans import Kind, ModelFacts, resolve_plans
+from shortv.workers.campaign.plans import ModelFacts, PlanKind, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.parts import ShiftParts, ShiftSettings
 from tests.tiny_model import bundled
@@ -140,7 +140,7 @@ def test_the_shipped_parts_fit_the_bundled_model(tmp_path: Path, monkeypatch: py
     learned = entries[len(WITHOUT) :]
     kinds = [entry.plan.parts.kind for entry in learned if entry.plan.parts]
     assert len(kinds) == len(learned) and kinds.count(DYVTE) >= 3 and {SAISA, EAS} <= set(kinds)
-    assert {entry.kind for entry in learned} == {Kind.PLAN} and all(entry.same_as is None for entry in learned)
+    assert {entry.kind for entry in learned} == {PlanKind.PLAN} and all(entry.same_as is None for entry in learned)
     for entry in learned:
         assert entry.training is not None and entry.training.parameters and entry.training.seconds
     # The sweep of this test was made for a model of another name; the shipped plans give no reason to warn.
