@@ -39,7 +39,7 @@ from shortv.workers.campaign.spec import CampaignSpec
 def main(config: str | None, print_submission_id: bool, **flags: Any) -> int:
     spec = load_spec(CampaignSpec, flags=flags, config=config, defaults={"models": [bundled("model")]})
     if print_submission_id:
-        from shortv.workers.submission import campaign_submission_id
+        from shortv.workers.campaign.spec import campaign_submission_id
 
         click.echo(campaign_submission_id(spec))
         return 0

@@ -24,14 +24,8 @@ import click
 from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.records import KlDirection
-from shortv.workers.request import (
-    DEFAULT_MODES,
-    ModelSpec,
-    SweepRequest,
-    parse_modes,
-    parse_workers,
-    read_chat_template,
-)
+from shortv.spec import ModelSpec, read_chat_template, validate
+from shortv.workers.request import DEFAULT_MODES, SweepRequest, parse_modes, parse_workers
 
 
 @click.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n"))
@@ -89,14 +83,15 @@ def main(
         if model:
             raise Refused(f"no calibration samples for {model}; give --calibration FILE.parquet or TASK:NUMBER")
         calibration = (bundled("calibration.parquet"),)
-    spec = ModelSpec(
-        name=model or bundled("model"),
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        chat_template=read_chat_template(chat_template),
-    )
+    loading = {
+        "name": model or bundled("model"),
+        "revision": revision,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "chat_template": read_chat_template(chat_template),
+    }
+    spec = validate(ModelSpec, loading)
     request = SweepRequest(
         model=spec,
         calibration=calibration,
@@ -111,9 +106,8 @@ def main(
         **how,
     )
     if print_submission_id:
-        from shortv.workers.submission import sweep_submission_id
+        from shortv.workers.sweep import sweep_submission_id
 
-        request.check_numbers()
         click.echo(sweep_submission_id(request))
         return 0
     # Torch and Ray take seconds to import, and --help needs neither.

@@ -23,7 +23,7 @@ from shortv.planfile import PLAN_FILE, parse_plan
 from shortv.records import KlDirection
 from shortv.sweep.planning import Choice, Control, Request, choose_layers
 from shortv.sweep.ranking import set_stability
-from shortv.workers.folder import check_output
+from shortv.workers.run import check_output
 from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
 
 SWEPT_MODES = [mode.value for mode in Mode if mode is not Mode.FULL]

@@ -29,7 +29,7 @@ from jobs.common import option, run
 from reports.page import PAGE_NAME
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError, one_line
-from shortv.workers.folder import check_output
+from shortv.workers.run import check_output
 
 AGAINST_NAME = "report-against.html"
 # What code raises for values of types or sizes that no job writes.

@@ -28,7 +28,8 @@ import click
 from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.plan import PartsKind
-from shortv.workers.request import ModelSpec, parse_workers, read_chat_template
+from shortv.spec import ModelSpec, read_chat_template
+from shortv.workers.request import parse_workers
 
 _COMMON = (
     option("--model", help="Hub id, or a folder with config.json and safetensors. [default: the bundled model]"),

@@ -11,7 +11,8 @@ from pyarrow import fs as pafs
 from shortv.errors import Refused
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+# Credentials of object stores may hold slashes: `s3://ID:SECRET/WITH/SLASHES@bucket`.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/@\s]+|[^/@:\s]*:[^@\s]*)@")
 _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|secret|password)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 

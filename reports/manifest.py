@@ -1,25 +1,56 @@
-"""The manifest of a sweep folder: what ran, on what, and how far it got."""
+"""Manifests of result folders: what ran, on what, and how far it got. One model per kind of run, one base for all.
+
+A manifest is written by the driver of a run and read by everything that shows or continues it. Reading is strict:
+unknown fields, values of another type and numbers out of range are refused in one line.
+"""
 
 import hashlib
 import json
 import platform
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Annotated, Any, ClassVar, Final, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from reports.masking import masked
 from reports.store import Folder
 from shortv.errors import Refused
+from shortv.plan import Mode
+from shortv.records import KlDirection
+from shortv.terminal import printable
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_SCHEMA_VERSION: Final = 1
 
 # Distribution names behind the versions that a manifest records.
 _DISTRIBUTIONS: Final = ("shortv", "torch", "torchvision", "transformers", "ray", "pyarrow", "lmms-eval")
+# The job that writes each kind of result folder.
+_JOBS: Final = MappingProxyType(
+    {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py", "training": "jobs/train.py"}
+)
+
+Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
+Layers = Annotated[StrictInt, Field(ge=1, le=100_000)]
+"""Decoder layers of a model. The bound keeps a damaged file from sizing anything that is built per layer."""
+Seconds = NonNegativeFloat | None
+Masked = Annotated[dict[str, Any], AfterValidator(masked)]
+"""A JSON object whose secrets are replaced by `***`."""
 
 
 class State(StrEnum):
@@ -30,141 +61,155 @@ class State(StrEnum):
     PARTIAL = "partial"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a sweep was asked to do and what came of it.
+class RunManifest(BaseModel):
+    """What every run records.
 
-    `arguments` are masked when the manifest is made. `counts` are numbers of samples by state (used, errors, ...)
-    or of other things counted; `stability` is the share of bootstrap resamples choosing the same layers, by share
-    of samples and mode; `details` holds further facts (device, processor class, ...). Times are ISO 8601 in UTC,
-    `wall_seconds` adds up all runs of the command, `attempts` counts them: 1 after the first start of a driver, and a
-    finished sweep that is only shown again adds none. `noise_floor` is in nats.
+    `counts` are numbers of samples by state (used, errors, ...) or of other things counted. Times are ISO 8601 in UTC.
+    `attempts` counts the starts of a driver that had work to do, `wall_seconds` adds up their durations.
     """
 
-    schema_version: int = MANIFEST_SCHEMA_VERSION
-    kind: str = "sweep"
-    state: State
-    arguments: Mapping[str, Any]
-    arguments_digest: str
-    versions: Mapping[str, str]
-    model: str
-    revision: str | None
-    config_digest: str
-    num_layers: int
-    modes: tuple[str, ...]
-    kl_direction: str
-    calibration_ids: tuple[str, ...]
-    calibration_digest: str
-    seed: int
-    noise_floor: float | None = None
-    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    stability: Mapping[str, Any] | None = None
-    attempts: int = 0
-    started: str
-    finished: str | None = None
-    wall_seconds: float | None = None
-    details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    KIND: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "state", State(self.state))
-        object.__setattr__(self, "arguments", masked(self.arguments))
-        object.__setattr__(self, "details", masked(self.details))
+    schema_version: StrictInt = MANIFEST_SCHEMA_VERSION
+    kind: StrictStr
+    state: State
+    arguments: Masked
+    versions: dict[str, StrictStr]
+    counts: dict[str, Count] = {}
+    attempts: Count = 0
+    started: StrictStr
+    finished: StrictStr | None = None
+    wall_seconds: Seconds = None
+
+    def updated(self, **changes: Any) -> Self:
+        """Return the manifest with some fields replaced, validated again."""
+        return type(self).model_validate({**dict(self), **changes})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as a JSON object, in the order of the fields."""
-        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        """Return the manifest as a JSON object."""
+        return self.model_dump(mode="json")
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], shown: str = MANIFEST_NAME) -> "Manifest":
+    def from_json(cls, value: Mapping[str, Any], shown: str = MANIFEST_NAME) -> Self:
         """Rebuild a manifest, strictly.
 
         Raises:
             Refused: it is of another kind or schema version, or has missing, unknown or malformed fields.
         """
-        check_fields(value, kind="sweep", version=MANIFEST_SCHEMA_VERSION, types=_TYPES, shown=shown)
-        known: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return cls(**known)
-
-    def source(self, samples: int, direction: str) -> dict[str, Any]:
-        """Return what a plan made from this sweep says of its origin."""
-        sweep = [self.arguments_digest, self.calibration_digest, self.config_digest]
-        return {"sweep": digest_of(sweep), "samples": samples, "seed": self.seed, "kl_direction": str(direction)}
+        kind, version = value.get("kind"), value.get("schema_version")
+        if kind != cls.KIND:
+            raise Refused(
+                f"{shown} is of kind {printable(repr(kind), limit=80)}, not {cls.KIND!r}; "
+                f"give the output folder of {_JOBS[cls.KIND]}"
+            )
+        if version != MANIFEST_SCHEMA_VERSION or isinstance(version, bool):
+            raise Refused(
+                f"{shown} has schema version {printable(repr(version), limit=80)}, this release reads "
+                f"{MANIFEST_SCHEMA_VERSION}; read it with the release that wrote it, or run the {kind} in a new folder"
+            )
+        # Fields with defaults are optional when a manifest is built, and required in a file.
+        missing = sorted(cls.model_fields.keys() - value.keys())
+        if missing:
+            raise Refused(f"{shown} lacks the fields {', '.join(missing)}; run the {kind} in a new folder")
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = printable(".".join(map(str, first["loc"])), limit=80)
+            found = printable(repr(first["input"]), limit=80)
+            raise Refused(
+                f"{shown} has {where} {found}: {printable(first['msg'], limit=200)}; it was changed by hand or is from "
+                f"another release: run the {kind} in a new folder"
+            ) from error
 
     def save(self, folder: Folder) -> None:
         """Write the manifest into its folder, atomically."""
         folder.write_json(MANIFEST_NAME, self.to_json())
 
     @classmethod
-    def load(cls, folder: Folder) -> "Manifest":
-        """Read the manifest of a folder. Raises Refused when there is none or it is not a sweep's."""
-        return cls.from_json(read_manifest(folder, "sweep"), f"{folder.shown}/{MANIFEST_NAME}")
+    def load(cls, folder: Folder) -> Self:
+        """Read the manifest of a folder. Raises Refused when there is none or it is of another kind of run."""
+        if not folder.exists(MANIFEST_NAME):
+            raise Refused(f"{folder.shown} holds no {MANIFEST_NAME}; give an output folder of {_JOBS[cls.KIND]}")
+        return cls.from_json(folder.read_json(MANIFEST_NAME), f"{folder.shown}/{MANIFEST_NAME}")
 
 
-_TYPES: Final[Mapping[str, Any]] = MappingProxyType(
-    {
-        "schema_version": int,
-        "kind": str,
-        "state": str,
-        "arguments": dict,
-        "arguments_digest": str,
-        "versions": dict,
-        "model": str,
-        "revision": str | None,
-        "config_digest": str,
-        "num_layers": int,
-        "modes": list,
-        "kl_direction": str,
-        "calibration_ids": list,
-        "calibration_digest": str,
-        "seed": int,
-        "noise_floor": int | float | None,
-        "counts": dict,
-        "stability": dict | None,
-        "attempts": int,
-        "started": str,
-        "finished": str | None,
-        "wall_seconds": int | float | None,
-        "details": dict,
-    }
-)
+class ModelRunManifest(RunManifest):
+    """What a run on one model records. A run continues where the digest of its arguments is the same."""
+
+    arguments_digest: StrictStr
+    model: StrictStr
+    revision: StrictStr | None
+    config_digest: StrictStr
+    num_layers: Layers
+    details: Masked = {}
 
 
-# The job that writes each kind of result folder.
-_JOBS: Final = MappingProxyType(
-    {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py", "training": "jobs/train.py"}
-)
+class Manifest(ModelRunManifest):
+    """What a sweep was asked to do and what came of it.
+
+    `stability` is the share of bootstrap resamples that choose the same layers, by mode and share of samples;
+    `details` holds further facts (device, processor class, ...). `noise_floor` is in nats.
+    """
+
+    KIND: ClassVar[str] = "sweep"
+    kind: StrictStr = KIND
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
+    kl_direction: KlDirection
+    calibration_ids: tuple[StrictStr, ...]
+    calibration_digest: StrictStr
+    seed: StrictInt
+    noise_floor: NonNegativeFloat | None = None
+    stability: dict[str, dict[str, StrictFloat]] | None = None
+
+    def source(self, samples: int, direction: str) -> dict[str, Any]:
+        """Return what a plan made from this sweep says of its origin."""
+        sweep = [self.arguments_digest, self.calibration_digest, self.config_digest]
+        return {"sweep": digest_of(sweep), "samples": samples, "seed": self.seed, "kl_direction": str(direction)}
 
 
-def read_manifest(folder: Folder, kind: str) -> dict[str, Any]:
-    """Read the JSON of a folder's manifest. Raises Refused when there is none."""
-    if not folder.exists(MANIFEST_NAME):
-        raise Refused(f"{folder.shown} holds no {MANIFEST_NAME}; give an output folder of {_JOBS[kind]}")
-    return folder.read_json(MANIFEST_NAME)
+class TrainingManifest(ModelRunManifest):
+    """What a training was asked to do and what came of it.
+
+    `parts` is the kind of learned parts, `data_digest` covers all samples in order; `counts` are steps, samples and
+    unusable samples (`errors`).
+    """
+
+    KIND: ClassVar[str] = "training"
+    kind: StrictStr = KIND
+    parts: StrictStr
+    data_digest: StrictStr
 
 
-def check_fields(value: Mapping[str, Any], *, kind: str, version: int, types: Mapping[str, Any], shown: str) -> None:
-    """Raise Refused unless `value` is a manifest of that kind and version, with these fields and types alone."""
-    found = value.get("kind")
-    if found != kind:
-        raise Refused(f"{shown} is of kind {found!r}, not {kind!r}; give the output folder of {_JOBS[kind]}")
-    if value.get("schema_version") != version:
-        raise Refused(
-            f"{shown} has schema version {value.get('schema_version')!r}, this release reads {version}; "
-            f"read it with the release that wrote it, or run the {kind} in a new folder"
-        )
-    unknown = sorted(value.keys() - types.keys())
-    missing = sorted(types.keys() - value.keys())
-    if unknown or missing:
-        raise Refused(
-            f"{shown} has missing fields {missing} and unknown fields {unknown}; "
-            f"it was changed by hand or is not from this release: run the {kind} in a new folder"
-        )
-    for name, allowed in types.items():
-        # Python counts truth values as integers; no field of a manifest is one.
-        if not isinstance(value[name], allowed) or isinstance(value[name], bool):
-            raise Refused(f"{shown} has a {name} of the wrong type ({value[name]!r}); run the {kind} again")
-    if value["state"] not in list(State):
-        raise Refused(f"{shown} has the unknown state {value['state']!r}; expected {', '.join(State)}")
+def _are_modes(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(mode, str) and mode in list(Mode) for mode in value)
+
+
+class CampaignManifest(RunManifest):
+    """What a campaign was asked to do and what came of it; it describes the last recipe that ran in the folder.
+
+    `counts` are numbers of cells by state and of samples.
+    """
+
+    KIND: ClassVar[str] = "campaign"
+    kind: StrictStr = KIND
+    models: tuple[dict[str, Any], ...]
+    plans: tuple[dict[str, Any], ...]
+    tasks: tuple[dict[str, Any], ...]
+    seed: StrictInt
+
+    @field_validator("models", "plans", "tasks")
+    @classmethod
+    def _check_entries(cls, value: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
+        names = ("model", "name") if info.field_name == "plans" else ("name",)
+        for entry in value:
+            wrong = [name for name in names if not isinstance(entry.get(name), str)]
+            if info.field_name == "plans" and not _are_modes(entry.get("modes")):
+                wrong.append("modes")
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} of an entry are missing or malformed")
+        return value
 
 
 def plain(value: Any) -> Any:

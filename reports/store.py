@@ -14,6 +14,7 @@ from reports.atomic import is_leftover, remove_leftovers, replace_file
 from reports.locations import locate, one_line
 from reports.schemas import difference, fitted, schema_of, table_of
 from shortv.errors import Refused, ShortVError
+from shortv.untrusted import MAX_TEXT_BYTES, parse_json, read_parquet
 
 _PROBE = "write-check"
 
@@ -82,13 +83,16 @@ class Folder:
                 self._filesystem.delete_file(path)
             raise
 
-    def read_bytes(self, name: str) -> bytes:
-        """Read a whole file. Raises ShortVError when it is missing or cannot be read."""
+    def read_bytes(self, name: str, *, limit_bytes: int | None = None) -> bytes:
+        """Read a whole file. Raises ShortVError when it is missing, cannot be read, or is longer than the limit."""
         try:
             with self._filesystem.open_input_stream(self._path(name)) as stream:
-                return bytes(stream.readall())
+                data = bytes(stream.readall() if limit_bytes is None else stream.read(limit_bytes + 1))
         except OSError as error:
             raise ShortVError(f"{self._shown(name)} could not be read: {one_line(error)}") from error
+        if limit_bytes is not None and len(data) > limit_bytes:
+            raise ShortVError(f"{self._shown(name)} is longer than {limit_bytes} bytes; it is not a file of a run")
+        return data
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, indented, atomically. Raises ValueError for a value JSON does not have (NaN)."""
@@ -96,12 +100,8 @@ class Folder:
         self.write_bytes(name, text.encode() + b"\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object. Raises ShortVError when it is missing, not JSON, or not an object."""
-        data = self.read_bytes(name)
-        try:
-            value = json.loads(data)
-        except ValueError as error:
-            raise ShortVError(f"{self._shown(name)} is not JSON: {one_line(error)}") from error
+        """Read a JSON object. Raises ShortVError when it is missing, not JSON within bounds, or not an object."""
+        value = parse_json(self.read_bytes(name, limit_bytes=MAX_TEXT_BYTES), what=self._shown(name))
         if not isinstance(value, dict):
             raise ShortVError(f"{self._shown(name)} holds a JSON {type(value).__name__}, not an object")
         return value
@@ -123,12 +123,7 @@ class Folder:
         Raises ShortVError when it is missing, damaged, or of another schema.
         """
         shown = self._shown(_parquet(name))
-        data = self.read_bytes(_parquet(name))
-        try:
-            # Arrow's reader threads may still be there when the process exits, which then aborts (arrow#34314).
-            table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise ShortVError(f"{shown} is not a whole Parquet file: {one_line(error)}") from error
+        table = read_parquet(self.read_bytes(_parquet(name)), what=shown)
         reason = difference(table.schema, name)
         if reason is not None:
             raise ShortVError(f"{shown} {reason}")

@@ -112,10 +112,10 @@ class Spec(BaseModel):
 class LoadingSpec(Spec):
     """How a model is loaded: the settings that every job shares."""
 
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    dtype: Dtype = Field("auto", description="Type of the weights.")
-    attn_implementation: Attention = Field("sdpa", description="Attention implementation of transformers.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    dtype: Dtype = Field(default="auto", description="Type of the weights.")
+    attn_implementation: Attention = Field(default="sdpa", description="Attention implementation of transformers.")
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model.")
 
 
 class ModelSpec(LoadingSpec):

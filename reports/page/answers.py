@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from reports.campaign import CampaignManifest
+from reports.manifest import CampaignManifest
 from reports.store import Folder
 from shortv.errors import ShortVError
 

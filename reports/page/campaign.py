@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports.campaign import CampaignManifest
-from reports.manifest import State
+from reports.manifest import CampaignManifest, State
 from reports.page.campaign_charts import accuracy_chart, difference_chart, exit_charts, speed_chart
 from reports.page.campaign_data import CampaignData, Training, interval_of, kind_of_plan, parts_of_plan
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
 from typing import Any, Final, NamedTuple
 
-from reports.campaign import CampaignManifest
-from reports.manifest import State
+from reports.manifest import CampaignManifest, State
 from reports.page.answers import Exits, Failures, read_answers
 from reports.store import Folder
 from shortv.errors import Refused

@@ -4,8 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from reports.campaign import CampaignManifest
-from reports.manifest import Manifest, State
+from reports.manifest import CampaignManifest, Manifest, State
 from reports.masking import MASK
 from reports.page.document import Command, Fact
 

@@ -19,7 +19,7 @@ from starlette.routing import Route, Router
 from reports.access import address_of, bound, check_host, key_digests_of
 from reports.http import HttpError, accepts_html, guarded, info_of, log_requests, serve_app
 from reports.locations import masked_uri
-from reports.manifest import MANIFEST_NAME, State
+from reports.manifest import MANIFEST_NAME, State, TrainingManifest
 from reports.page import PAGE_NAME
 from reports.page.document import page_style, policy_digest, template_environment
 from reports.schemas import SCHEMAS
@@ -29,7 +29,6 @@ from reports.service.headline import AnyManifest
 from reports.service.runs import PAGES, Found, Resource, find_runs, resource_of, split
 from reports.service.summary import Summaries, Summary, label_of, link_of, read_run
 from reports.service.tree import Missing, Names, OpenFile, checked, open_tree
-from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.terminal import printable
 

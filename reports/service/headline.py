@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from reports.campaign import CampaignManifest
-from reports.manifest import Manifest
+from reports.manifest import CampaignManifest, Manifest, TrainingManifest
 from reports.page.campaign_data import KINDS, CampaignData, Group, Point
 from reports.service.files import Files, shown
 from reports.service.runs import PARTS, PLANS, Contents
 from reports.service.tree import Missing
-from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode
 from shortv.untrusted import parse_json

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
-from reports.campaign import CampaignManifest
-from reports.manifest import MANIFEST_NAME, Manifest, State
+from reports.manifest import MANIFEST_NAME, CampaignManifest, Manifest, State, TrainingManifest
 from reports.page import PAGE_NAME
 from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
 from reports.service.headline import AnyManifest, Headline, headline_of
@@ -23,7 +22,6 @@ from reports.service.runs import (
     listing_of,
 )
 from reports.service.tree import Missing, Names
-from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.untrusted import parse_json
 

@@ -22,10 +22,11 @@ from shortv.families import load_architecture
 from shortv.plan import Mode
 from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.cluster import start
+from shortv.workers.engine import SweepEngine
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest
+from shortv.workers.request import SweepRequest
 from shortv.workers.sweep import run_sweep
 
 
@@ -42,7 +43,7 @@ class Scheduling(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SleepEngine:
+class SleepEngine(SweepEngine):
     """An engine without a model: each unit sleeps and records when it ran."""
 
     architecture: Architecture

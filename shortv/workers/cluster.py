@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shortv.errors import Refused, ShortVError
-from shortv.workers.resources import FreeNode
+from shortv.workers.placement import Node
 
 STARTS = 3
 """Times that starting Ray on this machine is tried."""
@@ -112,7 +112,7 @@ def driver_actor(cls: type) -> Any:
     return ray.remote(**options)(cls)
 
 
-def free_nodes() -> list[FreeNode]:
+def free_nodes() -> list[Node]:
     """What each living node has free, and what it has in all."""
     from ray._private.state import available_resources_per_node
 
@@ -123,10 +123,9 @@ def free_nodes() -> list[FreeNode]:
         # A node that has just joined has not reported yet.
         left = free.get(node["NodeID"], total)
         nodes.append(
-            FreeNode(
+            Node(
                 cpus=left.get("CPU", 0.0),
                 gpus=left.get("GPU", 0.0),
-                total_cpus=total.get("CPU", 0.0),
                 total_gpus=total.get("GPU", 0.0),
             )
         )

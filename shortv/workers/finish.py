@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from reports.manifest import Manifest, State, utc_now
+from reports.manifest import Manifest, State
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError
@@ -26,9 +25,8 @@ def finish(
     batches: Sequence[Sequence[Sample]],
     modes: Sequence[Mode],
     architecture: Architecture,
-    wall_seconds: float,
 ) -> Manifest:
-    """Write all tables and the default plan, then the final manifest, then forget the journal.
+    """Write all tables and the default plan, and return the final manifest.
 
     Raises:
         ShortVError: a sample was lost, no sample could be used, or the disk is full.
@@ -47,8 +45,7 @@ def finish(
     plan = default_plan(manifest, tables, rows, architecture)
     if plan is not None:
         folder.write_bytes(f"plans/{plan.name}.json", plan.to_json().encode())
-    final = replace(
-        manifest,
+    return manifest.updated(
         state=State.PARTIAL if tables.errors else State.COMPLETE,
         noise_floor=tables.noise_floor,
         counts={
@@ -58,13 +55,8 @@ def finish(
             "without_image": sum(not row.n_visual for row in tables.used),
         },
         stability=_stability(manifest, tables, layers),
-        finished=utc_now(),
-        wall_seconds=wall_seconds + (manifest.wall_seconds or 0.0),
         details={**manifest.details, "default_plan": plan.name if plan else None},
     )
-    final.save(folder)
-    journal.remove()
-    return final
 
 
 def default_plan(

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shortv.errors import Refused
 from shortv.plan import Mode, parse_mode
 from shortv.records import KlDirection
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, WorkerRange
 
 DEFAULT_MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
 ABLATIONS = tuple(mode for mode in Mode if mode is not Mode.FULL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """What a worker needs to load the model."""
-
-    name: str
-    """Hub id, or a folder on the driver's node."""
-    revision: str | None = None
-    dtype: str = "auto"
-    attn_implementation: str = "sdpa"
-    trust_remote_code: bool = False
-    chat_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,24 +68,12 @@ class SweepRequest:
             raise Refused(f"--gpus-per-worker is {self.gpus_per_worker:g}; give a whole number, or a share below 1")
 
 
-def read_chat_template(path: str | None) -> str | None:
-    """The text of a Jinja file; raises Refused when it cannot be read."""
-    try:
-        return Path(path).read_text() if path else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"chat template {path} cannot be read: {error}; give a Jinja text file") from error
-
-
 def parse_workers(text: str, option: str = "--workers") -> WorkerRange:
     """Read `N` or `MIN:MAX`; raises Refused for anything else."""
-    low, _, high = text.partition(":")
     try:
-        found = WorkerRange(int(low), int(high or low))
-    except ValueError:
-        raise Refused(f"{option} is {text!r}; give a number (4) or a range (2:8)") from None
-    if not 1 <= found.low <= found.high:
-        raise Refused(f"{option} is {text!r}; give at least 1, and a range from low to high")
-    return found
+        return WorkerRange.parse(text)
+    except ValueError as error:
+        raise Refused(f"{option} is {text!r}; {error}") from None
 
 
 def parse_modes(text: str) -> tuple[Mode, ...]:
@@ -113,9 +86,3 @@ def parse_modes(text: str) -> tuple[Mode, ...]:
     if Mode.FULL in found:
         raise Refused("--modes names 'full', which changes nothing; give the modes to measure")
     return tuple(mode for mode in ABLATIONS if mode in found)
-
-
-def shown(value: Any) -> str:
-    """An argument as one short piece of text for messages."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

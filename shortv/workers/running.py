@@ -12,16 +12,17 @@ import ray
 from rich.console import Console
 
 from shortv.errors import ShortVError
+from shortv.terminal import say
 from shortv.workers.cluster import connected, first_line, free_nodes
 from shortv.workers.journal import Journal
 from shortv.workers.ledger import start_ledger
+from shortv.workers.models import remote_model
+from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
-from shortv.workers.resources import Pool, plan_pool
-from shortv.workers.shipping import offer
-from shortv.workers.stopping import stop_on_signal
+from shortv.workers.run import stop_on_signal
 from shortv.workers.stream import stream_results, write_units
 from shortv.workers.units import Unit, plan_units
-from shortv.workers.worker import WorkerSetup, hub_environment
+from shortv.workers.worker import WorkerSetup
 
 if TYPE_CHECKING:
     from shortv.workers.sweep import Prepared
@@ -42,12 +43,9 @@ def run_units(prepared: Prepared, journal: Journal, scratch: Path, console: Cons
         return {}
     # Ray's own SIGTERM handler, set when it connects, ends the process with a traceback.
     with connected(), stop_on_signal():
-        pool = plan_pool(
-            free_nodes(), workers=request.workers, gpus_per_worker=request.gpus_per_worker, device=request.device
-        )
+        pool = place(free_nodes(), workers=request.workers, gpus=request.gpus_per_worker, device=request.device)
         if pool.note:
-            console.print(pool.note, highlight=False)
-        prepared.manifest.save(prepared.folder)
+            say(console, pool.note)
         units = plan_units(
             n_batches=len(prepared.batches),
             num_layers=layers,
@@ -63,18 +61,16 @@ def run_units(prepared: Prepared, journal: Journal, scratch: Path, console: Cons
     return {"device": pool.device, "workers": pool.high}
 
 
-def _setup(prepared: Prepared, pool: Pool, scratch: Path) -> WorkerSetup:
+def _setup(prepared: Prepared, pool: Placement, scratch: Path) -> WorkerSetup:
     request = prepared.request
     return WorkerSetup(
         engine=prepared.engine,
-        spec=request.model,
-        folder=offer(prepared.model_folder, prepared.model_digest),
+        model=remote_model(prepared.engine, request.model),
         device=pool.device,
-        threads=pool.cpus if pool.device == "cpu" else 0,
+        threads=pool.threads,
         modes=request.modes,
         stack=request.stack,
         ledger=start_ledger(scratch / "ledger.json"),
-        environment=hub_environment(),
     )
 
 

@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from shortv.errors import ShortVError
 from shortv.sample import Sample
-from shortv.workers.resources import Pool
+from shortv.workers.placement import Placement
 from shortv.workers.units import Unit
 from shortv.workers.worker import SweepWorker, WorkerSetup
 
@@ -65,7 +65,7 @@ def write_units(place: Path, units: Sequence[Unit], batches: Sequence[Sequence[S
     return paths
 
 
-def stream_results(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Generator[str]:
+def stream_results(paths: Sequence[Path], setup: WorkerSetup, pool: Placement) -> Generator[str]:
     """Run the units and yield each result, as JSON text, as soon as it is there.
 
     Close it before Ray is disconnected: what Ray Data does at its end would start Ray anew.
@@ -82,7 +82,7 @@ def _row(sample: Sample) -> Mapping[str, object]:
     return {**asdict(sample), "images": list(sample.images)}
 
 
-def _pipeline(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Dataset:
+def _pipeline(paths: Sequence[Path], setup: WorkerSetup, pool: Placement) -> Dataset:
     """Read on the driver's node, with no CPU: a cluster may have none left, and other nodes lack the files."""
     with _free_sampling(), warnings.catch_warnings():
         # `local://` and remote arguments are announced to change; the pinned release has no other way to bind a
@@ -106,7 +106,7 @@ def _pipeline(paths: Sequence[Path], setup: WorkerSetup, pool: Pool) -> Dataset:
         )
 
 
-def _in_flight(units: int, pool: Pool) -> int:
+def _in_flight(units: int, pool: Placement) -> int:
     """Units that a worker holds: a second one hides the driver's answer, but with few units others would lack it."""
     return 2 if units >= _MANY_UNITS * pool.high else 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,21 +12,27 @@ from rich.console import Console
 from reports.manifest import Manifest, State, arguments_digest, utc_now, versions
 from reports.store import Folder
 from reports.tables import print_layers
+from shortv import terminal
 from shortv.architecture import Architecture
 from shortv.plan import Plan
 from shortv.sample import Sample
-from shortv.workers.calibration import calibration_digest, resolve_calibration
-from shortv.workers.driver_lock import one_driver
-from shortv.workers.engine import Engine, ModelEngine
+from shortv.terminal import say
+from shortv.workers.engine import SweepEngine
 from shortv.workers.finish import finish
-from shortv.workers.folder import NOT_DECIDING, check_output, open_folder
 from shortv.workers.journal import Journal
-from shortv.workers.page import write_report
+from shortv.workers.models import model_folder
 from shortv.workers.request import SweepRequest
-from shortv.workers.shipping import folder_digest
-from shortv.workers.stopping import stop_on_signal
-
-PARTIAL_STATUS = 3
+from shortv.workers.run import (
+    NOT_DECIDING,
+    check_output,
+    complete,
+    exit_status,
+    open_run,
+    stop_on_signal,
+    submission_id,
+    write_report,
+)
+from shortv.workers.samples import calibration_digest, resolve_calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +40,10 @@ class Prepared:
     """A sweep whose input is checked and whose folder is open."""
 
     request: SweepRequest
-    engine: Engine
+    engine: SweepEngine
     folder: Folder
     batches: tuple[tuple[Sample, ...], ...]
     architecture: Architecture
-    model_folder: Path | None
-    model_digest: str | None
     manifest: Manifest
 
     @property
@@ -49,29 +52,34 @@ class Prepared:
         return sum(len(batch) for batch in self.batches)
 
 
-def run_sweep(request: SweepRequest, *, engine: Engine | None = None, console: Console | None = None) -> int:
+def run_sweep(request: SweepRequest, *, engine: SweepEngine | None = None, console: Console | None = None) -> int:
     """Run, continue or repeat a sweep, print its table, and return the exit status (0, or 3 with failed samples).
 
     Raises:
         Refused: the input cannot be right; nothing was started.
         ShortVError: the work failed or was stopped; the same command continues it.
     """
-    console = console or Console()
+    console = console or terminal.console()
     with stop_on_signal():
-        prepared = prepare(request, engine or ModelEngine())
+        prepared = prepare(request, engine or SweepEngine())
         running = prepared.manifest.state is State.RUNNING
-        if running:
-            with one_driver(prepared.folder):
-                prepared = _measured(prepared, console)
-        else:
-            # The run that finished may have been killed before this.
-            Journal(prepared.folder).remove()
-        status = _report(prepared, console)
+        manifest = complete(
+            prepared.folder, prepared.manifest, lambda latest: _measure(replace(prepared, manifest=latest), console)
+        )
+        # The tables hold everything now. A run that finished earlier may have been killed before this.
+        Journal(prepared.folder).remove()
+        status = _report(replace(prepared, manifest=manifest), console)
         write_report(prepared.folder, console, anew=running)
         return status
 
 
-def prepare(request: SweepRequest, engine: Engine) -> Prepared:
+def sweep_submission_id(request: SweepRequest) -> str:
+    """Return the id for the next attempt of a sweep. Raises Refused when its folder holds something else."""
+    request.check_numbers()
+    return submission_id("lc", arguments_digest(request.arguments()), request.output_path, Manifest)
+
+
+def prepare(request: SweepRequest, engine: SweepEngine) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(request.output_path)
     request.check_numbers()
@@ -81,11 +89,8 @@ def prepare(request: SweepRequest, engine: Engine) -> Prepared:
     )
     request = replace(request, model=engine.pin(request.model))
     architecture = engine.describe(request.model)
-    path = Path(request.model.name)
-    model_folder = path.resolve() if path.is_dir() else None
-    digest = folder_digest(model_folder) if model_folder else None
-    wanted = _manifest(request, samples, architecture, digest)
-    found = open_folder(folder, wanted)
+    found = model_folder(request.model.name)
+    wanted = _manifest(request, samples, architecture, found[1] if found else None)
     size = request.batch_size
     return Prepared(
         request=request,
@@ -93,16 +98,8 @@ def prepare(request: SweepRequest, engine: Engine) -> Prepared:
         folder=folder,
         batches=tuple(tuple(samples[start : start + size]) for start in range(0, len(samples), size)),
         architecture=architecture,
-        model_folder=model_folder,
-        model_digest=digest,
-        manifest=found or wanted,
+        manifest=open_run(folder, wanted),
     )
-
-
-def exit_status(manifest: Manifest, fail_on_error: float) -> int:
-    """0 when at most the tolerated share of samples failed, else 3."""
-    share = manifest.counts.get("errors", 0) / max(manifest.counts.get("samples", 0), 1)
-    return 0 if share <= fail_on_error else PARTIAL_STATUS
 
 
 def _manifest(
@@ -124,8 +121,8 @@ def _manifest(
         revision=request.model.revision,
         config_digest=architecture.config_digest,
         num_layers=architecture.num_layers,
-        modes=tuple(str(mode) for mode in request.modes),
-        kl_direction=str(request.kl_direction),
+        modes=request.modes,
+        kl_direction=request.kl_direction,
         calibration_ids=tuple(sample.sample_id for sample in samples),
         calibration_digest=samples_digest,
         seed=request.seed,
@@ -134,22 +131,10 @@ def _manifest(
     )
 
 
-def _measured(prepared: Prepared, console: Console) -> Prepared:
-    """Start an attempt on the folder, which is this driver's alone, and end it with the final manifest."""
-    # Another driver may have been at work until the lock was had.
-    latest = open_folder(prepared.folder, prepared.manifest) or prepared.manifest
-    if latest.state is State.RUNNING:
-        latest = replace(latest, attempts=latest.attempts + 1)
-        latest.save(prepared.folder)
-        latest = _measure(replace(prepared, manifest=latest), console)
-    return replace(prepared, manifest=latest)
-
-
 def _measure(prepared: Prepared, console: Console) -> Manifest:
     """Measure what is missing and write the tables; returns the final manifest."""
     from shortv.workers.running import run_units
 
-    started = time.monotonic()
     journal = Journal(prepared.folder)
     manifest = prepared.manifest
     with tempfile.TemporaryDirectory(prefix="shortv-sweep-") as scratch:
@@ -157,11 +142,10 @@ def _measure(prepared: Prepared, console: Console) -> Manifest:
     return finish(
         prepared.folder,
         journal,
-        replace(manifest, details={**manifest.details, **details}),
+        manifest.updated(details={**manifest.details, **details}),
         batches=prepared.batches,
         modes=prepared.request.modes,
         architecture=prepared.architecture,
-        wall_seconds=time.monotonic() - started,
     )
 
 
@@ -180,7 +164,7 @@ def _report(prepared: Prepared, console: Console) -> int:
         console=console,
     )
     counts = manifest.counts
-    console.print(f"{counts['used']} of {counts['samples']} samples used, results in {folder.shown}", highlight=False)
+    say(console, f"{counts['used']} of {counts['samples']} samples used, results in {folder.shown}")
     if counts["errors"]:
-        console.print(f"{counts['errors']} samples could not be used: {folder.shown}/errors.parquet", highlight=False)
-    return exit_status(manifest, prepared.request.fail_on_error)
+        say(console, f"{counts['errors']} samples could not be used: {folder.shown}/errors.parquet")
+    return exit_status(counts["errors"], counts["samples"], prepared.request.fail_on_error)

@@ -7,7 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,10 @@ from shortv.errors import SampleError, ShortVError
 from shortv.plan import Mode
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
-from shortv.workers.engine import Engine
+from shortv.workers.engine import SweepEngine
 from shortv.workers.ledger import LOADING, MAX_DEATHS, MAX_WHOLE_DEATHS, WHOLE, Attempter
+from shortv.workers.models import RemoteModel
 from shortv.workers.outcome import Measured, UnitResult
-from shortv.workers.request import ModelSpec
-from shortv.workers.shipping import ShippedFolder
 from shortv.workers.units import Unit
 
 RESULT_SCHEMA = pa.schema([pa.field("result", pa.string(), nullable=False)])
@@ -47,15 +46,13 @@ def hub_environment() -> Environment:
 class WorkerSetup:
     """Everything a worker process is told once."""
 
-    engine: Engine
-    spec: ModelSpec
-    folder: ShippedFolder | None
+    engine: SweepEngine
+    model: RemoteModel
     device: str
     threads: int
     modes: tuple[Mode, ...]
     stack: int | None
     ledger: Attempter
-    environment: Environment = field(default_factory=Environment)
 
 
 class SweepWorker:
@@ -92,19 +89,11 @@ class SweepWorker:
         setup = self._setup
         if deaths[LOADING] >= MAX_DEATHS:
             raise ShortVError(
-                f"{deaths[LOADING]} worker processes in a row died while loading {setup.spec.name!r}; "
+                f"{deaths[LOADING]} worker processes in a row died while loading {setup.model.spec.name!r}; "
                 "it may need more memory than a worker's node has free"
             )
         setup.ledger.enter(unit_id, LOADING)
-        os.environ.update(setup.environment)
-        try:
-            folder = setup.folder.local() if setup.folder else None
-            spec = replace(setup.spec, name=str(folder)) if folder else setup.spec
-            self._loaded = setup.engine.load(spec, device=setup.device, threads=setup.threads)
-        except ShortVError:
-            raise
-        except Exception as error:  # loading runs code of the model's library: one line instead of a traceback
-            raise ShortVError(f"{setup.spec.name!r} cannot be loaded: {_short(error)}") from error
+        self._loaded = setup.model.load(device=setup.device, threads=setup.threads)
         setup.ledger.loaded()
 
     def _guarded(self, unit_id: str, samples: Sequence[Sample], deaths: Mapping[str, int]) -> Measured:

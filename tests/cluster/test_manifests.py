@@ -20,8 +20,7 @@ from shortv.spec import load_spec
 from shortv.workers import running
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.spec import read_arguments
-from shortv.workers.submission import sweep_submission_id
-from shortv.workers.sweep import run_sweep
+from shortv.workers.sweep import run_sweep, sweep_submission_id
 from tests.cluster.rules import KINDS, RAY_VERSION, SECRETS, cluster_of, cross_problems, pods_of, problems
 from tests.workers.fakes import FakeEngine, make_request
 

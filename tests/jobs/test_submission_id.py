@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 
 from jobs import campaign, common, lc_sweep
-from reports.campaign import CampaignManifest
-from reports.manifest import Manifest, State
+from reports.manifest import CampaignManifest, Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers import running
 from shortv.workers.campaign.driver import run_campaign
-from shortv.workers.driver_lock import LOCK_NAME, one_driver
+from shortv.workers.campaign.spec import campaign_submission_id
 from shortv.workers.outcome import UnitResult
-from shortv.workers.submission import campaign_submission_id, sweep_submission_id
-from shortv.workers.sweep import run_sweep
+from shortv.workers.run import LOCK_NAME, one_driver
+from shortv.workers.sweep import run_sweep, sweep_submission_id
 from shortv.workers.units import plan_units
 from tests.workers.campaign.fakes import FakeRunner, recipe
 from tests.workers.fakes import FakeEngine, make_request
@@ -130,7 +129,7 @@ def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
     assert campaign_submission_id(asked) == f"{first[:-2]}-2"
     assert run_campaign(asked, runner=FakeRunner()) == 0, "a finished campaign is shown"
     assert CampaignManifest.load(Folder(asked.output_path)).attempts == 1
-    more = replace(asked, plans=(*asked.plans, "first@2"))
+    more = asked.model_copy(update={"plans": (*asked.plans, "first@2")})
     assert run_campaign(more, runner=FakeRunner()) == 0
     assert campaign_submission_id(more).endswith("-3") and campaign_submission_id(more)[:-2] != first[:-2]
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reports.campaign import CampaignManifest
-from reports.manifest import Manifest
+from reports.manifest import CampaignManifest, Manifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
 from shortv.plan import VISUAL_MODES, Mode, Plan

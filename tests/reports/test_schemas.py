@@ -86,3 +86,17 @@ def test_other_differences_are_refused_with_one_line(tmp_path: Path, case: str) 
     with pytest.raises(ShortVError, match=message) as caught:
         read(tmp_path, table)
     assert "\n" not in str(caught.value) and "sweep" not in str(caught.value)
+
+
+def test_scores_come_back_from_a_part(tmp_path: Path) -> None:
+    row: dict[str, Any] = dict.fromkeys(SCHEMAS["answers"].names)
+    row |= {"cell": "k", "sample_id": "s", "model": "m", "plan": "full", "task": "t"}
+    row["scores"] = [{"metric": "exact_match", "value": 1.0}, {"metric": "other", "value": None}]
+    folder = Folder(tmp_path)
+    folder.write_table("answers/k", [row, row | {"sample_id": "failed", "scores": [], "error": "truncated"}])
+    assert folder.read_table("answers/k").to_pylist()[0] == row
+    assert folder.read_tables("answers").num_rows == 2
+    with pytest.raises(ValueError, match="'scores' of table 'answers/k' holds a null"):
+        folder.write_table("answers/k", [row | {"scores": None}])
+    with pytest.raises(pa.ArrowException):
+        folder.write_table("answers/k", [row | {"latency_ms": "fast"}])

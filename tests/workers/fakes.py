@@ -19,16 +19,17 @@ from shortv.architecture import Architecture
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord, UsedSample
 from shortv.sample import Sample
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, WorkerRange
+from shortv.workers.engine import SweepEngine
 from shortv.workers.outcome import Measured
-from shortv.workers.request import ModelSpec, SweepRequest
+from shortv.workers.request import SweepRequest
 from tests.architectures import architecture
 
 LAYERS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeEngine:
+class FakeEngine(SweepEngine):
     """Measures by hashing; samples named in a field fail in that field's way."""
 
     seconds: float = 0.0

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortv.workers.engine import ModelEngine
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
+from shortv.workers.models import ModelLoader
 from tests.tiny_model import TINY
 
 
@@ -16,9 +16,9 @@ def test_a_revision_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> 
     )
     for revision, commit in commits.items():
         spec = ModelSpec(name="some/model", revision=revision, dtype="bfloat16")
-        assert ModelEngine().pin(spec) == ModelSpec(name="some/model", revision=commit, dtype="bfloat16")
+        assert ModelLoader().pin(spec) == ModelSpec(name="some/model", revision=commit, dtype="bfloat16")
 
 
 def test_a_folder_has_no_commit() -> None:
     spec = ModelSpec(name=str(TINY / "model"))
-    assert ModelEngine().pin(spec) == spec
+    assert ModelLoader().pin(spec) == spec

@@ -23,9 +23,8 @@ from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Request
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.lmms_served import ShortVServe
-from shortv.workers.request import ModelSpec
 from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint

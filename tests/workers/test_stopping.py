@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from shortv.workers.stopping import Stopped, stop_on_signal
+from shortv.workers.run import Stopped, stop_on_signal
 
 
 def test_a_signal_in_a_callback_of_the_event_loop_stops_the_run() -> None:

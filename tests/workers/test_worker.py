@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from shortv.workers.ledger import LOADING, WHOLE, Ledger
+from shortv.workers.models import Environment, RemoteModel
 from shortv.workers.outcome import UnitResult
 from shortv.workers.stream import write_units
 from shortv.workers.units import Unit
-from shortv.workers.worker import Environment, SweepWorker, WorkerSetup
+from shortv.workers.worker import SweepWorker, WorkerSetup
 from tests.workers.fakes import LAYERS, FakeEngine, make_request, make_samples
 
 UNIT = Unit(0, 0, LAYERS)
@@ -23,8 +24,7 @@ def run(folder: Path, engine: FakeEngine, ledger: Ledger | None = None, samples:
     request = make_request(folder)
     setup = WorkerSetup(
         engine=engine,
-        spec=request.model,
-        folder=None,
+        model=RemoteModel(loader=engine, spec=request.model, folder=None),
         device="cpu",
         threads=1,
         modes=request.modes,

@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from reports.campaign import CampaignManifest
-from reports.manifest import State, plain, utc_now, versions
+from reports.manifest import CampaignManifest, State, plain, utc_now, versions
 from shortv.errors import Refused
 from shortv.plan import Plan
 from shortv.terminal import console as default_console
@@ -34,11 +33,8 @@ from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resol
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import main_metric, print_summary
 from shortv.workers.campaign.tables import Scores, build_tables
-from shortv.workers.page import write_report
+from shortv.workers.run import Stopped, stop_on_signal, write_report
 from shortv.workers.shipping import folder_digest
-from shortv.workers.stopping import Stopped, stop_on_signal
-
-PARTIAL_STATUS = 3
 
 
 def run_campaign(spec: CampaignSpec, *, runner: Runner, console: Console | None = None) -> int:
@@ -248,8 +244,7 @@ def final_manifest(
         "samples": sum(record.n for record in records.values()),
         "errors": sum(record.errors for record in records.values()),
     }
-    return replace(
-        running,
+    return running.updated(
         state=State.COMPLETE if whole else State.PARTIAL,
         counts=counts,
         attempts=before.attempts if before else running.attempts,

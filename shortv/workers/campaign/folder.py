@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from reports.campaign import CampaignManifest
-from reports.manifest import MANIFEST_NAME
+from reports.manifest import MANIFEST_NAME, CampaignManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
-from shortv.errors import Refused, ShortVError
+from shortv.errors import ShortVError
 from shortv.evals.scoring import Sample
 from shortv.workers.campaign.cells import Cell, CellRecord
-from shortv.workers.driver_lock import LOCK_NAME, one_driver
-from shortv.workers.folder import check_output
+from shortv.workers.run import check_output, find_manifest, one_driver
 
 TABLES: Final = ("cells", "metrics", "comparisons", "speed")
 
@@ -98,19 +96,7 @@ def open_campaign(path: str) -> Iterator[CampaignFolder]:
     """
     check_output(path)
     folder = Folder(path)
-    try:
-        names = [name for name in folder.list() if name != LOCK_NAME]
-        if names and MANIFEST_NAME not in names:
-            raise Refused(
-                f"{folder.shown} holds {len(names)} files ({names[0]}) and no campaign; "
-                "choose a new or empty --output-path"
-            )
-        if names:
-            CampaignManifest.load(folder)
-    except Refused:
-        raise
-    except ShortVError as error:
-        raise Refused(f"{error}; choose another --output-path") from error
+    find_manifest(folder, CampaignManifest)
     with one_driver(folder):
         yield CampaignFolder(folder)
 

@@ -22,16 +22,16 @@ from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
 from shortv.request import FULL_MODEL
+from shortv.spec import ModelSpec
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.cluster import connected, living_nodes
-from shortv.workers.engine import ModelEngine
+from shortv.workers.models import ModelLoader
 from shortv.workers.progress import SampleProgress
-from shortv.workers.request import ModelSpec
+from shortv.workers.run import stop_on_signal
 from shortv.workers.serving.app import default_replicas, deploy, replica_app, resources_of, shipped
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
-from shortv.workers.stopping import stop_on_signal
 
 REQUEST_SECONDS = 600.0
 """How long one request may take, waiting for replicas that come back included."""
@@ -47,12 +47,12 @@ class ReplicaRunner:
 
     def pin(self, model: str, spec: CampaignSpec) -> str | None:
         """Ask the hub, or its cache where it cannot be reached. Raises Refused."""
-        return ModelEngine().pin(_model_spec(model, spec)).revision
+        return ModelLoader().pin(_model_spec(model, spec)).revision
 
     def describe(self, model: str, spec: CampaignSpec) -> Architecture:
         """Read a model's sizes and processor, not its weights. Raises Refused."""
         quiet_transformers()
-        return ModelEngine().describe(_model_spec(model, spec))
+        return ModelLoader().describe(_model_spec(model, spec))
 
     def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
         """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""

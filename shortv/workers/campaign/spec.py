@@ -39,6 +39,19 @@ def _literal(text: str) -> object:
     return text
 
 
+# How a campaign is run and where; its cells are the same with any of them.
+_NOT_DECIDING = (
+    "replicas",
+    "gpus_per_replica",
+    "batch_size",
+    "num_concurrent",
+    "device",
+    "fail_on_error",
+    "retry_failed",
+    "output_path",
+)
+
+
 class CampaignSpec(LoadingSpec):
     """One campaign: models, plans and tasks, and how to run them. Every field is a flag and a key of the recipe."""
 
@@ -82,3 +95,12 @@ class CampaignSpec(LoadingSpec):
     def arguments(self) -> dict[str, Any]:
         """Return the settings by name, as JSON values."""
         return self.model_dump(mode="json")
+
+
+def campaign_submission_id(spec: CampaignSpec) -> str:
+    """Return the id for the next attempt of a campaign. Raises Refused when its folder holds something else."""
+    from reports.manifest import CampaignManifest, arguments_digest
+    from shortv.workers.run import submission_id
+
+    digest = arguments_digest(spec.arguments(), ignore=_NOT_DECIDING)
+    return submission_id("campaign", digest, spec.output_path, CampaignManifest)

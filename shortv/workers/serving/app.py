@@ -24,9 +24,9 @@ from reports.http import log_requests
 from reports.service import make_service
 from shortv.errors import ShortVError
 from shortv.plan import Plan
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.cluster import first_line, living_nodes
-from shortv.workers.request import ModelSpec
+from shortv.workers.models import Environment
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import limits_of, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
@@ -35,7 +35,6 @@ from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 from shortv.workers.shipping import ShippedFolder, folder_digest, ship
-from shortv.workers.worker import Environment
 
 REPLICA = "Replica"
 # Settings of the hub, without its token: Serve stores what a deployment is bound to. Replicas find a token in the

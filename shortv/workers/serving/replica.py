@@ -8,21 +8,21 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 
 from shortv.errors import Refused, SampleError
 from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
+from shortv.workers.models import Environment
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.image_room import ImageRoom
 from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.row import Event, Row
 from shortv.workers.shipping import ShippedFolder
-from shortv.workers.worker import Environment
 
 LOG = logging.getLogger("shortv.replica")
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
@@ -64,11 +64,11 @@ class Replica:
         if setup.threads:
             torch.set_num_threads(setup.threads)
         folder = setup.folder.local() if setup.folder else None
-        spec = replace(setup.spec, name=str(folder)) if folder else setup.spec
+        spec = setup.spec.model_copy(update={"name": str(folder)}) if folder else setup.spec
         self._loaded = load(
             spec.name,
             revision=spec.revision,
-            dtype=spec.dtype,  # type: ignore[arg-type]  # the command line offers only what load takes
+            dtype=spec.dtype,
             device=setup.device,
             attn_implementation=spec.attn_implementation,
             trust_remote_code=spec.trust_remote_code,

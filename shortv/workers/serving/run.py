@@ -25,13 +25,13 @@ from reports.locations import masked_uri
 from shortv.errors import Refused
 from shortv.terminal import say
 from shortv.workers.cluster import connected
-from shortv.workers.engine import ModelEngine
+from shortv.workers.models import ModelLoader
+from shortv.workers.run import Stopped, stop_on_signal
 from shortv.workers.serving.app import deploy, key_digests, replicas_of, reports_of, shipped
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.spec import EndpointSpec
-from shortv.workers.stopping import Stopped, stop_on_signal
 
 APP = "shortv"
 _DELETION_S = 15.0
@@ -47,7 +47,7 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
     """
     host = check_host(host, with_key=spec.api_key_file is not None)
     # Replicas that start later load the same weights, whatever a branch on the hub names by then.
-    spec = spec.model_copy(update={"revision": ModelEngine().pin(spec.model_spec()).revision})
+    spec = spec.model_copy(update={"revision": ModelLoader().pin(spec.model_spec()).revision})
     check_model(spec, console)
     digests, reports = key_digests(spec), reports_of(spec)
     log_requests()
@@ -91,7 +91,7 @@ def _applications() -> list[str]:
 def check_model(spec: EndpointSpec, console: Console) -> None:
     """Check on the driver what a replica would only find out after loading weights. Raises Refused."""
     model = spec.model_spec()
-    architecture = ModelEngine().describe(model)
+    architecture = ModelLoader().describe(model)
     book = PlanBook(architecture, read_plans(spec.plans), model=model.name, revision=model.revision)
     for warning in book.warnings:
         say(console, warning)

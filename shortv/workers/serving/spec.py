@@ -8,8 +8,18 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from shortv.spec import Count, Device, Gpus, LoadingSpec, Seconds, Texts, Workers, read_chat_template, validate
-from shortv.workers.request import ModelSpec
+from shortv.spec import (
+    Count,
+    Device,
+    Gpus,
+    LoadingSpec,
+    ModelSpec,
+    Seconds,
+    Texts,
+    Workers,
+    read_chat_template,
+    validate,
+)
 
 BUNDLED_NAME = "shortv-tiny"
 """The name under which the bundled model is served unless another one is given."""

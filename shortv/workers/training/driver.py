@@ -13,12 +13,11 @@ from rich.console import Console
 from reports.manifest import State, utc_now
 from shortv.errors import Refused
 from shortv.spec import WorkerRange
-from shortv.workers.driver_lock import one_driver
-from shortv.workers.engine import Engine, ModelEngine
-from shortv.workers.folder import open_folder
+from shortv.terminal import say
+from shortv.workers.models import ModelLoader
+from shortv.workers.placement import Placement
 from shortv.workers.progress import SampleProgress
-from shortv.workers.resources import Pool
-from shortv.workers.stopping import stop_on_signal
+from shortv.workers.run import exit_status, one_driver, open_run, stop_on_signal
 from shortv.workers.training.keeping import Keeper
 from shortv.workers.training.kinds import KINDS, Kind
 from shortv.workers.training.messages import Progressed, Saved, Unusable
@@ -26,12 +25,15 @@ from shortv.workers.training.prepare import Prepared, prepare
 from shortv.workers.training.request import TrainRequest
 from shortv.workers.training.rows import StepRow
 
-PARTIAL_STATUS = 3
 DATA_NAME = "data.parquet"
 
 
 def run_training(
-    request: TrainRequest, *, kind: Kind | None = None, engine: Engine | None = None, console: Console | None = None
+    request: TrainRequest,
+    *,
+    kind: Kind | None = None,
+    engine: ModelLoader | None = None,
+    console: Console | None = None,
 ) -> int:
     """Run, continue or repeat a training, say where its parts are, and return the exit status (0, or 3).
 
@@ -41,7 +43,7 @@ def run_training(
     """
     console = console or Console()
     with stop_on_signal():
-        prepared = prepare(request, kind or KINDS[request.kind], engine or ModelEngine())
+        prepared = prepare(request, kind or KINDS[request.kind], engine or ModelLoader())
         if prepared.record.state is State.RUNNING:
             with one_driver(prepared.folder):
                 prepared = _trained(prepared, console)
@@ -51,16 +53,15 @@ def run_training(
 def _trained(prepared: Prepared, console: Console) -> Prepared:
     """Start an attempt on the folder, which is this driver's alone, and end it with the final manifest."""
     # Another driver may have been at work until the lock was had.
-    latest = open_folder(prepared.folder, prepared.record) or prepared.record
+    latest = open_run(prepared.folder, prepared.record)
     if latest.state is not State.RUNNING:
         return replace(prepared, record=latest)
     started = time.monotonic()
-    latest = replace(latest, attempts=latest.attempts + 1)
+    latest = latest.updated(attempts=latest.attempts + 1)
     keeper = Keeper(prepared.folder, latest.arguments_digest)
     prepared = replace(prepared, record=latest)
     details = _train_on_ray(prepared, keeper, console)
-    final = replace(
-        latest,
+    final = latest.updated(
         state=State.PARTIAL if keeper.errors else State.COMPLETE,
         counts={**latest.counts, "errors": len(keeper.errors)},
         finished=utc_now(),
@@ -79,15 +80,15 @@ def _train_on_ray(prepared: Prepared, keeper: Keeper, console: Console) -> dict[
         ShortVError: the training failed, Ray failed, the disk is full, or the run was stopped.
     """
     from shortv.workers.cluster import connected, free_nodes
-    from shortv.workers.resources import plan_pool
+    from shortv.workers.placement import place
     from shortv.workers.training.running import train
 
     request, recipe = prepared.request, prepared.request.recipe
     # Ray's own SIGTERM handler, set when it connects, ends the process with a traceback.
     with connected(), stop_on_signal():
-        pool = plan_pool(free_nodes(), workers=request.workers, gpus_per_worker=1, device=request.device)
+        pool = place(free_nodes(), workers=request.workers, gpus=1, device=request.device)
         if pool.note:
-            console.print(pool.note, highlight=False)
+            say(console, pool.note)
         workers = workers_of(pool, request.workers, recipe.batch_size)
         _begin(prepared, keeper)
         total, done = recipe.steps * recipe.batch_size, keeper.step * recipe.batch_size
@@ -124,7 +125,7 @@ def _begin(prepared: Prepared, keeper: Keeper) -> None:
         prepared.folder.write_bytes(DATA_NAME, sink.getvalue().to_pybytes())
 
 
-def workers_of(pool: Pool, wish: WorkerRange | None, batch_size: int) -> int:
+def workers_of(pool: Placement, wish: WorkerRange | None, batch_size: int) -> int:
     """How many workers train: of what fits, the most that share a batch evenly.
 
     Raises:
@@ -155,5 +156,4 @@ def _report(prepared: Prepared, console: Console) -> int:
         console.print(
             f"{errors} samples could not be used: {folder.shown}/errors.parquet", highlight=False, soft_wrap=True
         )
-    share = errors / max(record.counts["samples"], 1)
-    return 0 if share <= prepared.request.fail_on_error else PARTIAL_STATUS
+    return exit_status(errors, record.counts["samples"], prepared.request.fail_on_error)

@@ -8,7 +8,7 @@ import torch
 
 from shortv.errors import Refused, one_line
 from shortv.families import LoadedModel, wrap
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
 
 
 def outline(spec: ModelSpec) -> LoadedModel:

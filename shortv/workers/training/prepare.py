@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reports.manifest import State, arguments_digest, utc_now, versions
+from reports.manifest import State, TrainingManifest, arguments_digest, utc_now, versions
 from reports.store import Folder
-from reports.training import TrainingManifest
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.learned.order import Order
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
 from shortv.tiny.training_data import training_table
-from shortv.workers.calibration import calibration_digest, resolve_calibration
-from shortv.workers.engine import Engine
-from shortv.workers.folder import NOT_DECIDING, check_output, open_folder
+from shortv.workers.models import ModelLoader
+from shortv.workers.run import NOT_DECIDING, check_output, open_run
+from shortv.workers.samples import calibration_digest, resolve_calibration
 from shortv.workers.shipping import folder_digest
 from shortv.workers.training.kinds import Kind
 from shortv.workers.training.request import TrainRequest
@@ -30,7 +29,7 @@ class Prepared:
 
     request: TrainRequest
     kind: Kind
-    engine: Engine
+    engine: ModelLoader
     folder: Folder
     samples: tuple[Sample, ...]
     """Those to train on."""
@@ -44,7 +43,7 @@ class Prepared:
     record: TrainingManifest
 
 
-def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
+def prepare(request: TrainRequest, kind: Kind, engine: ModelLoader) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(request.output_path)
     request.check_numbers()
@@ -74,7 +73,7 @@ def prepare(request: TrainRequest, kind: Kind, engine: Engine) -> Prepared:
         order=order,
         model_folder=model_folder,
         model_digest=digest,
-        record=open_folder(folder, wanted) or wanted,
+        record=open_run(folder, wanted),
     )
 
 

@@ -9,9 +9,9 @@ from shortv.errors import Refused
 from shortv.families.parts.saisa import LanguageModel
 from shortv.families.parts.saisa_checkpoint import read_published
 from shortv.plan import PartsKind
-from shortv.workers.engine import Engine, ModelEngine
-from shortv.workers.folder import check_output
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
+from shortv.workers.models import ModelLoader
+from shortv.workers.run import check_output
 from shortv.workers.training.kinds import KINDS
 from shortv.workers.training.result import PLANS, result_files
 
@@ -23,7 +23,7 @@ def convert_published(
     *,
     language_model: LanguageModel = "all",
     parts_dtype: str = "bfloat16",
-    engine: Engine | None = None,
+    engine: ModelLoader | None = None,
 ) -> str:
     """Write the parts and the plan of a checkpoint in the released layout, and return where the plan is.
 
@@ -40,7 +40,7 @@ def convert_published(
         raise Refused(f"{folder.shown} holds {len(there)} files ({there[0]}); choose a new or empty --output-path")
     if not Path(checkpoint).exists():
         raise Refused(f"{checkpoint} does not exist; give the folder that the checkpoint was downloaded to")
-    engine = engine or ModelEngine()
+    engine = engine or ModelLoader()
     engine.describe(spec)
     folder.check_writable()
     loaded = engine.load(spec, device="cpu", threads=0)

@@ -9,8 +9,7 @@ from typing import Any
 from reports.manifest import plain
 from shortv.errors import Refused
 from shortv.plan import PartsKind
-from shortv.spec import WorkerRange
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec, WorkerRange
 
 GENERATED = "generated"
 

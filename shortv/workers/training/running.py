@@ -24,14 +24,14 @@ from ray.util.queue import Queue
 from reports.locations import one_line
 from shortv.errors import ShortVError
 from shortv.learned.order import Order
-from shortv.workers.resources import Pool
+from shortv.workers.models import hub_environment
+from shortv.workers.placement import Placement
 from shortv.workers.shipping import ShippedFolder, offer
 from shortv.workers.training.data import put_samples, step_data
 from shortv.workers.training.keeping import Keeper
 from shortv.workers.training.messages import LENGTH, Failed, Trained
 from shortv.workers.training.prepare import Prepared
 from shortv.workers.training.worker import WorkerJob, shard_name, train_worker
-from shortv.workers.worker import hub_environment
 
 MAX_DEATHS = 3
 """Attempts in a row that may end without a new checkpoint."""
@@ -44,7 +44,7 @@ _GROUP_SECONDS = 600
 class Course:
     """What every attempt has in common."""
 
-    pool: Pool
+    pool: Placement
     workers: int
     chunks: tuple[Any, ...]
     order: Order
@@ -52,7 +52,7 @@ class Course:
     timeout: float
 
 
-def train(prepared: Prepared, keeper: Keeper, pool: Pool, workers: int, handle: Callable[[Any], None]) -> None:
+def train(prepared: Prepared, keeper: Keeper, pool: Placement, workers: int, handle: Callable[[Any], None]) -> None:
     """Train to the end; after the death of a worker process, go on from the last checkpoint.
 
     Args:
@@ -89,7 +89,7 @@ def train(prepared: Prepared, keeper: Keeper, pool: Pool, workers: int, handle: 
             )
 
 
-def _job(prepared: Prepared, keeper: Keeper, pool: Pool, folder: ShippedFolder | None, queue: Any) -> WorkerJob:
+def _job(prepared: Prepared, keeper: Keeper, pool: Placement, folder: ShippedFolder | None, queue: Any) -> WorkerJob:
     request = prepared.request
     return WorkerJob(
         engine=prepared.engine,

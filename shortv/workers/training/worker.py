@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ import torch
 from shortv.errors import ShortVError
 from shortv.families import LoadedModel
 from shortv.learned.trainer import Trainer, alone
+from shortv.spec import ModelSpec
 from shortv.workers.cluster import first_line
-from shortv.workers.engine import Engine
-from shortv.workers.request import ModelSpec
+from shortv.workers.models import Environment, ModelLoader
 from shortv.workers.shipping import ShippedFolder
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, from_bytes
 from shortv.workers.training.data import read_steps
@@ -25,14 +25,14 @@ from shortv.workers.training.loop import Alone, run_loop
 from shortv.workers.training.messages import Failed, QueueReport, Trained
 from shortv.workers.training.result import result_files
 from shortv.workers.training.team import Distributed, PeerLost
-from shortv.workers.worker import Environment, is_out_of_memory
+from shortv.workers.worker import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerJob:
     """Everything a training worker is told."""
 
-    engine: Engine
+    engine: ModelLoader
     spec: ModelSpec
     folder: ShippedFolder | None
     device: str
@@ -107,7 +107,7 @@ def shard_name(worker: int) -> str:
 
 def _load(job: WorkerJob) -> LoadedModel:
     folder = job.folder.local() if job.folder else None
-    spec = replace(job.spec, name=str(folder)) if folder else job.spec
+    spec = job.spec.model_copy(update={"name": str(folder)}) if folder else job.spec
     loaded: LoadedModel = job.engine.load(spec, device=job.device, threads=job.threads)
     return loaded
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reports.campaign import CampaignManifest
+from reports.manifest import CampaignManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
 from tests.reports.runs import make_campaign

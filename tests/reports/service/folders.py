@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reports.manifest import TrainingManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
-from reports.training import TrainingManifest
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan
 from tests.reports import runs
 from tests.reports.runs import DIGEST

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from reports.campaign import CampaignManifest
-from reports.manifest import State
+from reports.manifest import CampaignManifest, State
 from reports.store import Folder
 from shortv.errors import Refused
 from shortv.workers.campaign.driver import run_campaign

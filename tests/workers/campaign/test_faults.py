@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from reports.campaign import CampaignManifest
-from reports.manifest import State
+from reports.manifest import CampaignManifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.campaign.folder import TABLES, open_campaign
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.stopping import Stopped
+from shortv.workers.run import Stopped
 from tests.workers.campaign.fakes import FakeRunner, recipe
 from tests.workers.campaign.test_campaign import campaign, last_table, tables
 
@@ -231,7 +230,7 @@ def test_a_finished_campaign_can_be_shown_where_nothing_can_be_written(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("shortv.workers.driver_lock._open_lock", refuse)
+    monkeypatch.setattr("shortv.workers.run._open_lock", refuse)
     monkeypatch.setattr(Folder, "write_bytes", refuse)
     assert "3 cells, 3 finished" in campaign(small(tmp_path))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from reports.campaign import CampaignManifest
+from reports.manifest import CampaignManifest
 from reports.page.campaign_charts import exit_charts
 from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder

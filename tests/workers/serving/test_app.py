@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from shortv.errors import Refused
-from shortv.spec import WorkerRange
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.serving.app import ReplicaResources, replica_app, resources_of
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments

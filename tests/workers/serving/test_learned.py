@@ -24,7 +24,7 @@ from shortv.families.parts.dyvte import ExitRouters, RouterSettings
 from shortv.layers.apply import executing
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
 from shortv.request import Completion
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.image_room import ImageRoom
 from shortv.workers.serving.replica import Replica, ReplicaSetup

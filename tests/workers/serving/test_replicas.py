@@ -22,8 +22,7 @@ from shortv.families import load_architecture
 from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
-from shortv.spec import WorkerRange
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings

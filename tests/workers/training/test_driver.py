@@ -16,16 +16,14 @@ from pyarrow import parquet as pq
 from rich.console import Console
 from safetensors.torch import load
 
-from reports.manifest import State
+from reports.manifest import State, TrainingManifest
 from reports.store import Folder
-from reports.training import TrainingManifest
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.plan import PartsKind, Plan
-from shortv.spec import WorkerRange
-from shortv.workers.driver_lock import one_driver
-from shortv.workers.request import ModelSpec
-from shortv.workers.resources import Pool
+from shortv.spec import ModelSpec, WorkerRange
+from shortv.workers.placement import Placement
+from shortv.workers.run import one_driver
 from shortv.workers.training import driver
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, to_bytes
 from shortv.workers.training.keeping import Keeper
@@ -194,7 +192,7 @@ def test_folders_of_others_are_refused(tmp_path: Path, without_ray: list[int]) -
 
 
 def test_workers_share_a_batch_evenly() -> None:
-    pool = Pool(low=3, high=3, cpus=1, gpus=0)
+    pool = Placement(low=3, high=3, cpus=1, gpus=0)
     with pytest.raises(Refused, match="3 workers cannot share a batch of 4"):
         driver.workers_of(pool, WorkerRange(3, 3), 4)
     assert driver.workers_of(pool, None, 4) == 2

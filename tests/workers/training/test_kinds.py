@@ -12,7 +12,7 @@ from shortv.learned.dyvte import Recipe
 from shortv.learned.eas import EasRecipe
 from shortv.learned.saisa import SaisaRecipe
 from shortv.plan import PartsKind
-from shortv.workers.request import ModelSpec
+from shortv.spec import ModelSpec
 from shortv.workers.training.kinds import KINDS
 from shortv.workers.training.outline import outline
 from shortv.workers.training.request import TrainRequest
