@@ -33,7 +33,7 @@ from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resol
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import main_metric, print_summary
 from shortv.workers.campaign.tables import Scores, build_tables
-from shortv.workers.run import Stopped, stop_on_signal, write_report
+from shortv.workers.run import PARTIAL_STATUS, Stopped, stop_on_signal, write_report
 from shortv.workers.shipping import folder_digest
 
 
