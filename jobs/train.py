@@ -28,7 +28,7 @@ import click
 from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.plan import PartsKind
-from shortv.spec import ModelSpec, read_chat_template
+from shortv.spec import ModelSpec, Spec, read_chat_template, validate
 from shortv.workers.request import parse_workers
 
 _COMMON = (
@@ -106,7 +106,7 @@ def main() -> None:
 @common
 def saisa(**flags: Any) -> int:
     """Projectors that give each layer its own visual tokens."""
-    from shortv.learned.saisa import SaisaRecipe
+    from shortv.learned.saisa.recipe import SaisaRecipe
 
     base = SaisaRecipe()
     steps, first = flags.pop("steps"), flags.pop("stage_1_steps")
@@ -157,10 +157,10 @@ def saisa(**flags: Any) -> int:
 @common
 def dyvte(threshold: tuple[float, ...], **flags: Any) -> int:
     """Routers that let visual tokens leave when the text has seen enough."""
-    from shortv.learned.dyvte import Recipe
+    from shortv.learned.dyvte.recipe import DyvteRecipe
 
     recipe = {name: flags.pop(name) for name in ("width", "targets", "mean_over", "rule", "ce_slack", *_SHARED)}
-    return _train(PartsKind.DYVTE, Recipe, recipe, flags, thresholds=threshold)
+    return _train(PartsKind.DYVTE, DyvteRecipe, recipe, flags, thresholds=threshold)
 
 
 @main.command("eas")
@@ -199,7 +199,7 @@ def dyvte(threshold: tuple[float, ...], **flags: Any) -> int:
 @common
 def eas(layers: str | None, **flags: Any) -> int:
     """Adapters, and a search for the layers whose attention a task does not need."""
-    from shortv.learned.eas import EasRecipe
+    from shortv.learned.eas.recipe import EasRecipe
 
     recipe = {name: flags.pop(name) for name in (*_EAS, *_SHARED)}
     searched = [name for name in _SEARCH if recipe[name] is not None]
@@ -252,7 +252,7 @@ def _layers(text: str) -> tuple[int, ...]:
         raise Refused(f"--layers is {text!r}; give numbers by commas (2,5,6), random, or none") from None
 
 
-def _train(kind: PartsKind, recipe: type, given: dict[str, Any], flags: dict[str, Any], **more: Any) -> int:
+def _train(kind: PartsKind, recipe: type[Spec], given: dict[str, Any], flags: dict[str, Any], **more: Any) -> int:
     """Make the request; what was not given keeps the recipe's default."""
     # Torch and Ray take seconds to import, and --help needs neither.
     from shortv.workers.training.driver import run_training
@@ -271,7 +271,7 @@ def _train(kind: PartsKind, recipe: type, given: dict[str, Any], flags: dict[str
     request = TrainRequest(
         model=spec,
         kind=kind,
-        recipe=recipe(**made, seed=flags.pop("seed")),
+        recipe=validate(recipe, made | {"seed": flags.pop("seed")}),
         data=data,
         generated_samples=flags.pop("samples"),
         questions=tuple(name.strip() for name in flags.pop("kinds").split(",") if name.strip()),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shortv.architecture import Architecture
     from shortv.errors import Refused, SampleError, ShortVError
-    from shortv.layers.apply import apply
+    from shortv.learned.apply import apply
     from shortv.plan import Mode, Plan
     from shortv.sample import Sample
 
@@ -21,7 +21,7 @@ _HOMES = {
     "Sample": "shortv.sample",
     "SampleError": "shortv.errors",
     "ShortVError": "shortv.errors",
-    "apply": "shortv.layers.apply",
+    "apply": "shortv.learned.apply",
 }
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused
-from shortv.plan import WORK, Mode, PartsKind, Plan, Tokens, Work, works_of
+from shortv.plan import WORK, Mode, Tokens, Work, works_of
 
 # Token counts may be whole, or means over samples; FLOPs come in the same kind of number.
 Count = TypeVar("Count", int, float)
@@ -61,74 +61,6 @@ def flops_ratio(arch: Architecture, modes: Sequence[Mode], t: float, v: float) -
     if t + v <= 0:
         raise Refused("a FLOPs ratio needs at least one token, found none; check the samples")
     return plan_flops(arch, modes, t, v) / (arch.num_layers * layer_flops(arch, Mode.FULL, t, v))
-
-
-def saisa_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count, *, projector_weights: int) -> Count:
-    """Return the prefill FLOPs of a plan whose freezing layers have projectors, these included.
-
-    `projector_weights` are those that one projector multiplies each visual token with, for two layers of width h from
-    features of width c: c h + h^2. The base model's projector, of which SAISA needs no output, is left out.
-    """
-    projections = 2 * v * projector_weights * sum(mode is Mode.FREEZE_VISUAL for mode in modes)
-    return plan_flops(arch, modes, t, v) + projections
-
-
-def saisa_flops_ratio(
-    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, projector_weights: int
-) -> float:
-    """Return the prefill FLOPs of SAISA divided by those of the full model and its one projector (abstract: 34 %)."""
-    if t + v <= 0:
-        raise Refused("a FLOPs ratio needs at least one token, found none; check the samples")
-    full = arch.num_layers * layer_flops(arch, Mode.FULL, t, v) + 2 * v * projector_weights
-    return saisa_flops(arch, modes, t, v, projector_weights=projector_weights) / full
-
-
-def adapted_flops_ratio(
-    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, adapter_weights: int
-) -> float:
-    """Return the prefill FLOPs of EAS divided by those of the full model, which has no adapters.
-
-    `adapter_weights` are those that each token is multiplied with, over all layers. May be above 1.
-    """
-    full = arch.num_layers * layer_flops(arch, Mode.FULL, t, v)
-    return flops_ratio(arch, modes, t, v) + 2 * (t + v) * adapter_weights / full
-
-
-def exit_flops(arch: Architecture, exit_layer: int, t: Count, v: Count) -> Count:
-    """Return the prefill FLOPs of a sample whose visual tokens leave after `exit_layer`; the last layer or more: never.
-
-    The routers are left out: a decision costs a ten-thousandth of a layer (DyVTE, section 3).
-    """
-    if exit_layer < 0:
-        raise Refused(f"visual tokens cannot leave after layer {exit_layer}; layers are counted from 0")
-    dense = min(exit_layer + 1, arch.num_layers)
-    return dense * layer_flops(arch, Mode.FULL, t, v) + (arch.num_layers - dense) * layer_flops(
-        arch, Mode.DROP_VISUAL, t, v
-    )
-
-
-def measured_exit_ratio(arch: Architecture, samples: Sequence[tuple[int, int, int]]) -> float | None:
-    """Return the mean prefill FLOPs of samples, each an exit layer with t and v, divided by the full model's mean."""
-    full = sum(arch.num_layers * layer_flops(arch, Mode.FULL, t, v) for _, t, v in samples)
-    return sum(exit_flops(arch, layer, t, v) for layer, t, v in samples) / full if full else None
-
-
-def plan_flops_ratio(plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
-    """Return a plan's prefill FLOPs divided by the full model's, with its learned parts; None where that is unknown.
-
-    Modes say what a layer leaves out, not what learned parts add. SAISA's projectors and EAS's adapters are counted
-    where the plan's source has `projector_weights` or `adapter_weights`; what else has parts costs what the plan says,
-    at the tokens that it says it for.
-    """
-    if plan.parts is None:
-        return flops_ratio(arch, plan.modes, t, v)
-    source = plan.source or {}
-    projectors, adapters = source.get("projector_weights"), source.get("adapter_weights")
-    if plan.parts.kind is PartsKind.SAISA and isinstance(projectors, int):
-        return saisa_flops_ratio(arch, plan.modes, t, v, projector_weights=projectors)
-    if plan.parts.kind is PartsKind.EAS and isinstance(adapters, int):
-        return adapted_flops_ratio(arch, plan.modes, t, v, adapter_weights=adapters)
-    return plan.flops_ratio
 
 
 def ablation_passes(num_layers: int, mode: Mode, layer: int) -> Passes:

@@ -10,16 +10,14 @@ from shortv.architecture import Architecture
 from shortv.costs import (
     Passes,
     ablation_passes,
-    exit_flops,
     flops_ratio,
     layer_flops,
-    measured_exit_ratio,
     plan_flops,
-    saisa_flops,
-    saisa_flops_ratio,
     sweep_passes,
 )
 from shortv.errors import Refused
+from shortv.learned.dyvte import exit_flops, measured_exit_ratio
+from shortv.learned.saisa import saisa_flops, saisa_flops_ratio
 from shortv.plan import VISUAL_MODES, Mode, modes_of_exit
 from tests.architectures import architecture
 

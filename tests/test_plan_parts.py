@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from shortv.costs import flops_ratio, layer_flops, plan_flops, plan_flops_ratio, saisa_flops_ratio
+from shortv.costs import flops_ratio, layer_flops, plan_flops
 from shortv.errors import Refused
+from shortv.learned.registry import plan_flops_ratio
+from shortv.learned.saisa import saisa_flops_ratio
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, digest_of
 from tests.architectures import architecture
 

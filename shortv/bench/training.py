@@ -19,12 +19,13 @@ from torch.nn.functional import cross_entropy
 from shortv.architecture import Architecture
 from shortv.bench.device import seconds
 from shortv.bench.models import image_prompt, published, random_model
-from shortv.costs import saisa_flops_ratio
 from shortv.errors import Refused
 from shortv.families import decoder_of
-from shortv.families.parts import Learned
-from shortv.families.parts.saisa import Projectors, ProjectorSettings
 from shortv.layers.apply import executing
+from shortv.learned.saisa import saisa_flops_ratio
+from shortv.learned.saisa.parts import Projectors
+from shortv.learned.saisa.recipe import ProjectorSettings
+from shortv.learned.saisa.run import ProjectedRun
 
 _ANSWER = 16
 """Trained tokens at the end of each prompt; the rest of the text is the prompt."""
@@ -75,7 +76,8 @@ def bench_training(case: Case) -> TrainingCost:
     decoder = decoder_of(model)
     parts = Projectors.build(decoder, ProjectorSettings(layers=tuple(range(case.layers)), language_model="all"))
     parts = parts.to(device, dtype).eval()
-    modes, learned = parts.settings.modes(case.layers), Learned(parts=parts)
+    modes = parts.settings.modes(case.layers)
+    run = ProjectedRun(decoder, modes, parts)
     inputs = image_prompt(
         model, batch=case.batch, text_tokens=case.text_tokens, visual_tokens=known.visual_tokens, text_after=_ANSWER + 1
     )
@@ -86,7 +88,7 @@ def bench_training(case: Case) -> TrainingCost:
         return _step(model, inputs, trained, nullcontext())
 
     def saisa(joint: bool) -> float:
-        return _step(model, inputs, [parts if joint else parts.projectors], executing(model, modes, learned))
+        return _step(model, inputs, [parts if joint else parts.projectors], executing(model, modes, run))
 
     stages = []
     for joint in (False, True):

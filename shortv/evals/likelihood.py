@@ -9,8 +9,8 @@ import torch
 from shortv.errors import ShortVError
 from shortv.evals.prompts import NamedPrompt, inputs_of
 from shortv.families import LoadedModel
-from shortv.families.prompted import prompted
 from shortv.families.supervised import continuation_ids
+from shortv.layers.prompted import prompted
 from shortv.request import Likelihood
 
 

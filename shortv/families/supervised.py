@@ -1,4 +1,4 @@
-"""Samples with their answers as training batches: labels on the answer and the end of the turn, nowhere else."""
+"""Samples with their answers as training batches, labelled on the answer and the end of the turn alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from shortv.request import Message
 from shortv.sample import Sample
 
 IGNORED = -100
-"""The label of a position that nothing is learned from, as torch's cross-entropy takes it."""
-_ANSWER = "answer"
+"""Label of a position that takes no part in the loss, as in torch's cross-entropy."""
+_ANSWERS = ("a", "b")
+"""Two answers of one character each, which templates neither split nor strip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supervised:
-    """A padded batch on the model's device, and what each position should be.
+    """A padded batch on the model's device, and the token that each position should hold.
 
-    `labels_BT` is aligned with the inputs: the logits at position t - 1 are to predict the label at t. It is IGNORED
-    everywhere but at the tokens of the answer and of the end of the turn.
+    `labels_BT` is aligned with the inputs: the logits at position t - 1 predict the label at t. It is IGNORED
+    everywhere but at the tokens of the answer, as the template writes it, and of the end of the turn.
     """
 
     batch: Batch
@@ -65,7 +66,7 @@ def continued(
     *,
     padding_side: Literal["left", "right"] | None = None,
 ) -> Supervised:
-    """Encode prompts with what follows them, labels on that alone: answers of a data set, or the model's own.
+    """Encode prompts with their continuations (answers of a data set, or the model's own), and label those alone.
 
     Raises:
         SampleError: a prompt cannot be encoded, or a continuation is empty or changed by the processor.
@@ -85,7 +86,7 @@ def continued(
 
 
 def continuation_ids(loaded: LoadedModel, text: str, continuation: str) -> list[int]:
-    """The tokens by which a prompt's text with a continuation differs from the text alone; images don't matter.
+    """Return the tokens by which a prompt's text with a continuation differs from the text alone; images are ignored.
 
     Where the last token of the prompt merges with the first of the continuation, the merged token counts as part of
     the continuation.
@@ -99,18 +100,24 @@ def continuation_ids(loaded: LoadedModel, text: str, continuation: str) -> list[
 
 
 def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
-    """What the chat template writes before an answer, after the generation prompt, and to end the turn.
+    """Return what the chat template writes before an answer, after the generation prompt, and to end the turn.
 
-    Templates that write no end, such as LLaVA-1.5's, get the tokenizer's end of sequence.
+    Where the answer stands is found by rendering two conversations that differ in the answer alone: the template's own
+    words may be any. Templates that write no end, such as LLaVA-1.5's, get the tokenizer's end of sequence.
 
     Raises:
         SampleError: the template cannot write a conversation with an answer.
     """
-    question = Message(role="user", parts=("question",))
-    asked = prompt_of(loaded, [question]).text
-    whole = prompt_of(loaded, [question, Message(role="assistant", parts=(_ANSWER,))], generation_prompt=False).text
+    request = Message(role="user", parts=("?",))
+    prompt = prompt_of(loaded, [request]).text
+    one, other = (
+        prompt_of(loaded, [request, Message(role="assistant", parts=(answer,))], generation_prompt=False).text
+        for answer in _ANSWERS
+    )
+    at = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    before, after = one[:at], one[at + 1 :]
     eos: str = loaded.processor.tokenizer.eos_token
-    before, found, after = whole.removeprefix(asked).partition(_ANSWER)
-    if not whole.startswith(asked) or not found:  # the template writes past answers in another way than new ones
-        return "" if asked[-1:].isspace() else " ", eos
-    return before, after.strip() or eos
+    written = one == f"{before}{_ANSWERS[0]}{after}" and other == f"{before}{_ANSWERS[1]}{after}"
+    if not written or not before.startswith(prompt):  # the template writes past answers in another way than new ones
+        return "" if prompt[-1:].isspace() else " ", eos
+    return before.removeprefix(prompt), after.strip() or eos

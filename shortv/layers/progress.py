@@ -11,8 +11,8 @@ from transformers import StaticCache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.families.parts.base import Learned
 from shortv.families.tokens import Selection, may_attend
+from shortv.layers.run import LearnedRun
 from shortv.layers.sequence import SequenceState
 from shortv.layers.streams import Split
 from shortv.plan import Mode, Tokens
@@ -21,8 +21,8 @@ from shortv.plan import Mode, Tokens
 class Progress(SequenceState):
     """The current forward, as the fast executors need it."""
 
-    def __init__(self, decoder: Decoder, config: Any, modes: Sequence[Mode], learned: Learned | None = None) -> None:
-        super().__init__(decoder, modes, learned)
+    def __init__(self, decoder: Decoder, config: Any, modes: Sequence[Mode], run: LearnedRun | None = None) -> None:
+        super().__init__(decoder, modes, run)
         self._configs = (config, config.get_text_config())
         self.length = 0
         """Positions of this forward."""

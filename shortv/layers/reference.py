@@ -13,15 +13,14 @@ from torch import nn
 
 from shortv.errors import Refused
 from shortv.families import decoder_of
-from shortv.families.parts.base import Learned
 from shortv.families.tokens import hide_keys
-from shortv.layers.learned import LEARNED
+from shortv.layers.run import LearnedRun
 from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, Tokens, works_of
 
 
 @contextmanager
-def reference(model: nn.Module, modes: Sequence[Mode], learned: Learned | None = None) -> Iterator[None]:
+def reference(model: nn.Module, modes: Sequence[Mode], run: LearnedRun | None = None) -> Iterator[None]:
     """Run a transformers model with one mode per decoder layer, for `model(...)` and `model.generate(...)`.
 
     Visual tokens are told apart by the placeholder ids in `input_ids`; tokens that follow the prompt are text.
@@ -33,12 +32,12 @@ def reference(model: nn.Module, modes: Sequence[Mode], learned: Learned | None =
     decoder = decoder_of(model)
     if len(modes) != len(decoder.layers):
         raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
-    sequence = SequenceState(decoder, modes, learned)
+    sequence = SequenceState(decoder, modes, run)
     with ExitStack() as hooks:
         for handle in sequence.attach(model):
             hooks.callback(handle.remove)
-        if learned is not None:
-            LEARNED[learned.parts.kind](decoder, modes, learned).attach_reference(model, sequence, hooks)
+        if run is not None:
+            run.attach_reference(model, sequence, hooks)
         else:
             for layer, work in zip(decoder.layers, works_of(modes), strict=True):
                 if work.hides_keys:

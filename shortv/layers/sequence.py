@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from transformers import Cache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.families.parts.base import Learned
-from shortv.families.prompted import is_prompted, prompt_rows
 from shortv.families.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
-from shortv.plan import Mode, PartsKind, Tokens, works_of
+from shortv.layers.prompted import is_prompted, prompt_rows
+from shortv.layers.run import LearnedRun
+from shortv.plan import Mode, Tokens, works_of
 
 _HISTORY = "_shortv_history"
 
@@ -31,18 +31,17 @@ class History:
     """What a plan has seen of the sequences in a KV cache; it is kept on the cache and travels with it."""
 
     modes: tuple[Mode, ...]
-    learned: Learned | None
+    run: Hashable
+    """The identity of the learned system's run, None where there is none."""
     visual_BK: Tensor
     has_visual: bool
     prompt: Selection
     """Text of the prompt."""
     prompt_length: int
-    exits_B: Tensor | None = None
-    """The layer after which each sample's visual tokens left, or the number of layers; None where nothing decides."""
     kept: tuple[Selection | None, ...] = ()
     """Positions of the prompt that each layer has K and V of, where exits have left it with fewer than all."""
-    carried: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    """What the learned parts of a layer gathered from each prompt (B first), filled while the prompts pass it."""
+    gathered: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
+    """What a learned system has gathered from each prompt (B first), by names of its own."""
 
     def of_rows(self, rows_R: Tensor) -> History:
         """The history of some of the sequences."""
@@ -53,11 +52,10 @@ class History:
             self,
             visual_BK=self.visual_BK[rows_R],
             prompt=self.prompt.of_rows(rows_R),
-            exits_B=None if self.exits_B is None else self.exits_B[rows_R],
             kept=tuple(narrowed.get(id(kept)) for kept in self.kept),
-            carried={
-                layer: tuple(value[rows_R.to(value.device)] for value in values)
-                for layer, values in self.carried.items()
+            gathered={
+                name: tuple(value[rows_R.to(value.device)] for value in values)
+                for name, values in self.gathered.items()
             },
         )
 
@@ -83,13 +81,13 @@ def keep_rows(cache: Cache, rows_R: Tensor) -> None:
 class SequenceState:
     """Token types of the current forward and of everything before it, seen by hooks on the whole model."""
 
-    def __init__(self, decoder: Decoder, modes: Sequence[Mode], learned: Learned | None = None) -> None:
+    def __init__(self, decoder: Decoder, modes: Sequence[Mode], run: LearnedRun | None = None) -> None:
         self._decoder = decoder
         self._modes = tuple(modes)
-        self._learned = learned
+        self._run = run
         self._shortens = any(work.keys is not Tokens.ALL for work in works_of(modes))
         """Whether a layer keeps no K and V of some tokens."""
-        self._exits = learned is not None and learned.parts.kind is PartsKind.DYVTE
+        self._drops_visual = run is not None and run.drops_visual
         self._running = threading.Lock()
         self._thread: int | None = None
         self._entered = True
@@ -102,8 +100,12 @@ class SequenceState:
         """Whether this forward brings visual tokens."""
 
     @property
+    def _identity(self) -> Hashable:
+        return None if self._run is None else self._run.identity
+
+    @property
     def prompt_BT(self) -> Tensor:
-        """Text and visual tokens of the prompts, in a forward that begins sequences; see `families.prompted`."""
+        """Text and visual tokens of the prompts, in a forward that begins sequences; see `layers.prompted`."""
         return prompt_rows(self._decoder, self.types)
 
     @property
@@ -184,7 +186,7 @@ class SequenceState:
     def _started(self) -> History:
         return History(
             modes=self._modes,
-            learned=self._learned,
+            run=self._identity,
             visual_BK=self.types.visual_BT,
             has_visual=self.has_visual,
             prompt=Selection.of(self.types.text_BT),
@@ -194,7 +196,7 @@ class SequenceState:
     def _continued(self, cache: Cache) -> History:
         before = history_of(cache)
         batch = len(self.types.visual_BT)
-        if before is None or (before.modes, before.learned) != (self._modes, self._learned):
+        if before is None or (before.modes, before.run) != (self._modes, self._identity):
             raise ShortVError(
                 f"the cache holds {self.past} positions that were not filled under this plan; "
                 "prefill inside the plan's context"
@@ -205,7 +207,7 @@ class SequenceState:
                 f"the cache holds {self.past} positions of {batch} sequences, but the plan has seen {seen} of "
                 f"{len(before.visual_BK)}; prefill inside the plan's context"
             )
-        if seen > self.past and (self._exits or self._shortens):
+        if seen > self.past and (self._drops_visual or self._shortens):
             raise ShortVError(
                 "tokens were taken back from the cache (assisted generation, prompt lookup), which a plan that drops "
                 "or skips cannot follow; generate without"
@@ -215,12 +217,12 @@ class SequenceState:
 
     def _check_cached(self, ids_BT: Tensor, cache: Cache | None) -> None:
         """Refuse to generate without a KV cache where learned parts would take each new token for the prompt's."""
-        if self._learned is None or not self._learned.parts.reads_prompt or is_prompted(self._decoder):
+        if self._run is None or not self._run.reads_prompt or is_prompted(self._decoder):
             return
         before_BT = self._uncached_BT
         if cache is None and before_BT is not None and torch.equal(before_BT.to(ids_BT.device), ids_BT[:, :-1]):
             raise ShortVError(
-                f"tokens are generated without a KV cache, so {self._learned.parts.kind} parts would take the answer "
+                f"tokens are generated without a KV cache, so {self._run.name} parts would take the answer "
                 "for the prompt; generate with use_cache=True"
             )
         self._uncached_BT = ids_BT.clone() if cache is None else None
@@ -229,7 +231,7 @@ class SequenceState:
         if not bool(self.types.text_BT.any()):
             raise ShortVError("the prompts hold nothing but images; add text")
         last_B1 = self.types.last_B[:, None]
-        drops = self._exits or Mode.DROP_VISUAL in self._modes
+        drops = self._drops_visual or Mode.DROP_VISUAL in self._modes
         if drops and bool(self.types.visual_BT.gather(1, last_B1).any()):
             raise ShortVError("a prompt ends with an image, and the plan drops it before the answer; end with text")
 

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from shortv.evals.backend import PlannedModel
-from shortv.layers.apply import apply
+from shortv.learned.apply import apply
 from shortv.plan import Plan
 
 

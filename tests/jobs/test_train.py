@@ -22,7 +22,7 @@ from jobs.train import main
 from reports.store import Folder
 from shortv.errors import Refused
 from shortv.families import encode
-from shortv.families.parts import read_header
+from shortv.learned.header import read_header
 from shortv.plan import Mode, Plan
 from shortv.workers.training import driver
 from shortv.workers.training.request import TrainRequest

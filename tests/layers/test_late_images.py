@@ -12,12 +12,14 @@ from transformers import DynamicCache
 
 from shortv.errors import ShortVError
 from shortv.families import Batch, decoder_of
-from shortv.families.parts import Learned
-from shortv.families.parts.dyvte import ExitRouters, RouterSettings
-from shortv.families.parts.saisa import Projectors, ProjectorSettings
 from shortv.layers.apply import executing
+from shortv.learned.dyvte.parts import ExitRouters
+from shortv.learned.dyvte.recipe import RouterSettings
+from shortv.learned.saisa.parts import Projectors
+from shortv.learned.saisa.recipe import ProjectorSettings
 from shortv.plan import Mode
 from tests.models import KINDS, LAYERS, Spec, batch_of, random_model
+from tests.parts import Trained, running
 
 FULL = (Mode.FULL,) * LAYERS
 FREEZE = (Mode.FREEZE_VISUAL,) * LAYERS
@@ -105,10 +107,10 @@ def test_a_late_image_is_refused_under_learned_parts(route: Callable[[Any, Batch
     decoder = decoder_of(model)
     projectors = Projectors.build(decoder, ProjectorSettings(layers=tuple(range(LAYERS)), language_model="none"))
     routers = ExitRouters.build(decoder, RouterSettings(width=2))
-    for modes, learned in ((FREEZE, Learned(parts=projectors)), (FULL, Learned(parts=routers, threshold=0.5))):
+    for modes, learned in ((FREEZE, Trained(parts=projectors)), (FULL, Trained(parts=routers, threshold=0.5))):
         with (
             torch.inference_mode(),
-            executing(model, modes, learned),
+            running(executing, model, modes, learned),
             pytest.raises(ShortVError, match="image arrives after"),
         ):
             route(model, batch)

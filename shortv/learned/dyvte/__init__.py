@@ -1,6 +1,79 @@
-"""Training of DyVTE's routers: may the visual tokens of a sample leave after a layer?"""
+"""DyVTE: after a layer of the prefill a router may let a sample's visual tokens leave (arXiv 2411.19628)."""
 
-from shortv.learned.dyvte.recipe import Recipe
-from shortv.learned.dyvte.trainer import make_trainer
+from __future__ import annotations
 
-__all__ = ["Recipe", "make_trainer"]
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shortv.architecture import Architecture
+from shortv.costs import Count, plan_flops
+from shortv.errors import Refused
+from shortv.learned.dyvte.recipe import DyvteRecipe, RouterSettings
+from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.plan import Mode, PartsKind, Plan, modes_of_exit
+
+if TYPE_CHECKING:
+    from shortv.families.decoder import Decoder
+    from shortv.families.loading import LoadedModel
+    from shortv.learned.base import Parts
+    from shortv.learned.dyvte.run import ExitRun
+    from shortv.learned.dyvte.train import RouterTrainer
+
+
+class Dyvte(System):
+    """One router per decoder layer; the plan's threshold is the exit probability from which visual tokens leave."""
+
+    kind = PartsKind.DYVTE
+    settings = RouterSettings
+    recipe = DyvteRecipe
+    needs_images = True
+
+    def needs_answers(self, recipe: DyvteRecipe) -> bool:
+        """Return whether labels come from the samples' answers, and not from the model's own."""
+        return recipe.targets == "answers"
+
+    def plans(
+        self, settings: RouterSettings, num_layers: int, thresholds: Sequence[float] = ()
+    ) -> tuple[PlanSpec, ...]:
+        """Return a plan for each threshold; all layers are full, the routers decide."""
+        return tuple(PlanSpec(f"dyvte-{value:g}", (Mode.FULL,) * num_layers, value) for value in thresholds)
+
+    def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
+        """Return what the plan says, because exits depend on the samples; `measured_exit_ratio` computes it."""
+        return plan.flops_ratio
+
+    def parts_class(self) -> type[Parts]:
+        """Return the module class of the parts."""
+        from shortv.learned.dyvte.parts import ExitRouters
+
+        return ExitRouters
+
+    def run(self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> ExitRun:
+        """Return how the routers run. Raises Refused for modes besides full, or a model that they do not fit."""
+        from shortv.learned.dyvte.parts import ExitRouters
+        from shortv.learned.dyvte.run import ExitRun
+
+        assert isinstance(parts, ExitRouters)
+        return ExitRun(decoder, modes, parts, threshold)
+
+    def trainer(self, loaded: LoadedModel, recipe: DyvteRecipe, reduce: Reduce) -> RouterTrainer:
+        """Return a trainer before its first step. Raises Refused for a family that cannot have routers."""
+        from shortv.learned.dyvte.train import RouterTrainer
+
+        return RouterTrainer(loaded, recipe, reduce)
+
+
+def exit_flops(arch: Architecture, exit_layer: int, t: Count, v: Count) -> Count:
+    """Return the prefill FLOPs of a sample whose visual tokens leave after `exit_layer`; the last layer or more: never.
+
+    The routers are left out: a decision costs a ten-thousandth of a layer (section 3).
+    """
+    if exit_layer < 0:
+        raise Refused(f"visual tokens cannot leave after layer {exit_layer}; layers are counted from 0")
+    return plan_flops(arch, modes_of_exit(min(exit_layer, arch.num_layers), arch.num_layers), t, v)
+
+
+def measured_exit_ratio(arch: Architecture, samples: Sequence[tuple[int, int, int]]) -> float | None:
+    """Return the mean prefill FLOPs of samples, each an exit layer with t and v, divided by the full model's mean."""
+    full = sum(plan_flops(arch, (Mode.FULL,) * arch.num_layers, t, v) for _, t, v in samples)
+    return sum(exit_flops(arch, layer, t, v) for layer, t, v in samples) / full if full else None

@@ -1,65 +1,65 @@
-"""Everything that trained routers depend on besides model and samples."""
+"""What DyVTE's routers are (settings) and how they are trained (recipe)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from shortv.errors import Refused
-from shortv.families.parts.dyvte import MeanOver, RouterSettings
-from shortv.learned.trainer import check_rates
+from pydantic import Field
 
-Rule = Literal["tokens", "exact"]
-Targets = Literal["answers", "model"]
+from shortv.learned.rates import Rate
+from shortv.spec import Count, Seed, Spec
+
+MeanOver = Literal["after-image", "all-text"]
+_MOST = 1 << 20
+"""Largest width of a router: the paper's is 2048."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How routers are trained; the defaults are the paper's (1 % of LLaVA's 665,000 samples, once) and its code's.
+class RouterSettings(Spec):
+    """What routers read and how wide they are."""
 
-    `rule` says when an exit is safe. `tokens` (the released code, and the default, since it also sees an answer that
-    only became less sure): more than `agreement` of the answer's tokens keep their most likely token, and the
-    cross-entropy stays below `ce_ratio` times the full model's. `exact` (the paper's rule): all tokens keep it, so the
-    answer is the same; what the paper demands of the cross-entropy besides has no number there.
-    `ce_slack`, nats per token, is allowed on top of the ratio: where a model is sure of its answers both
-    cross-entropies are next to zero and their ratio is noise. Neither paper nor code has it, so it is 0.
-    `targets` are the answers of the samples, or with `model` the model's own greedy ones of at most `answer_tokens`
-    tokens, for samples that have none.
-    """
-
-    width: int = 2048
+    width: int = Field(default=2048, ge=1, le=_MOST, strict=True)
     mean_over: MeanOver = "after-image"
-    steps: int = 416
-    batch_size: int = 16
-    learning_rate: float = 4e-5
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    rule: Rule = "tokens"
-    agreement: float = 0.99
-    ce_ratio: float = 1.03
-    ce_slack: float = 0.0
-    targets: Targets = "answers"
-    answer_tokens: int = 32
-    seed: int = 0
+    """Which text states are averaged, the last one apart: those after the last image (released code), or all of the
+    prompt's (paper)."""
 
-    def __post_init__(self) -> None:
-        _ = self.settings
-        for name in ("steps", "batch_size", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise Refused(f"{name} is {getattr(self, name)}; give at least 1")
-        check_rates({"--learning-rate": self.learning_rate})
-        if not 0 <= self.agreement < 1:
-            raise Refused(f"agreement is {self.agreement:g}; give a share of tokens, from 0 to below 1")
-        if not 1 <= self.ce_ratio < math.inf:
-            raise Refused(f"ce_ratio is {self.ce_ratio:g}; give a number of at least 1")
-        if not 0 <= self.ce_slack < math.inf:
-            raise Refused(f"--ce-slack is {self.ce_slack:g}; give nats per token, 0 or more")
-        for name, known in (("rule", get_args(Rule)), ("targets", get_args(Targets))):
-            if getattr(self, name) not in known:
-                raise Refused(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+
+class DyvteRecipe(Spec):
+    """How routers are trained; the defaults are those of the paper (1 % of LLaVA's 665,000 samples) and its code."""
+
+    width: int = Field(default=2048, ge=1, le=_MOST, description="Width of the routers.")
+    mean_over: MeanOver = Field(
+        default="after-image",
+        description="Text that routers average: after the image (released code; text before an image cannot have read "
+        "it), or all of the prompt (paper).",
+    )
+    steps: Count = 416
+    batch_size: Count = 16
+    learning_rate: Rate = 4e-5
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    rule: Literal["tokens", "exact"] = Field(
+        default="tokens",
+        description="An exit is safe if over 99 % of the answer's tokens stay and its cross-entropy stays below 1.03 "
+        "times the full model's (released code; it also sees answers become less certain), or if the answer stays "
+        "(paper, whose bound on the cross-entropy has no number).",
+    )
+    agreement: float = Field(default=0.99, ge=0, lt=1, description="Share of tokens that must stay (--rule tokens).")
+    ce_ratio: float = Field(default=1.03, ge=1, description="Largest ratio of cross-entropies (--rule tokens).")
+    ce_slack: float = Field(
+        default=0.0,
+        ge=0,
+        description="Nats per token that --rule tokens allows beyond the ratio: where a model is certain, both "
+        "cross-entropies are near zero and their ratio is noise. Neither paper nor code has it.",
+    )
+    targets: Literal["answers", "model"] = Field(
+        default="answers",
+        description="Which answers must not change: those of the samples (released code), or the model's own greedy "
+        "ones, for samples without answers.",
+    )
+    answer_tokens: Count = Field(default=32, description="Most tokens of the model's own answers.")
+    seed: Seed = 0
 
     @property
     def settings(self) -> RouterSettings:
-        """Those of the routers themselves."""
+        """The settings of the routers that are trained."""
         return RouterSettings(width=self.width, mean_over=self.mean_over)

@@ -1,7 +1,71 @@
-"""Training of EAS's adapters, and the search for the layers whose attention a task does not need."""
+"""EAS: layers that skip their attention, with an adapter folded into their FFN (arXiv 2403.15226)."""
 
-from shortv.learned.eas.recipe import EasRecipe
-from shortv.learned.eas.search import Search, SearchSettings
-from shortv.learned.eas.trainer import AdapterTrainer, make_trainer
+from __future__ import annotations
 
-__all__ = ["AdapterTrainer", "EasRecipe", "Search", "SearchSettings", "make_trainer"]
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shortv.architecture import Architecture
+from shortv.costs import flops_ratio, plan_flops
+from shortv.learned.eas.recipe import EasRecipe, EasSettings
+from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.plan import Mode, PartsKind, Plan
+
+if TYPE_CHECKING:
+    from shortv.families.decoder import Decoder
+    from shortv.families.loading import LoadedModel
+    from shortv.learned.base import Parts
+    from shortv.learned.eas.run import AdaptedRun
+    from shortv.learned.eas.train import AdapterTrainer
+
+
+class Eas(System):
+    """Adapters for one task, and a search for the layers whose attention that task does not need."""
+
+    kind = PartsKind.EAS
+    settings = EasSettings
+    recipe = EasRecipe
+    questions = ("shape-of-colour",)
+
+    def plans(self, settings: EasSettings, num_layers: int, thresholds: Sequence[float] = ()) -> tuple[PlanSpec, ...]:
+        """Return the one plan under which the parts run."""
+        return (PlanSpec(f"eas-{len(settings.skipped)}", settings.modes(num_layers)),)
+
+    def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
+        """Return the ratio with the adapters, where the plan's source has `adapter_weights`."""
+        weights = (plan.source or {}).get("adapter_weights")
+        if not isinstance(weights, int):
+            return plan.flops_ratio
+        return adapted_flops_ratio(arch, plan.modes, t, v, adapter_weights=weights)
+
+    def parts_class(self) -> type[Parts]:
+        """Return the module class of the parts."""
+        from shortv.learned.eas.parts import Adapters
+
+        return Adapters
+
+    def run(self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> AdaptedRun:
+        """Return how the adapters run under these modes. Raises Refused where modes and adapters disagree."""
+        from shortv.learned.eas.parts import Adapters
+        from shortv.learned.eas.run import AdaptedRun
+
+        assert isinstance(parts, Adapters)
+        return AdaptedRun(decoder, modes, parts)
+
+    def trainer(self, loaded: LoadedModel, recipe: EasRecipe, reduce: Reduce) -> AdapterTrainer:
+        """Return a trainer before its first step. Raises Refused for a family whose FFN no adapter can be folded into,
+        or layers that the model does not have."""
+        from shortv.learned.eas.train import AdapterTrainer
+
+        return AdapterTrainer(loaded, recipe, reduce)
+
+
+def adapted_flops_ratio(
+    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, adapter_weights: int
+) -> float:
+    """Return the prefill FLOPs of EAS divided by those of the full model, which has no adapters; may be above 1.
+
+    `adapter_weights` is how many weights meet each token, over all layers.
+    """
+    full = plan_flops(arch, (Mode.FULL,) * arch.num_layers, t, v)
+    return flops_ratio(arch, modes, t, v) + 2 * (t + v) * adapter_weights / full

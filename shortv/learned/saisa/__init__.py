@@ -1,6 +1,83 @@
-"""SAISA: how the projectors of single layers are trained, and the language model with them."""
+"""SAISA: frozen layers whose visual rows come from projectors of their own (arXiv 2502.02458)."""
 
-from shortv.learned.saisa.recipe import SaisaRecipe
-from shortv.learned.saisa.trainer import ProjectorTrainer, make_trainer
+from __future__ import annotations
 
-__all__ = ["ProjectorTrainer", "SaisaRecipe", "make_trainer"]
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shortv.architecture import Architecture
+from shortv.costs import Count, layer_flops, plan_flops
+from shortv.errors import Refused
+from shortv.learned.saisa.recipe import ProjectorSettings, SaisaRecipe
+from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.plan import Mode, PartsKind, Plan
+
+if TYPE_CHECKING:
+    from shortv.families.decoder import Decoder
+    from shortv.families.loading import LoadedModel
+    from shortv.learned.base import Parts
+    from shortv.learned.saisa.run import ProjectedRun
+    from shortv.learned.saisa.train import ProjectorTrainer
+
+
+class Saisa(System):
+    """Projectors for single layers, and optionally the language model as trained with them."""
+
+    kind = PartsKind.SAISA
+    settings = ProjectorSettings
+    recipe = SaisaRecipe
+
+    def plans(
+        self, settings: ProjectorSettings, num_layers: int, thresholds: Sequence[float] = ()
+    ) -> tuple[PlanSpec, ...]:
+        """Return the one plan under which the parts run."""
+        return (PlanSpec("saisa", settings.modes(num_layers)),)
+
+    def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
+        """Return the ratio with the projectors, where the plan's source has `projector_weights`."""
+        weights = (plan.source or {}).get("projector_weights")
+        if not isinstance(weights, int):
+            return plan.flops_ratio
+        return saisa_flops_ratio(arch, plan.modes, t, v, projector_weights=weights)
+
+    def parts_class(self) -> type[Parts]:
+        """Return the module class of the parts."""
+        from shortv.learned.saisa.parts import Projectors
+
+        return Projectors
+
+    def run(
+        self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None
+    ) -> ProjectedRun:
+        """Return how the parts run under these modes. Raises Refused where they cannot."""
+        from shortv.learned.saisa.parts import Projectors
+        from shortv.learned.saisa.run import ProjectedRun
+
+        assert isinstance(parts, Projectors)
+        return ProjectedRun(decoder, modes, parts)
+
+    def trainer(self, loaded: LoadedModel, recipe: SaisaRecipe, reduce: Reduce) -> ProjectorTrainer:
+        """Return a trainer before its first step. Raises Refused for a family whose layers cannot have projectors."""
+        from shortv.learned.saisa.train import ProjectorTrainer
+
+        return ProjectorTrainer(loaded, recipe, reduce)
+
+
+def saisa_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count, *, projector_weights: int) -> Count:
+    """Return the prefill FLOPs of a plan whose freezing layers have projectors, these included.
+
+    `projector_weights` is how many weights of one projector meet each visual token: c h + h^2 for two layers of width h
+    on features of width c. The base model's projector, whose output SAISA does not need, is left out.
+    """
+    projections = 2 * v * projector_weights * sum(mode is Mode.FREEZE_VISUAL for mode in modes)
+    return plan_flops(arch, modes, t, v) + projections
+
+
+def saisa_flops_ratio(
+    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, projector_weights: int
+) -> float:
+    """Return the prefill FLOPs of SAISA divided by those of the full model and its one projector (abstract: 34 %)."""
+    if t + v <= 0:
+        raise Refused("a FLOPs ratio needs at least one token, found none; check the samples")
+    full = arch.num_layers * layer_flops(arch, Mode.FULL, t, v) + 2 * v * projector_weights
+    return saisa_flops(arch, modes, t, v, projector_weights=projector_weights) / full

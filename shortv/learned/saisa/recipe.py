@@ -1,16 +1,38 @@
-"""What a training of SAISA's parts depends on, beside its samples."""
+"""What SAISA's parts are (settings) and how they are trained (recipe)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, Self
 
-from shortv.errors import Refused
-from shortv.families.parts.saisa import LanguageModel, ProjectorSettings
-from shortv.learned.trainer import check_rates, learning_rate
+from pydantic import Field, field_validator, model_validator
 
-FirstStage = Literal["separate", "shared"]
+from shortv.learned.rates import Rate, learning_rate
+from shortv.plan import Mode, modes_of_layers
+from shortv.spec import Count, Seed, Spec
+
+LanguageModel = Literal["none", "attention", "layers", "all"]
+Layer = Annotated[int, Field(ge=0, lt=4096, strict=True)]
+
+
+class ProjectorSettings(Spec):
+    """Which layers have a projector, and how much of the language model was trained with them."""
+
+    layers: tuple[Layer, ...]
+    language_model: LanguageModel = "none"
+    """Weights that the parts hold in place of the base model's: none, the four attention projections of every layer,
+    every layer, or all (layers, embeddings, final norm and head, as the paper's second stage trains them)."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError("list each layer once, in ascending order, at least one")
+        return layers
+
+    def modes(self, num_layers: int) -> tuple[Mode, ...]:
+        """Return the only modes under which these parts run: a layer with a projector freezes, the others are full."""
+        return modes_of_layers(Mode.FREEZE_VISUAL, self.layers, num_layers)
 
 
 class Stage(NamedTuple):
@@ -23,50 +45,49 @@ class Stage(NamedTuple):
     rate: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaisaRecipe:
-    """Two stages: the projectors alone, then projectors and language model (`reference/saisa.md`, section 4).
+class SaisaRecipe(Spec):
+    """Two stages: the projectors alone, then projectors and language model (paper, section 4).
 
     Rates, warm-up and clipping are those of the LLaVA-1.5 recipe that the paper keeps; a small model needs higher ones.
-    The training code is not released: by the reviews the first stage has one projector for all layers ("shared"),
-    while projectors that start as copies of a trained one may as well part at once ("separate", the default).
-
-    `layers` are those with a projector, None means all. `language_model` says what the second stage trains of the
-    language model (`ProjectorSettings`); with "none" it goes on with the projectors at its own rate.
     """
 
-    seed: int = 0
-    batch_size: int = 16
-    projector_steps: int = 500
-    projector_rate: float = 1e-3
-    joint_steps: int = 1000
-    joint_rate: float = 2e-5
-    warmup_share: float = 0.03
-    weight_decay: float = 0.0
-    gradient_norm: float = 1.0
-    first_stage: FirstStage = "separate"
-    language_model: LanguageModel = "all"
-    layers: tuple[int, ...] | None = None
+    seed: Seed = 0
+    batch_size: Count = 16
+    projector_steps: int = Field(
+        default=500,
+        ge=0,
+        description="Steps that train the projectors alone.",
+        json_schema_extra={"flag": "--stage-1-steps"},
+    )
+    projector_rate: Rate = Field(
+        default=1e-3,
+        description="Learning rate of the steps that train the projectors alone.",
+        json_schema_extra={"flag": "--stage-1-learning-rate"},
+    )
+    joint_steps: int = Field(default=1000, ge=0, description="Steps that train projectors and language model.")
+    joint_rate: Rate = Field(
+        default=2e-5,
+        description="Learning rate of the steps that train both.",
+        json_schema_extra={"flag": "--learning-rate"},
+    )
+    warmup_share: float = Field(default=0.03, ge=0, lt=1, description="Share of a stage's steps that warm up.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    first_stage: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="Projectors of the first stage: one per layer (all start as copies of a trained one), or one for "
+        "all layers (so the paper's reviews; that code is not released).",
+    )
+    language_model: LanguageModel = Field(
+        default="all", description="What the second stage trains of the language model; all is the paper's choice."
+    )
+    layers: tuple[Layer, ...] | None = Field(default=None, description="Layers with a projector. [default: all]")
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise Refused(f"the batch size is {self.batch_size}; give at least 1")
-        if min(self.projector_steps, self.joint_steps) < 0 or not self.steps:
-            raise Refused(
-                f"--steps is {self.steps}, of which --stage-1-steps are {self.projector_steps}; give at least 1 step, "
-                "and of them 0 to all to stage 1"
-            )
-        check_rates({"--stage-1-learning-rate": self.projector_rate, "--learning-rate": self.joint_rate})
-        if not 0 < self.gradient_norm < math.inf:
-            raise Refused(f"gradient_norm is {self.gradient_norm:g}; give a positive number")
-        if not 0 <= self.weight_decay < math.inf:
-            raise Refused(f"weight_decay is {self.weight_decay}; give zero or a positive number")
-        if not 0 <= self.warmup_share < 1:
-            raise Refused(f"warmup_share is {self.warmup_share}; give the share of a stage's steps, from 0 to below 1")
-        if self.first_stage not in get_args(FirstStage):
-            raise Refused(
-                f"the first stage cannot be {self.first_stage!r}; choose one of {', '.join(get_args(FirstStage))}"
-            )
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if not 1 <= self.steps < 2**31:
+            raise ValueError(f"both stages together have {self.steps} steps; give at least 1")
+        return self
 
     @property
     def steps(self) -> int:
@@ -74,12 +95,12 @@ class SaisaRecipe:
         return self.projector_steps + self.joint_steps
 
     def settings(self, num_layers: int) -> ProjectorSettings:
-        """Those of the parts that are trained. Raises Refused."""
+        """Return the settings of the parts that are trained."""
         layers = tuple(range(num_layers)) if self.layers is None else self.layers
         return ProjectorSettings(layers=layers, language_model=self.language_model if self.joint_steps else "none")
 
     def stage(self, step: int) -> Stage:
-        """The stage of a step, counted from 0, and its learning rate: a warm-up and a cosine in each stage."""
+        """Return the stage of a step, counted from 0, and its learning rate: each stage warms up and decays."""
         joint = step >= self.projector_steps
         steps, peak = (self.joint_steps, self.joint_rate) if joint else (self.projector_steps, self.projector_rate)
         at = step - self.projector_steps if joint else step

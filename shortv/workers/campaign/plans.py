@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
+from shortv.learned.header import check_parts
 from shortv.plan import Mode, Plan, parse_mode
 from shortv.sweep.planning import Control, Request, check_count, choose_layers, replacement_order
 from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
@@ -247,9 +248,6 @@ def _fitting(source: _PlanSource, model: ModelFacts) -> tuple[PlanEntry, list[st
     )
     training = None
     if plan.parts is not None:
-        # Torch takes seconds to import, and most campaigns have no learned parts.
-        from shortv.families.parts.files import check_parts
-
         header = check_parts(plan.parts, sizes.config_digest)
         training = Training(header.parameters, header.train_seconds)
     return PlanEntry(plan=plan, kind=source.kind, training=training), warnings

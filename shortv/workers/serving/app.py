@@ -30,7 +30,6 @@ from shortv.workers.models import Environment
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import limits_of, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
-from shortv.workers.serving.learned import parts_of
 from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
@@ -95,12 +94,13 @@ def replica_app(
 
     A replica that is no longer needed has `drain_s` to end what it answers.
     """
+    folders = dict.fromkeys(plan.parts.path for plan in plans if plan.parts is not None)
     setup = ReplicaSetup(
         spec=spec,
         device=resources.device,
         threads=max(1, math.floor(resources.cpus)) if not resources.gpus else 0,
         folder=folder,
-        parts={path: found for path in parts_of(plans) if (found := shipped(path)) is not None and found.source},
+        parts={path: found for path in folders if (found := shipped(path)) is not None and found.source},
         engine=engine,
         environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
     )

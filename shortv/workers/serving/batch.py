@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import batch_of, positions_of
 from shortv.families.vision import VisionCache
-from shortv.layers.exits import exit_layers
 from shortv.layers.sequence import keep_rows
+from shortv.learned.dyvte.run import exit_layers
 from shortv.request import Reason
 from shortv.workers.serving.row import Row
 from shortv.workers.serving.sampling import Sampler, choose_all
@@ -46,9 +46,9 @@ class RunningBatch:
         self._cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
         if not self._has_own_positions:
             inputs.setdefault("position_ids", positions_of(self._mask_BT))
-        learned = rows[0].learned
+        run = rows[0].run
         # Such parts are made of what stands inside the tower.
-        by_tower = learned is not None and learned.parts.needs_tower
+        by_tower = run is not None and run.needs_tower
         with torch.inference_mode(), nullcontext() if by_tower else vision.reusing(encoded):
             output = loaded.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._delta_B1 = torch.zeros_like(self._mask_BT[:, :1])

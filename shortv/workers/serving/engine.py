@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ from shortv.errors import SampleError, ShortVError
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import LoadedModel
-from shortv.families.parts import Learned
 from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
@@ -66,7 +65,7 @@ class Engine:
         self._waiting: list[Row] = []
         self._batches: list[RunningBatch] = []
         self._applied = ExitStack()
-        self._plan: tuple[tuple[Mode, ...], Learned | None] | None = None
+        self._plan: tuple[tuple[Mode, ...], Hashable] | None = None
         self._free = settings.batch_size
         self._moved = time.monotonic()
         self._stopping = False
@@ -209,7 +208,7 @@ class Engine:
         if self._plan != row.plan:
             self._applied.close()
             self._plan = None
-            self._applied.enter_context(executing(self._loaded.model, row.modes, row.learned))
+            self._applied.enter_context(executing(self._loaded.model, row.modes, row.run))
             self._plan = row.plan
 
     def _guarded(self, rows: Sequence[Row], work: Callable[..., None], *arguments: object) -> None:

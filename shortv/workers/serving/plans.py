@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused
-from shortv.families.parts import Learned
-from shortv.families.parts.files import check_parts
+from shortv.layers.run import LearnedRun
+from shortv.learned.header import check_parts
 from shortv.plan import Mode, Plan
 from shortv.request import FULL_MODEL
-from shortv.workers.serving.learned import PartsShelf
 
 PlanSource = str | Mapping[str, Any]
 """A plan file, a folder with shortv_plan.json, a published plan's name, or the content of a plan file."""
@@ -28,11 +27,11 @@ class PlanBook:
         *,
         model: str,
         revision: str | None,
-        shelf: PartsShelf | None = None,
+        runs: Callable[[Plan], LearnedRun | None] | None = None,
     ) -> None:
-        """Check that each plan fits the model, and take its learned parts from the shelf.
+        """Check that each plan fits the model, and load its learned parts with `runs`.
 
-        Without a shelf there are no weights: what can be known of the parts without them is checked.
+        Without `runs` there are no weights, and what can be known of the parts without them is checked.
 
         Raises:
             Refused: a plan is for another model, two different plans have one name, or learned parts are not there,
@@ -40,7 +39,7 @@ class PlanBook:
         """
         self._full = (Mode.FULL,) * architecture.num_layers
         self._plans: dict[str, Plan] = {}
-        self._learned: dict[str, Learned | None] = {}
+        self._runs: dict[str, LearnedRun | None] = {}
         self.warnings: list[str] = []
         for plan in plans:
             known = self._plans.setdefault(plan.name, plan)
@@ -53,7 +52,10 @@ class PlanBook:
                 revision=revision,
             )
             try:
-                self._learned[plan.name] = _learned(plan, shelf)
+                if runs is not None:
+                    self._runs[plan.name] = runs(plan)
+                elif plan.parts is not None:
+                    check_parts(plan.parts, plan.config_digest)
             except Refused as error:
                 raise Refused(f"plan {plan.name!r}: {error}") from error
 
@@ -64,9 +66,9 @@ class PlanBook:
         plan = self._plans.get(name)
         return plan.modes if plan else None
 
-    def learned(self, name: str) -> Learned | None:
-        """The learned parts that the plan of that name needs, if any."""
-        return self._learned.get(name)
+    def run(self, name: str) -> LearnedRun | None:
+        """Return what the plan of that name needs beside its modes, if anything."""
+        return self._runs.get(name)
 
     def digest(self, name: str) -> str | None:
         """The digest of the plan of that name; the full model has none."""
@@ -76,14 +78,6 @@ class PlanBook:
     def digests(self) -> dict[str, str]:
         """Digest by name, in the order given, without the full model."""
         return {name: plan.digest for name, plan in self._plans.items()}
-
-
-def _learned(plan: Plan, shelf: PartsShelf | None) -> Learned | None:
-    if shelf is not None:
-        return shelf.learned(plan)
-    if plan.parts is not None:
-        check_parts(plan.parts, plan.config_digest)
-    return None
 
 
 def read_plans(sources: Iterable[PlanSource]) -> list[Plan]:

@@ -19,7 +19,6 @@ from shortv.spec import ModelSpec
 from shortv.workers.models import Environment
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.image_room import ImageRoom
-from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.row import Event, Row
 from shortv.workers.shipping import ShippedFolder
@@ -58,6 +57,7 @@ class Replica:
         import torch
 
         from shortv.families import load, quiet_transformers
+        from shortv.learned.files import PartsCache
         from shortv.workers.serving.prompt_length import PromptLength
 
         quiet_transformers()
@@ -75,7 +75,7 @@ class Replica:
             chat_template=spec.chat_template,
         )
         self._name = setup.spec.name
-        self._shelf = PartsShelf(self._loaded, setup.parts)
+        self._parts = PartsCache(folders={path: folder.local for path, folder in setup.parts.items()})
         self._book = self._book_of({})
         self._length = PromptLength(self._loaded)
         self._room = ImageRoom(setup.engine.image_bytes)
@@ -97,7 +97,7 @@ class Replica:
             read_plans(user_config.get("plans") or ()),
             model=self._name,
             revision=self._loaded.revision,
-            shelf=self._shelf,
+            runs=lambda plan: self._parts.run(plan, self._loaded.decoder, self._loaded.architecture),
         )
 
     def check_health(self) -> None:
@@ -180,7 +180,7 @@ class Replica:
             request=request,
             prompt=prompt,
             modes=modes,
-            learned=book.learned(request.plan),
+            run=book.run(request.plan),
             plan_digest=book.digest(request.plan),
             tell=tell,
             streams=streams,

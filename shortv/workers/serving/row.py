@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from shortv.families.parts import Learned
 from shortv.families.preprocessing import Prompt
+from shortv.layers.run import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request, TokenLogprob
 from shortv.workers.serving.sampling import Chosen, Sampler
@@ -25,7 +25,7 @@ class Row:
     request: Request
     prompt: Prompt
     modes: tuple[Mode, ...]
-    learned: Learned | None = None
+    run: LearnedRun | None = None
     plan_digest: str | None
     tell: Callable[[Event], None]
     streams: bool = False
@@ -53,9 +53,9 @@ class Row:
     told_logprobs: int = 0
 
     @property
-    def plan(self) -> tuple[tuple[Mode, ...], Learned | None]:
+    def plan(self) -> tuple[tuple[Mode, ...], Hashable]:
         """What the model has to be under while it runs."""
-        return (self.modes, self.learned)
+        return (self.modes, self.run.identity if self.run else None)
 
     @property
     def group(self) -> tuple[object, ...]:

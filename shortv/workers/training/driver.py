@@ -12,6 +12,8 @@ from rich.console import Console
 
 from reports.manifest import State, utc_now
 from shortv.errors import Refused
+from shortv.learned.registry import SYSTEMS
+from shortv.learned.system import System
 from shortv.spec import WorkerRange
 from shortv.terminal import say
 from shortv.workers.models import ModelLoader
@@ -19,7 +21,6 @@ from shortv.workers.placement import Placement
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import exit_status, one_driver, open_run, stop_on_signal
 from shortv.workers.training.keeping import Keeper
-from shortv.workers.training.kinds import KINDS, Kind
 from shortv.workers.training.messages import Progressed, Saved, Unusable
 from shortv.workers.training.prepare import Prepared, prepare
 from shortv.workers.training.request import TrainRequest
@@ -31,7 +32,7 @@ DATA_NAME = "data.parquet"
 def run_training(
     request: TrainRequest,
     *,
-    kind: Kind | None = None,
+    system: System | None = None,
     engine: ModelLoader | None = None,
     console: Console | None = None,
 ) -> int:
@@ -43,7 +44,7 @@ def run_training(
     """
     console = console or Console()
     with stop_on_signal():
-        prepared = prepare(request, kind or KINDS[request.kind], engine or ModelLoader())
+        prepared = prepare(request, system or SYSTEMS[request.kind], engine or ModelLoader())
         if prepared.record.state is State.RUNNING:
             with one_driver(prepared.folder):
                 prepared = _trained(prepared, console)

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from shortv.errors import SampleError, ShortVError
-from shortv.learned.trainer import Trainer
+from shortv.learned.training import Trainer
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
 from shortv.workers.training.rows import StepRow
@@ -64,7 +64,7 @@ class Alone:
 
 
 def run_loop(
-    trainer: Trainer,
+    trainer: Trainer[Any],
     batches: Iterable[StepSamples],
     *,
     start: int,
@@ -105,7 +105,9 @@ def run_loop(
         raise ShortVError(f"the data ended after step {done} of {trainer.steps}; run the same command to continue")
 
 
-def _step(trainer: Trainer, batch: StepSamples, known: dict[str, ErrorRecord], report: Reporting) -> dict[str, float]:
+def _step(
+    trainer: Trainer[Any], batch: StepSamples, known: dict[str, ErrorRecord], report: Reporting
+) -> dict[str, float]:
     """Take a step; where a sample turns out to be bad, take it with others in the bad ones' places."""
     samples = _replaced(batch, known)
     try:
@@ -133,7 +135,7 @@ def _replaced(batch: StepSamples, known: Mapping[str, ErrorRecord]) -> list[Samp
     ]
 
 
-def _fault(trainer: Trainer, sample: Sample) -> ErrorRecord | None:
+def _fault(trainer: Trainer[Any], sample: Sample) -> ErrorRecord | None:
     try:
         trainer.check(sample)
     except SampleError as error:

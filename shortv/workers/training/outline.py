@@ -8,7 +8,28 @@ import torch
 
 from shortv.errors import Refused, one_line
 from shortv.families import LoadedModel, wrap
+from shortv.learned.system import System
+from shortv.learned.training import alone
 from shortv.spec import ModelSpec
+from shortv.workers.training.request import TrainRequest
+
+
+def check_trainable(system: System, request: TrainRequest) -> None:
+    """Set up a training of the model's outline, and name the plans that would come of it.
+
+    Raises:
+        Refused: the model cannot have such parts, the recipe does not fit it, or two plans would have one name.
+    """
+    loaded = outline(request.model)
+    parts = system.trainer(loaded, request.recipe, alone).parts()
+    plans = system.plans(parts.settings, loaded.architecture.num_layers, request.thresholds)
+    names = [plan.name for plan in plans]
+    for name in names:
+        if names.count(name) > 1:
+            raise Refused(
+                f"{names.count(name)} plans would have the name {name}; give each --threshold once, and thresholds "
+                "that differ in six digits"
+            )
 
 
 def outline(spec: ModelSpec) -> LoadedModel:

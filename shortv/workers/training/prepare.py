@@ -12,14 +12,15 @@ from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused
 from shortv.learned.order import Order
+from shortv.learned.system import System
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
-from shortv.tiny.training_data import training_table
+from shortv.tiny.training_data import LEARNED_KINDS, training_table
 from shortv.workers.models import ModelLoader
 from shortv.workers.run import NOT_DECIDING, check_output, open_run
 from shortv.workers.samples import calibration_digest, resolve_calibration
 from shortv.workers.shipping import folder_digest
-from shortv.workers.training.kinds import Kind
+from shortv.workers.training.outline import check_trainable
 from shortv.workers.training.request import TrainRequest
 
 
@@ -28,7 +29,7 @@ class Prepared:
     """A training whose input is checked and whose folder is open."""
 
     request: TrainRequest
-    kind: Kind
+    system: System
     engine: ModelLoader
     folder: Folder
     samples: tuple[Sample, ...]
@@ -43,17 +44,17 @@ class Prepared:
     record: TrainingManifest
 
 
-def prepare(request: TrainRequest, kind: Kind, engine: ModelLoader) -> Prepared:
+def prepare(request: TrainRequest, system: System, engine: ModelLoader) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(request.output_path)
     request.check_numbers()
     request = replace(request, model=engine.pin(request.model))
     architecture = engine.describe(request.model)
-    kind.check(request)
-    samples, generated = _samples(request, kind)
-    if kind.needs_answers(request.recipe):
+    check_trainable(system, request)
+    samples, generated = _samples(request, system)
+    if system.needs_answers(request.recipe):
         _check_answers(samples)
-    unusable = _without_images(samples) if kind.needs_images else {}
+    unusable = _without_images(samples) if system.needs_images else {}
     usable = tuple(sample for sample in samples if sample.sample_id not in unusable)
     recipe = request.recipe
     order = Order(samples=len(usable), batch_size=recipe.batch_size, seed=recipe.seed)
@@ -64,7 +65,7 @@ def prepare(request: TrainRequest, kind: Kind, engine: ModelLoader) -> Prepared:
     wanted = _record(request, samples, architecture, digest)
     return Prepared(
         request=request,
-        kind=kind,
+        system=system,
         engine=engine,
         folder=folder,
         samples=usable,
@@ -77,14 +78,16 @@ def prepare(request: TrainRequest, kind: Kind, engine: ModelLoader) -> Prepared:
     )
 
 
-def _samples(request: TrainRequest, kind: Kind) -> tuple[Sequence[Sample], Any]:
+def _samples(request: TrainRequest, system: System) -> tuple[Sequence[Sample], Any]:
     if request.data:
         found = resolve_calibration(
             request.data, limit=request.limit, seed=request.recipe.seed, include_path=request.include_path
         )
         return found, None
     table = training_table(
-        request.questions or kind.questions, samples=request.generated_samples, seed=request.recipe.seed
+        request.questions or system.questions or LEARNED_KINDS,
+        samples=request.generated_samples,
+        seed=request.recipe.seed,
     )
     rows = table.drop_columns(["kind"]).to_pylist()
     return [Sample(**{**row, "images": tuple(row["images"])}) for row in rows], table

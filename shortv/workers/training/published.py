@@ -6,13 +6,13 @@ from pathlib import Path
 
 from reports.store import Folder
 from shortv.errors import Refused
-from shortv.families.parts.saisa import LanguageModel
-from shortv.families.parts.saisa_checkpoint import read_published
+from shortv.learned.registry import SYSTEMS
+from shortv.learned.saisa.parts import read_published
+from shortv.learned.saisa.recipe import LanguageModel
 from shortv.plan import PartsKind
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader
 from shortv.workers.run import check_output
-from shortv.workers.training.kinds import KINDS
 from shortv.workers.training.result import PLANS, result_files
 
 
@@ -49,7 +49,7 @@ def convert_published(
     files = result_files(
         loaded,
         parts,
-        KINDS[PartsKind.SAISA].plans(parts, loaded.architecture.num_layers, ()),
+        SYSTEMS[PartsKind.SAISA].plans(parts.settings, loaded.architecture.num_layers, ()),
         model=spec.name,
         training=origin,
         source=origin,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from reports.manifest import plain
 from shortv.errors import Refused
 from shortv.plan import PartsKind
 from shortv.spec import ModelSpec, WorkerRange
@@ -21,7 +20,7 @@ class TrainRequest:
     model: ModelSpec
     kind: PartsKind
     recipe: Any
-    """A frozen dataclass of the kind, with at least steps, batch_size and seed."""
+    """The system's recipe."""
     thresholds: tuple[float, ...] = ()
     """Exit probabilities of DyVTE, a plan file each."""
     data: tuple[str, ...] = ()
@@ -45,7 +44,7 @@ class TrainRequest:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that decide the result, by the name of their option."""
-        recipe = {name.replace("_", "-"): value for name, value in plain(asdict(self.recipe)).items()}
+        recipe = {name.replace("_", "-"): value for name, value in self.recipe.model_dump(mode="json").items()}
         return {
             "kind": str(self.kind),
             "model": self.model.name,

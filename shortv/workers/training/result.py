@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shortv.families import LoadedModel
-from shortv.families.parts import Parts, save_parts
-from shortv.plan import LearnedParts, Mode, Plan
+from shortv.learned.base import Parts
+from shortv.learned.files import save_parts
+from shortv.learned.system import PlanSpec
+from shortv.plan import LearnedParts, Plan
 
 PARTS = "parts"
 PLANS = "plans"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSpec:
-    """A plan to write for learned parts."""
-
-    name: str
-    modes: tuple[Mode, ...]
-    threshold: float | None = None
 
 
 def result_files(

@@ -97,7 +97,7 @@ def _job(prepared: Prepared, keeper: Keeper, pool: Placement, folder: ShippedFol
         folder=folder,
         device=pool.device,
         threads=pool.cpus if pool.device == "cpu" else 0,
-        kind=prepared.kind,
+        system=prepared.system,
         recipe=request.recipe,
         thresholds=request.thresholds,
         parts_dtype=request.parts_dtype,

@@ -6,21 +6,21 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from shortv.errors import ShortVError
 from shortv.families import LoadedModel
-from shortv.learned.trainer import Trainer, alone
+from shortv.learned.system import System
+from shortv.learned.training import Trainer, alone
 from shortv.spec import ModelSpec
 from shortv.workers.cluster import first_line
 from shortv.workers.models import Environment, ModelLoader
 from shortv.workers.shipping import ShippedFolder
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, from_bytes
 from shortv.workers.training.data import read_steps
-from shortv.workers.training.kinds import Kind
 from shortv.workers.training.loop import Alone, run_loop
 from shortv.workers.training.messages import Failed, QueueReport, Trained
 from shortv.workers.training.result import result_files
@@ -37,7 +37,7 @@ class WorkerJob:
     folder: ShippedFolder | None
     device: str
     threads: int
-    kind: Kind
+    system: System
     recipe: Any
     thresholds: tuple[float, ...]
     parts_dtype: str
@@ -76,15 +76,12 @@ def _train(job: WorkerJob, report: QueueReport) -> None:
     import ray
     import ray.train
 
-    # Importing the executors and the training takes seconds; the driver does without.
-    from shortv.layers.apply import executing
-
     os.environ.update(job.environment)
     rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     loaded = _load(job)
     team = Distributed(loaded.device) if workers > 1 else Alone()
     reduce = team.reduce if isinstance(team, Distributed) else alone
-    trainer = job.kind.make_trainer(loaded, job.recipe, executing=executing, reduce=reduce)
+    trainer = job.system.trainer(loaded, job.recipe, reduce)
     start = _restore(job, trainer, ray.get(job.checkpoint) if job.checkpoint is not None else None)
     began = time.monotonic()
     if start < trainer.steps:
@@ -112,7 +109,7 @@ def _load(job: WorkerJob) -> LoadedModel:
     return loaded
 
 
-def _restore(job: WorkerJob, trainer: Trainer, content: bytes | None) -> int:
+def _restore(job: WorkerJob, trainer: Trainer[Any], content: bytes | None) -> int:
     if content is None:
         return 0
     checkpoint = from_bytes(content, job.identity, CHECKPOINT_NAME)
@@ -120,15 +117,15 @@ def _restore(job: WorkerJob, trainer: Trainer, content: bytes | None) -> int:
     return checkpoint.step
 
 
-def _result(job: WorkerJob, loaded: LoadedModel, trainer: Trainer, seconds: float) -> dict[str, bytes]:
+def _result(job: WorkerJob, loaded: LoadedModel, trainer: Trainer[Any], seconds: float) -> dict[str, bytes]:
     parts = trainer.parts()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {job.device}"
     return result_files(
         loaded,
         parts,
-        job.kind.plans(parts, loaded.architecture.num_layers, job.thresholds),
+        job.system.plans(parts.settings, loaded.architecture.num_layers, job.thresholds),
         model=job.spec.name,
         training={**job.training, "seconds": round(job.seconds + seconds, 1), "machine": machine},
-        source={"training": dict(job.training), "recipe": asdict(job.recipe)},
+        source={"training": dict(job.training), "recipe": job.recipe.model_dump(mode="json")},
         dtype=job.parts_dtype,
     )

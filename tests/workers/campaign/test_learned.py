@@ -14,10 +14,11 @@ from reports.manifest import CampaignManifest
 from reports.page.campaign_charts import exit_charts
 from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder
-from shortv.costs import exit_flops, layer_flops
+from shortv.costs import layer_flops
 from shortv.errors import Refused
 from shortv.evals.scoring import Sample
-from shortv.families.parts import save_parts
+from shortv.learned.dyvte import exit_flops
+from shortv.learned.files import save_parts
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.plans import ModelFacts, resolve_plans

@@ -10,7 +10,8 @@ import pytest
 from reports.page.campaign import campaign_page
 from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder
-from shortv.families.parts import read_header, save_parts
+from shortv.learned.files import save_parts
+from shortv.learned.header import read_header
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
 from shortv.planfile import read_plan
 from shortv.spec import load_spec

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shortv.families import LoadedModel
-from shortv.families.parts import Learned
 from shortv.families.preprocessing import message_of, prompt_of
+from shortv.layers.run import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample
@@ -45,7 +45,7 @@ def row_of(
     asked: Sample | Sequence[Message],
     modes: Sequence[Mode] | None = None,
     *,
-    learned: Learned | None = None,
+    run: LearnedRun | None = None,
     seconds: float = 120.0,
     streams: bool = False,
     continuation: str | None = None,
@@ -64,7 +64,7 @@ def row_of(
         ),
         prompt=prompt_of(loaded, turns),
         modes=tuple(modes or (Mode.FULL,) * len(loaded.decoder.layers)),
-        learned=learned,
+        run=run,
         plan_digest=None,
         tell=events.put,
         streams=streams,

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,34 @@ from shortv.errors import Refused
 from shortv.evals.generation import Decoding as GenerateSettings
 from shortv.evals.generation import generate
 from shortv.evals.prompts import NamedPrompt
-from shortv.families.parts import Learned, save_parts
-from shortv.families.parts.dyvte import ExitRouters, RouterSettings
 from shortv.layers.apply import executing
-from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
+from shortv.layers.run import LearnedRun
+from shortv.learned.dyvte.parts import ExitRouters
+from shortv.learned.dyvte.recipe import RouterSettings
+from shortv.learned.files import PartsCache
+from shortv.plan import Mode, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.spec import ModelSpec
 from shortv.workers.serving.engine import Engine, EngineSettings
-from shortv.workers.serving.learned import PartsShelf
 from shortv.workers.serving.plans import PlanBook
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.run import check_model
 from shortv.workers.serving.spec import EndpointSpec
-from tests.parts import plan_of, register, save_shifts
+from tests.parts import ShiftRun, plan_of, register, save_named, save_shifts
 from tests.tiny_model import TINY, bundled, calibration
 from tests.workers.serving.asking import Told, row_of, submit
 
 FULL = (Mode.FULL,) * 8
 
 
-def book_of(plans: Sequence[Plan], shelf: PartsShelf | None) -> PlanBook:
-    return PlanBook(bundled().architecture, plans, model="tiny", revision=None, shelf=shelf)
+def runs(cache: PartsCache) -> Callable[[Plan], LearnedRun | None]:
+    return lambda plan: cache.run(plan, bundled().decoder, bundled().architecture)
+
+
+def book_of(plans: Sequence[Plan], cache: PartsCache | None) -> PlanBook:
+    return PlanBook(
+        bundled().architecture, plans, model="tiny", revision=None, runs=runs(cache) if cache is not None else None
+    )
 
 
 def at(plan: Plan, threshold: float) -> Plan:
@@ -53,10 +60,7 @@ def routers(folder: Path) -> Plan:
     parts = ExitRouters.build(bundled().decoder, RouterSettings(width=4))
     for router in parts.routers:
         torch.nn.init.zeros_(router.outer.weight)
-    model = bundled().architecture.config_digest
-    header = save_parts(folder, parts, model="tiny", revision=None, config_digest=model, training={})
-    named = LearnedParts(kind=PartsKind.DYVTE, path=str(folder), digest=header.digest, threshold=0.5)
-    return plan_of(bundled(), named)
+    return plan_of(bundled(), save_named(folder, bundled(), parts, threshold=0.5))
 
 
 def answers(*asked: Told) -> list[Completion]:
@@ -72,53 +76,49 @@ def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pyte
     register(monkeypatch)
     plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,)))
     plans = [at(plan, threshold) for threshold in (0.2, 0.5, 0.9)]
-    shelf = PartsShelf(bundled(), {})
-    book = book_of(plans, shelf)
-    found = [book.learned(one.name) for one in plans]
-    assert [one.threshold for one in found if one] == [0.2, 0.5, 0.9]
-    assert len({id(one.parts) for one in found if one}) == 1
+    cache = PartsCache()
+    book = book_of(plans, cache)
+    found: Any = [book.run(one.name) for one in plans]
+    assert [run.times for run in found] == [0.2, 0.5, 0.9]
+    assert len({id(run.parts) for run in found}) == 1
     # The next list of plans takes over what is loaded, and what no plan needs is let go.
-    again = book_of(plans[:1], shelf).learned("at-0.2")
-    assert again == found[0]
-    held = weakref.ref(again.parts) if again else None
+    again = book_of(plans[:1], cache).run("at-0.2")
+    assert again is not None and again.identity == found[0].identity
+    parts = weakref.ref(found[0].parts)
     del book, found, again
     gc.collect()
-    assert held is not None and held() is None
+    assert parts() is None
 
 
 def test_rows_with_parts_are_answered_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=tuple(range(8))))
-    shelf = PartsShelf(bundled(), {})
+    run_of = runs(PartsCache())
     frozen = modes_of_layers(Mode.FREEZE_VISUAL, (4, 5), 8)
-    under: list[tuple[Any, Learned | None]] = [
+    under: list[tuple[Any, LearnedRun | None]] = [
         (FULL, None),
         (frozen, None),
-        *((FULL, shelf.learned(at(plan, threshold))) for threshold in (0.3, 1.0)),
+        *((FULL, run_of(at(plan, threshold))) for threshold in (0.3, 1.0)),
     ]
-    asked = [
-        row_of(bundled(), one, modes, learned=learned, max_tokens=6)
-        for one in calibration()[:3]
-        for modes, learned in under
-    ]
+    asked = [row_of(bundled(), one, modes, run=run, max_tokens=6) for one in calibration()[:3] for modes, run in under]
     found = answers(*asked)
     settings = GenerateSettings(arguments={"do_sample": False, "max_new_tokens": 6}, stops=())
     for told, answer in zip(asked, found, strict=True):
-        with executing(bundled().model, told.row.modes, told.row.learned):
+        with executing(bundled().model, told.row.modes, told.row.run):
             wanted = generate(bundled(), [NamedPrompt(name="it", prompt=told.row.prompt)], settings)[0]
         assert (answer.text, answer.exit_layer) == (wanted.text, None)
     assert [answer.text for answer in found[::4]] != [answer.text for answer in found[3::4]]
 
 
 def test_parts_that_need_the_tower_are_given_no_kept_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = register(monkeypatch)
-    learned = PartsShelf(bundled(), {}).learned(plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,))))
+    register(monkeypatch)
+    run = runs(PartsCache())(plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,))))
     for needs_tower, kept in ((False, (1, 2)), (True, (0, 0))):
-        monkeypatch.setattr(kind, "needs_tower", needs_tower)
+        monkeypatch.setattr(ShiftRun, "needs_tower", needs_tower)
         engine = Engine(bundled(), EngineSettings(batch_size=8))
         engine.start()
-        two = [row_of(bundled(), one, learned=learned) for one in calibration()[:2]]
-        again = row_of(bundled(), calibration()[0], learned=learned)
+        two = [row_of(bundled(), one, run=run) for one in calibration()[:2]]
+        again = row_of(bundled(), calibration()[0], run=run)
         try:
             for told in (*submit(engine, *two), *submit(engine, again)):
                 told.answer()
@@ -128,15 +128,15 @@ def test_parts_that_need_the_tower_are_given_no_kept_features(tmp_path: Path, mo
 
 
 def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> None:
-    plan, shelf = routers(tmp_path), PartsShelf(bundled(), {})
+    plan, run_of = routers(tmp_path), runs(PartsCache())
     sample = calibration()[0]
     none = replace(sample, images=(), prompt="how many circles are there?")
-    likely, unlikely = (shelf.learned(at(plan, threshold)) for threshold in (0.5, 0.51))
+    likely, unlikely = (run_of(at(plan, threshold)) for threshold in (0.5, 0.51))
     dropped = modes_of_layers(Mode.DROP_VISUAL, range(1, 8), 8)
     found = answers(
-        row_of(bundled(), sample, learned=likely),
-        row_of(bundled(), sample, learned=unlikely),
-        row_of(bundled(), none, learned=likely),
+        row_of(bundled(), sample, run=likely),
+        row_of(bundled(), sample, run=unlikely),
+        row_of(bundled(), none, run=likely),
         row_of(bundled(), sample),
         row_of(bundled(), sample, dropped),
     )
@@ -147,18 +147,18 @@ def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("loads", [True, False])
 def test_parts_that_are_not_there_refuse_the_plan(loads: bool, tmp_path: Path) -> None:
-    shelf = PartsShelf(bundled(), {}) if loads else None
+    cache = PartsCache() if loads else None
     missing = routers(tmp_path / "missing")
     (tmp_path / "missing" / "parts.json").unlink()
     with pytest.raises(Refused, match=r"^plan 'learned': no learned parts at .*; give a folder with parts\.json"):
-        book_of([missing], shelf)
+        book_of([missing], cache)
 
 
 def test_parts_that_cannot_run_under_the_modes_refuse_the_plan(tmp_path: Path) -> None:
     plan = routers(tmp_path)
     frozen = replace(plan, modes=modes_of_layers(Mode.FREEZE_VISUAL, (4,), 8))
-    with pytest.raises(Refused, match="plan 'learned': DyVTE decides itself what leaves"):
-        book_of([frozen], PartsShelf(bundled(), {}))
+    with pytest.raises(Refused, match="plan 'learned': DyVTE itself decides what leaves"):
+        book_of([frozen], PartsCache())
 
 
 def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> Non
     check_model(arguments, Console(quiet=True))
     header = tmp_path / "parts" / "parts.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"config_digest": "cd" * 32}))
-    with pytest.raises(Refused, match=r"plan 'learned': the parts in .* were trained on tiny"):
+    with pytest.raises(Refused, match=r"plan 'learned': the parts in .* were trained on"):
         check_model(arguments, Console(quiet=True))
 
 

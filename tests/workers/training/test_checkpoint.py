@@ -9,7 +9,7 @@ import torch
 
 from reports.store import Folder
 from shortv.errors import ShortVError
-from shortv.learned.trainer import alone
+from shortv.learned.training import alone
 from shortv.workers.training.checkpoint import CHECKPOINT_NAME, from_bytes, read_checkpoint, to_bytes
 from tests.workers.training.toy import ToyRecipe, ToyTrainer, toy_samples
 

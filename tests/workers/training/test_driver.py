@@ -33,7 +33,7 @@ from tests.architectures import architecture
 from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
 from tests.workers.training.test_loop import trained
-from tests.workers.training.toy import TOY, ToyRecipe, toy_samples
+from tests.workers.training.toy import TOY, ToyOfImages, ToyRecipe, toy_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def request(place: Path, recipe: ToyRecipe | None = None, **more: Any) -> TrainR
 
 def run(wanted: TrainRequest) -> tuple[int, str]:
     text = io.StringIO()
-    status = driver.run_training(wanted, kind=TOY, engine=ToyEngine(), console=Console(file=text, width=200))
+    status = driver.run_training(wanted, system=TOY, engine=ToyEngine(), console=Console(file=text, width=200))
     return status, text.getvalue()
 
 
@@ -135,7 +135,7 @@ def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path)
     """A worker's share of a batch may be text alone, and a training must not end of that."""
     images = pa.array([[b"image"] if index % 2 else [] for index in range(10)], pa.list_(pa.binary()))
     wanted = request(tmp_path, data=(data_file(tmp_path, images=images),))
-    prepared = driver.prepare(wanted, replace(TOY, needs_images=True), ToyEngine())
+    prepared = driver.prepare(wanted, ToyOfImages(), ToyEngine())
     assert [sample.sample_id for sample in prepared.samples] == ["s1", "s3", "s5", "s7", "s9"]
     assert prepared.order.samples == 5 and prepared.record.counts["samples"] == 10
     keeper = Keeper(prepared.folder, "run")

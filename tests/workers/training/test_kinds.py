@@ -8,25 +8,26 @@ from typing import Any
 import pytest
 
 from shortv.errors import Refused
-from shortv.learned.dyvte import Recipe
-from shortv.learned.eas import EasRecipe
-from shortv.learned.saisa import SaisaRecipe
+from shortv.learned.dyvte.recipe import DyvteRecipe
+from shortv.learned.eas.recipe import EasRecipe
+from shortv.learned.registry import SYSTEMS
+from shortv.learned.saisa.recipe import SaisaRecipe
 from shortv.plan import PartsKind
 from shortv.spec import ModelSpec
-from shortv.workers.training.kinds import KINDS
-from shortv.workers.training.outline import outline
+from shortv.workers.training.outline import check_trainable, outline
 from shortv.workers.training.request import TrainRequest
 from tests.models import LAYERS, random_model
 
-SAISA, DYVTE, EAS = SaisaRecipe(), Recipe(), EasRecipe()
-RECIPES = {SaisaRecipe: PartsKind.SAISA, Recipe: PartsKind.DYVTE, EasRecipe: PartsKind.EAS}
+SAISA, DYVTE, EAS = SaisaRecipe(), DyvteRecipe(), EasRecipe()
+RECIPES = {SaisaRecipe: PartsKind.SAISA, DyvteRecipe: PartsKind.DYVTE, EasRecipe: PartsKind.EAS}
 
 
 def check(family: str, recipe: Any, place: Path) -> None:
     """Check a training on a folder that holds a configuration and nothing else."""
     random_model(family).config.save_pretrained(place)
     kind, spec = RECIPES[type(recipe)], ModelSpec(name=str(place))
-    KINDS[kind].check(TrainRequest(model=spec, kind=kind, recipe=recipe, output_path="out", thresholds=(0.5,)))
+    request = TrainRequest(model=spec, kind=kind, recipe=recipe, output_path="out", thresholds=(0.5,))
+    check_trainable(SYSTEMS[kind], request)
 
 
 @pytest.mark.parametrize(

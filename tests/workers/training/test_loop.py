@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shortv.errors import ShortVError
 from shortv.learned.order import Order
-from shortv.learned.trainer import alone
+from shortv.learned.training import alone
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
 from shortv.workers.training.checkpoint import from_bytes, to_bytes

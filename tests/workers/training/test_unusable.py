@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from shortv.families import LoadedModel
-from shortv.layers.apply import executing
-from shortv.learned.dyvte import Recipe, answers
-from shortv.learned.eas import EasRecipe
-from shortv.learned.saisa import SaisaRecipe
-from shortv.learned.trainer import alone
+from shortv.learned.dyvte import train
+from shortv.learned.dyvte.recipe import DyvteRecipe
+from shortv.learned.eas.recipe import EasRecipe
+from shortv.learned.registry import SYSTEMS
+from shortv.learned.saisa.recipe import SaisaRecipe
+from shortv.learned.training import alone
 from shortv.plan import PartsKind
 from shortv.sample import Sample
-from shortv.workers.training.kinds import KINDS
 from shortv.workers.training.loop import Alone, StepSamples, run_loop
 from tests.tiny_model import bundled, calibration
 from tests.workers.training.test_loop import Recorded
 
-DYVTE = Recipe(steps=2, batch_size=4, width=8)
+DYVTE = DyvteRecipe(steps=2, batch_size=4, width=8)
 RECIPES: dict[PartsKind, Any] = {
     PartsKind.DYVTE: DYVTE,
     PartsKind.SAISA: SaisaRecipe(projector_steps=1, joint_steps=1, batch_size=4, language_model="none"),
@@ -33,7 +33,7 @@ TEXT = Sample(sample_id="text", prompt="How many are there?", answer="Two.")
 def unusable(kind: PartsKind, recipe: Any, bad: Sample) -> list[tuple[str, str]]:
     """Train two steps with a sample among good ones; which samples were reported, and why."""
     batch, report = (*calibration()[:3], bad), Recorded()
-    trainer = KINDS[kind].make_trainer(bundled(), recipe, executing=executing, reduce=alone)
+    trainer = SYSTEMS[kind].trainer(bundled(), recipe, alone)
     data = [StepSamples(step=step, samples=batch) for step in range(recipe.steps)]
     run_loop(trainer, data, start=0, checkpoint_every=2, report=report, team=Alone())
     assert report.told == [1, 2] and list(report.kept) == [2]
@@ -63,6 +63,6 @@ def test_a_sample_to_which_the_model_says_nothing_ends_no_training(
         says = {"silent": "two" if neighbours and len(samples) == 1 else " "}
         return [says.get(sample.sample_id, "one") for sample in samples]
 
-    monkeypatch.setattr(answers, "_written", written)
+    monkeypatch.setattr(train, "_written", written)
     expected = [] if neighbours else [("silent", "no-answer")]
-    assert unusable(PartsKind.DYVTE, replace(DYVTE, targets="model"), silent) == expected
+    assert unusable(PartsKind.DYVTE, DYVTE.model_copy(update={"targets": "model"}), silent) == expected

@@ -6,34 +6,26 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shortv.errors import Refused, SampleError
-from shortv.families.parts import Parts
-from shortv.learned.trainer import (
-    Executing,
-    Reduce,
-    flat_state,
-    generator,
-    learning_rate,
-    restore_flat_state,
-    set_learning_rate,
-)
-from shortv.plan import Mode, PartsKind
+from shortv.errors import SampleError
+from shortv.learned.base import Parts
+from shortv.learned.rates import learning_rate
+from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.learned.training import Trainer, generator, set_learning_rate
+from shortv.plan import Mode, PartsKind, Plan
 from shortv.sample import Sample
-from shortv.workers.training.kinds import Kind, PlanSpec
+from shortv.spec import Spec
 
 WIDTH = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToyRecipe:
+class ToyRecipe(Spec):
     """`dies_at` names a step before which the process kills itself, once: a file then marks it."""
 
     steps: int = 7
@@ -44,13 +36,8 @@ class ToyRecipe:
     dies_at: int | None = None
     marker: str = ""
 
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise Refused("the learning rate is not positive; give another")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToySettings:
+class ToySettings(Spec):
     width: int = WIDTH
 
 
@@ -60,17 +47,16 @@ class ToyParts(Parts):
     kind = PartsKind.SAISA
 
     def __init__(self) -> None:
-        super().__init__()
-        self.settings = ToySettings()
+        super().__init__(ToySettings())
         self.vector = nn.Parameter(torch.zeros(WIDTH))
 
 
-class ToyTrainer:
+class ToyTrainer(Trainer[ToyParts]):
     """Follows the mean of the samples' numbers, with noise of (seed, step)."""
 
     def __init__(self, recipe: ToyRecipe, reduce: Reduce) -> None:
-        self.steps, self.batch_size = recipe.steps, recipe.batch_size
-        self._recipe, self._reduce = recipe, reduce
+        super().__init__(None, recipe, reduce)  # type: ignore[arg-type]  # it has no model
+        self._recipe = recipe
         self._parts = ToyParts()
         self._optimizer = torch.optim.AdamW(self._parts.parameters(), lr=recipe.learning_rate)
 
@@ -98,34 +84,43 @@ class ToyTrainer:
         if sample.prompt == "bad":
             raise SampleError(stage="decode", error="fake", message=f"{sample.sample_id} is bad")
 
-    def state(self) -> dict[str, Tensor]:
-        return flat_state(dict(self._parts.named_parameters()), self._optimizer)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        restore_flat_state(state, dict(self._parts.named_parameters()), self._optimizer)
-
-    def parts(self) -> ToyParts:
-        return self._parts
-
 
 def _numbers(sample: Sample) -> Tensor:
     digest = hashlib.sha256(sample.sample_id.encode()).digest()[:WIDTH]
     return torch.tensor([byte / 128 - 1 for byte in digest])
 
 
-def make_toy(loaded: Any, recipe: ToyRecipe, *, executing: Executing, reduce: Reduce) -> ToyTrainer:
-    return ToyTrainer(recipe, reduce)
+class Toy(System):
+    """Parts that need no model."""
+
+    kind = PartsKind.SAISA
+    settings = ToySettings
+    recipe = ToyRecipe
+    questions = ("count",)
+
+    def plans(self, settings: ToySettings, num_layers: int, thresholds: Sequence[float]) -> tuple[PlanSpec, ...]:
+        return (PlanSpec("toy", (Mode.FREEZE_VISUAL,) * num_layers),)
+
+    def flops_ratio(self, plan: Plan, arch: Any, t: float, v: float) -> float | None:
+        return plan.flops_ratio
+
+    def parts_class(self) -> type[Parts]:
+        return ToyParts
+
+    def run(self, decoder: Any, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> Any:
+        raise NotImplementedError
+
+    def trainer(self, loaded: Any, recipe: ToyRecipe, reduce: Reduce) -> ToyTrainer:
+        return ToyTrainer(recipe, reduce)
 
 
-def toy_plans(parts: Parts, num_layers: int, thresholds: tuple[float, ...]) -> tuple[PlanSpec, ...]:
-    return (PlanSpec(name="toy", modes=(Mode.FREEZE_VISUAL,) * num_layers),)
+class ToyOfImages(Toy):
+    """The same, for samples with images."""
+
+    needs_images = True
 
 
-def toy_needs_answers(recipe: ToyRecipe) -> bool:
-    return True
-
-
-TOY = Kind(make_trainer=make_toy, plans=toy_plans, needs_answers=toy_needs_answers, questions=("count",))
+TOY = Toy()
 
 
 def toy_samples(number: int, bad: Sequence[int] = ()) -> list[Sample]:

@@ -1,0 +1,329 @@
+"""DyVTE: dropping = masking, sample by sample; a constant router = the drop-visual plan; never = the model."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+import shortv
+from shortv.architecture import Architecture
+from shortv.errors import Refused, ShortVError
+from shortv.families import Batch, decoder_of
+from shortv.layers.apply import executing
+from shortv.layers.reference import reference
+from shortv.layers.sequence import keep_rows
+from shortv.learned.dyvte.parts import ExitRouters
+from shortv.learned.dyvte.recipe import RouterSettings
+from shortv.learned.dyvte.run import exit_layers
+from shortv.learned.files import save_parts
+from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_exit
+from tests.law import assert_law, generated, in_dtype, some_specs, text_logits
+from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, make_batch, prompts_of, random_model
+from tests.parts import Trained, running
+
+FULL = (Mode.FULL,) * LAYERS
+SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 4], [6], [1, "I", 9], [2, "I", 1]]
+REFUSED_KINDS = {"gemma3": "sliding windows", "qwen3-vl": "DeepStack"}
+RUNNING = [kind for kind in KINDS if kind not in REFUSED_KINDS]
+SUPPRESSED = [IMAGE_TOKEN, IMAGE_TOKEN + 1, VISION_START]
+MEANS = ("after-image", "all-text")
+
+
+class Constant(ExitRouters):
+    """Routers that fire at one layer and all later ones."""
+
+    exit_at = LAYERS
+
+    def exit_probability(self, layer: int, state_BE: Tensor) -> Tensor:
+        return state_BE.new_full((len(state_BE),), float(layer >= self.exit_at))
+
+
+def constant(model: Any, layer: int) -> Trained:
+    parts = Constant.build(decoder_of(model), RouterSettings(width=2))
+    parts.exit_at = layer
+    return Trained(parts=parts, threshold=0.5)
+
+
+def random_routers(model: Any, *, seed: int = 0, mean_over: str = "after-image", threshold: float = 0.8) -> Trained:
+    """Routers that are sure of one thing or the other, which depends on the sample."""
+    torch.manual_seed(seed)
+    parts = ExitRouters.build(decoder_of(model), RouterSettings(width=32, mean_over=mean_over))  # type: ignore[arg-type]
+    for parameter in parts.parameters():
+        parameter.data *= 6
+    return Trained(parts=parts, threshold=threshold)
+
+
+@torch.inference_mode()
+def prefill(model: Any, batch: Batch) -> Any:
+    return model(**batch.inputs, use_cache=True)
+
+
+@pytest.mark.parametrize(("attn", "padding"), [("sdpa", "left"), ("sdpa", "right"), ("eager", "left")])
+@pytest.mark.parametrize("kind", RUNNING)
+def test_dropping_equals_masking_where_each_sample_leaves_at_its_own_layer(kind: str, attn: str, padding: str) -> None:
+    model, batch = random_model(kind, attn=attn), batch_of(kind, SPECS, padding=padding)
+    seen: set[tuple[int, ...]] = set()
+    for seed in range(6):
+        learned = random_routers(model, seed=seed, mean_over=MEANS[seed % 2])
+        with running(reference, model, FULL, learned):
+            expected = text_logits(model, batch)
+            exits = exit_layers(prefill(model, batch).past_key_values)
+        with running(executing, model, FULL, learned):
+            assert_law(text_logits(model, batch, use_cache=False), expected)
+            assert_law(text_logits(model, batch, use_cache=True), expected)
+            assert exit_layers(prefill(model, batch).past_key_values) == exits
+        assert exits is not None and exits[2] == LAYERS
+        seen.add(tuple(exits))
+    assert len(seen) > 3 and {layer for exits in seen for layer in exits} >= {0, 1, 2, LAYERS}
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_constant_routers_are_the_drop_visual_plan(kind: str) -> None:
+    model, batch = random_model(kind), batch_of(kind, SPECS)
+    untouched = text_logits(model, batch)
+    for layer in range(LAYERS + 1):
+        with executing(model, modes_of_exit(layer, LAYERS)):
+            expected, tokens = text_logits(model, batch), generated(model, batch)
+        with running(executing, model, FULL, constant(model, layer)):
+            assert_law(text_logits(model, batch), expected)
+            assert generated(model, batch) == tokens
+            assert exit_layers(prefill(model, batch).past_key_values) == [layer, layer, LAYERS, layer, layer]
+        # At the last layer there is nothing left to leave; firing never is the model.
+        assert torch.equal(expected, untouched) == (layer >= LAYERS - 1)
+    assert torch.equal(text_logits(model, batch), untouched)
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str) -> None:
+    model, batch = random_model(kind), batch_of(kind, SPECS)
+    learned = random_routers(model, seed=3)
+    with running(executing, model, FULL, learned):
+        output, tokens = prefill(model, batch), generated(model, batch)
+    exits = exit_layers(output.past_key_values)
+    assert exits is not None and len(set(exits)) > 1
+    for row, prompt in enumerate(prompts_of(kind, SPECS)):
+        single = make_batch(kind, [prompt])
+        with running(executing, model, FULL, learned):
+            alone = prefill(model, single)
+            assert exit_layers(alone.past_key_values) == [exits[row]]
+        assert_law(output.logits[row, -1], alone.logits[0, -1])
+        with executing(model, modes_of_exit(exits[row], LAYERS)):
+            assert_law(alone.logits[0, -1], prefill(model, single).logits[0, -1])
+            assert generated(model, single)[0][-4:] == tokens[row][-4:]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}],
+    ids=["greedy", "beams", "sampling"],
+)
+@pytest.mark.parametrize("kind", RUNNING)
+def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None:
+    model, batch = random_model(kind), batch_of(kind, SPECS)
+    for seed in (1, 3):
+        learned = random_routers(model, seed=seed)
+        torch.manual_seed(0)
+        with running(reference, model, FULL, learned):
+            expected = generated(model, batch, **options)
+        torch.manual_seed(0)
+        with running(executing, model, FULL, learned):
+            assert generated(model, batch, **options) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(RUNNING),
+    specs=some_specs,
+    padding=st.sampled_from(["left", "right"]),
+    mean_over=st.sampled_from(MEANS),
+    seed=st.integers(0, 10_000),
+)
+def test_any_routers_on_any_prompt(kind: str, specs: list[Spec], padding: str, mean_over: str, seed: int) -> None:
+    model, batch = random_model(kind), batch_of(kind, specs, padding=padding, seed=seed)
+    learned = random_routers(model, seed=seed, mean_over=mean_over)
+    with running(reference, model, FULL, learned):
+        expected = text_logits(model, batch)
+    with running(executing, model, FULL, learned):
+        assert_law(text_logits(model, batch), expected)
+
+
+def test_rows_that_left_are_in_no_product_and_in_no_cache() -> None:
+    model = random_model()
+    learned = random_routers(model, seed=3)
+    batch = batch_of("llava", SPECS)
+    rows: list[int] = []
+    for layer in model.model.language_model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    with running(executing, model, FULL, learned):
+        cache = prefill(model, batch).past_key_values
+    exits = exit_layers(cache)
+    assert exits is not None
+    text, visual, width = batch.types.n_text, batch.types.n_visual, batch.types.text_BT.shape[1]
+    for index, (found, layer) in enumerate(zip(rows, cache.layers, strict=True)):
+        left = [t + (v if out >= index else 0) for t, v, out in zip(text, visual, exits, strict=True)]
+        untouched = min(exits) >= index
+        assert found == (len(SPECS) * width if untouched else sum(left))
+        assert layer.keys.shape[2] == (width if untouched else max(left))
+        assert layer.get_seq_length() == width
+
+
+def test_rows_that_stay_in_a_batch_go_on_as_before() -> None:
+    model, batch = random_model(), batch_of("llava", SPECS)
+    learned = random_routers(model, seed=3)
+    mask = batch.inputs["attention_mask"]
+    rows = torch.tensor([1, 2, 4])
+    turn = {"input_ids": torch.tensor([[7], [8], [9], [10], [11]]), "position_ids": mask.sum(1, keepdim=True)}
+    longer = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+    with torch.inference_mode(), running(executing, model, FULL, learned):
+        cache = prefill(model, batch).past_key_values
+        narrowed = copy.deepcopy(cache)
+        keep_rows(narrowed, rows)
+        assert exit_layers(narrowed) == [(exit_layers(cache) or [])[row] for row in rows]
+        expected = model(**turn, attention_mask=longer, past_key_values=cache).logits[rows]
+        kept = {name: value[rows] for name, value in turn.items()}
+        assert_law(model(**kept, attention_mask=longer[rows], past_key_values=narrowed).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["llava", "internvl"])
+def test_a_later_turn_reads_what_each_layer_has_kept(kind: str) -> None:
+    model, batch = random_model(kind), batch_of(kind, SPECS)
+    learned = random_routers(model, seed=3)
+    mask = batch.inputs["attention_mask"]
+    ids = torch.randint(3, IMAGE_TOKEN, (len(SPECS), 3), generator=torch.Generator().manual_seed(0))
+    turn = {"input_ids": ids, "attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1)}
+    turn["position_ids"] = mask.sum(1, keepdim=True) + torch.arange(3)
+    found, exits = [], []
+    for executor in (reference, executing):
+        with torch.inference_mode(), running(executor, model, FULL, learned):
+            cache = prefill(model, batch).past_key_values
+            found.append(model(**turn, past_key_values=cache).logits)
+            exits.append(exit_layers(cache))
+    assert_law(found[1], found[0])
+    assert exits[0] == exits[1]
+
+
+class Waits(TorchFunctionMode):
+    """Counts what makes the host wait for a device, while `on`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.count = False, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = ("tolist", "item", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__", "cpu")
+        self.count += self.on and getattr(func, "__name__", "") in names
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_a_layer_until_everybody_has_left() -> None:
+    model, batch = random_model(), batch_of("llava", SPECS)
+    waits, text = Waits(), model.model.language_model
+    text.layers[0].register_forward_pre_hook(lambda *_: setattr(waits, "on", True))
+    text.norm.register_forward_pre_hook(lambda *_: setattr(waits, "on", False))
+    for layer, expected in [(0, 1), (1, 2), (LAYERS - 1, LAYERS - 1), (LAYERS, LAYERS - 1)]:
+        with running(executing, model, FULL, constant(model, layer)), waits:
+            waits.count = 0
+            prefill(model, batch)
+        assert waits.count == expected
+
+
+def test_a_plan_names_routers_and_their_threshold(tmp_path: Path) -> None:
+    model, batch = random_model(), batch_of("llava", SPECS)
+    learned = random_routers(model, seed=3)
+    digest = Architecture.from_config_dict(model.config.to_dict()).config_digest
+    header = save_parts(tmp_path, learned.parts, model="m", revision=None, config_digest=digest, training={})
+    named = LearnedParts(kind=PartsKind.DYVTE, path=str(tmp_path), digest=header.digest, threshold=0.8)
+    plan = Plan.full(num_layers=LAYERS, name="exits", model="m", config_digest=digest, parts=named)
+    with running(executing, model, FULL, learned):
+        expected = text_logits(model, batch)
+    with shortv.apply(model, plan):
+        assert torch.equal(text_logits(model, batch), expected)
+
+
+def test_a_prompt_without_images_is_the_models_own_work() -> None:
+    model, batch = random_model(), batch_of("llava", [[3], [5]])
+    untouched, tokens = text_logits(model, batch), generated(model, batch)
+    with running(executing, model, FULL, constant(model, 0)):
+        assert torch.equal(text_logits(model, batch), untouched)
+        assert generated(model, batch) == tokens
+        assert exit_layers(prefill(model, batch).past_key_values) == [LAYERS, LAYERS]
+    assert exit_layers(prefill(model, batch).past_key_values) is None
+
+
+def test_hidden_states_have_every_row_and_the_same_text() -> None:
+    model, batch = random_model(), batch_of("llava", SPECS)
+    learned = random_routers(model, seed=3)
+    found = []
+    for executor in (reference, executing):
+        with torch.inference_mode(), running(executor, model, FULL, learned):
+            found.append(model(**batch.inputs, output_hidden_states=True).hidden_states)
+    for expected, state in zip(*found, strict=True):
+        assert_law(state[batch.types.text_BT], expected[batch.types.text_BT])
+
+
+def test_the_threshold_sets_how_early_samples_leave() -> None:
+    model, batch = random_model(), batch_of("llava", SPECS)
+    found = []
+    for threshold in (0.0, 0.5, 0.9, 1.0):
+        torch.manual_seed(1)
+        parts = ExitRouters.build(decoder_of(model), RouterSettings(width=16))
+        with running(executing, model, FULL, Trained(parts=parts, threshold=threshold)):
+            found.append(exit_layers(prefill(model, batch).past_key_values) or [])
+    assert found[0] == [0, 0, LAYERS, 0, 0] and found[-1] == [LAYERS] * 5
+    assert all(a <= b for pair in pairwise(found) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_as_the_drop_visual_plan_does(dtype: torch.dtype) -> None:
+    model, batch = random_model().to(dtype), batch_of("llava", SPECS)
+    halved = in_dtype(batch, dtype)
+    with executing(model, modes_of_exit(1, LAYERS)):
+        expected = text_logits(model, halved).float()
+    with running(executing, model, FULL, constant(model, 1)):
+        found = text_logits(model, halved).float()
+    assert (found - expected).abs().mean() <= 0.02 * expected.abs().mean()
+    parts = random_routers(model).parts.to(dtype)
+    assert parts.exit_probability(0, torch.randn(2, 64)).dtype == torch.float32  # type: ignore[operator]
+
+
+def test_refusals() -> None:
+    for kind, why in REFUSED_KINDS.items():
+        model = random_model(kind)
+        with pytest.raises(Refused, match=why):
+            constant(model, 0)
+    model = random_model()
+    learned = constant(model, 0)
+    with (
+        pytest.raises(Refused, match="make all full"),
+        running(executing, model, (Mode.FREEZE_VISUAL,) * LAYERS, learned),
+    ):
+        pass
+    with pytest.raises(Refused, match="0 to 1"), running(executing, model, FULL, Trained(parts=learned.parts)):
+        pass
+    short = Trained(parts=ExitRouters(LAYERS - 1, 32, RouterSettings(width=2)), threshold=0.5)
+    with pytest.raises(Refused, match="one router per layer"), running(executing, model, FULL, short):
+        pass
+    batch, ends = batch_of("llava", [[3, "I", 9]]), batch_of("llava", [[3, "I"]])
+    with torch.inference_mode(), running(executing, model, FULL, learned):
+        with pytest.raises(ShortVError, match="ends with an image"):
+            model(**ends.inputs)
+        with pytest.raises(ShortVError, match="assisted generation"):
+            generated(model, batch, prompt_lookup_num_tokens=2)
+        cache = DynamicCache(config=model.config.text_config)
+        text_logits(model, batch, past_key_values=cache)
+    with (
+        torch.inference_mode(),
+        running(executing, model, FULL, constant(model, 0)),
+        pytest.raises(ShortVError, match="prefill inside the plan's context"),
+    ):
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
