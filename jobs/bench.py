@@ -87,7 +87,7 @@ def prefill(dtype: str, device: str, batch_size: int, **sizes: Any) -> int:
 @dtype_option
 @device_option
 def sizing(batch_size: int, **sizes: Any) -> int:
-    """Memory and time of a sweep by the default modes, against the predictions behind cluster/README.md."""
+    """Memory and time of a sweep by the default modes, against the predictions behind docs/cluster.md."""
     from shortv.bench.sizing import Case, bench_sizing, sizing_text
 
     case = Case(batch=batch_size, **sizes)
@@ -152,7 +152,7 @@ def scheduling(workers: str, units: int, unit_seconds: float) -> int:
 
 @bench.command()
 def tables() -> int:
-    """Print the tables of cluster/README.md: computed GPU memory and time per published model."""
+    """Print the tables of docs/cluster.md: computed GPU memory and time per published model."""
     from shortv.bench.tables import endpoint_table, sweep_table
 
     click.echo(f"{sweep_table()}\n\n{endpoint_table()}")

@@ -1,4 +1,4 @@
-"""GPU memory and time that a sweep or a replica needs, as the tables of cluster/README.md.
+"""GPU memory and time that a sweep or a replica needs, as the tables of docs/cluster.md.
 
 All figures are computed from the models' sizes by `shortv.costs`; none is measured.
 """

@@ -1,4 +1,4 @@
-"""The tables of cluster/README.md, and the formulas behind them."""
+"""The tables of docs/cluster.md, and the formulas behind them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from shortv.costs import (
 )
 from shortv.plan import Mode
 
-README = (Path(__file__).resolve().parents[2] / "cluster" / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
 SMALL = MODELS["llava-1.5-7b"].architecture()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 RAY_VERSION = "2.60.0"
 SECRETS = {"shortv-object-store", "shortv-api-keys", "shortv-hub-token"}
-"""As cluster/README.md lists them."""
+"""As docs/cluster.md lists them."""
 
 
 class Map(NamedTuple):

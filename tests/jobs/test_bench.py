@@ -67,7 +67,7 @@ def test_an_unknown_shape_is_refused(command: str) -> None:
 
 @pytest.mark.slow
 def test_sizing_prints_what_was_predicted_and_what_was_measured() -> None:
-    """The model is small, so the bounds are wide; cluster/README.md has a run of real size."""
+    """The model is small, so the bounds are wide; docs/cluster.md has a run of real size."""
     done = bench(
         "sizing", "--shape", "smollm2-135m", "--layers", "2", "--visual-tokens", "192", "--stack", "3", "--repeats", "1"
     )
