@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 MANIFESTS = ("rayjob-sweep.yaml", "rayjob-campaign.yaml", "rayservice-endpoint.yaml", "model-cache.yaml")
 IMAGE_FOLDER = "/opt/shortv/"
-README = (CLUSTER / "README.md").read_text()
+README = (CLUSTER / "README.md").read_text() + (CLUSTER.parent / "docs" / "cluster.md").read_text()
 RAY_UP = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
 
 
