@@ -1,4 +1,4 @@
-"""The plans that a replica serves, by name."""
+"""The plans that a replica serves, by name, and what each needs beside its modes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class PlanBook:
     ) -> None:
         """Check that each plan fits the model, and load its learned parts with `runs`.
 
-        Without `runs` there are no weights, and what can be known of the parts without them is checked.
+        Without `runs` there are no weights, and only the headers of learned parts are checked.
 
         Raises:
-            Refused: a plan is for another model, two different plans have one name, or learned parts are not there,
-                for another model, or cannot run.
+            Refused: a plan is for another model, two different plans have one name, or learned parts are missing, for
+                another model, or cannot run.
         """
         self._full = (Mode.FULL,) * architecture.num_layers
         self._plans: dict[str, Plan] = {}
@@ -60,7 +60,7 @@ class PlanBook:
                 raise Refused(f"plan {plan.name!r}: {error}") from error
 
     def modes(self, name: str) -> tuple[Mode, ...] | None:
-        """The modes of the plan of that name, None where there is none."""
+        """Return the modes of the plan of that name, None if there is none."""
         if name == FULL_MODEL:
             return self._full
         plan = self._plans.get(name)
@@ -71,12 +71,12 @@ class PlanBook:
         return self._runs.get(name)
 
     def digest(self, name: str) -> str | None:
-        """The digest of the plan of that name; the full model has none."""
+        """Return the digest of the plan of that name; the full model has none."""
         plan = self._plans.get(name)
         return plan.digest if plan else None
 
     def digests(self) -> dict[str, str]:
-        """Digest by name, in the order given, without the full model."""
+        """Return the digest of each plan by name, in the order given, without the full model."""
         return {name: plan.digest for name, plan in self._plans.items()}
 
 

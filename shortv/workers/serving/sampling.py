@@ -1,4 +1,4 @@
-"""Which token comes next: greedy or drawn, row by row, so that nothing beside a row changes its answer."""
+"""Which token comes next: greedy or sampled, for each sequence alone, so that its batch does not change it."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from shortv.request import SamplingParams, TokenLogprob
 
 
 class Chosen(NamedTuple):
-    """A token, and what was asked about its probability."""
+    """A token, and its log-probability if that is requested."""
 
     token: int
     logprob: TokenLogprob | None
 
 
 class Sampler:
-    """Chooses the tokens of one answer from float32 logits.
+    """Chooses the tokens of one completion from float32 logits.
 
     The order of adjustments is that of transformers' `generate`: repetition penalty, minimum length, temperature,
-    top-k, top-p. Log-probabilities are the model's own, before any of them. `seed` is for decoding without one.
+    top-k, top-p. Log-probabilities are the model's own, before any of them. `seed` is for parameters without one.
     """
 
     def __init__(
-        self, decoding: SamplingParams, *, seed: int, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any
+        self, sampling: SamplingParams, *, seed: int, prompt: Sequence[int], ends: Sequence[int], tokenizer: Any
     ) -> None:
-        self._decoding = decoding
+        self._sampling = sampling
         self._ids = list(prompt)
-        self._made = 0
+        self._generated = 0
         self._ends = list(ends)
         self._tokenizer = tokenizer
         self._penalty = (
-            RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty) if decoding.repetition_penalty != 1 else None
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None
         )
-        self._warpers = _warpers(decoding) if decoding.temperature > 0 else []
+        self._warpers = _warpers(sampling) if sampling.temperature > 0 else []
         # On the CPU, so that a seed means the same on every device.
         self._generator = torch.Generator()
-        self._generator.manual_seed(seed if decoding.seed is None else decoding.seed)
+        self._generator.manual_seed(seed if sampling.seed is None else sampling.seed)
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the likeliest one and nothing else is asked."""
-        decoding = self._decoding
-        waiting = self._made < decoding.min_tokens
-        return not (self._warpers or self._penalty or waiting or decoding.top_logprobs is not None)
+        """Whether the next token is the likeliest one and nothing else is requested."""
+        sampling = self._sampling
+        too_short = self._generated < sampling.min_tokens
+        return not (self._warpers or self._penalty or too_short or sampling.top_logprobs is not None)
 
     @property
     def last(self) -> int:
@@ -55,17 +55,17 @@ class Sampler:
         return self._ids[-1]
 
     def take(self, token: int) -> None:
-        """Note the token that was chosen."""
+        """Record the chosen token."""
         self._ids.append(token)
-        self._made += 1
+        self._generated += 1
 
     def choose(self, logits_V: Tensor) -> Chosen | None:
-        """Choose the next token; None where the settings leave no probabilities to draw from."""
+        """Choose the next token; None if the settings leave no finite probabilities to sample from."""
         ids_1T = torch.tensor([self._ids], device=logits_V.device)
         scores_1V = logits_V[None].float()
         if self._penalty is not None:
             scores_1V = self._penalty(ids_1T, scores_1V)
-        if self._made < self._decoding.min_tokens:
+        if self._generated < self._sampling.min_tokens:
             scores_1V = scores_1V.clone()
             scores_1V[:, self._ends] = -torch.inf
         for warper in self._warpers:
@@ -80,7 +80,7 @@ class Sampler:
         return Chosen(token, self._logprob(logits_V, token))
 
     def _logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
-        count = self._decoding.top_logprobs
+        count = self._sampling.top_logprobs
         if count is None:
             return None
         logprobs_V = logits_V.float().log_softmax(-1)
@@ -94,20 +94,20 @@ class Sampler:
         return str(self._tokenizer.decode([token]))
 
 
-def _warpers(decoding: SamplingParams) -> list[Any]:
-    # Less is the same, until the division overflows.
-    warpers: list[Any] = [TemperatureLogitsWarper(max(decoding.temperature, 1e-6))]
-    if decoding.top_k > 0:
-        warpers.append(TopKLogitsWarper(decoding.top_k))
-    if decoding.top_p < 1:
-        warpers.append(TopPLogitsWarper(decoding.top_p))
+def _warpers(sampling: SamplingParams) -> list[Any]:
+    # Lower temperatures choose the same token, until the division overflows.
+    warpers: list[Any] = [TemperatureLogitsWarper(max(sampling.temperature, 1e-6))]
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
     return warpers
 
 
 def choose_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Chosen | None]:
-    """Choose the next token of each row, None where its logits are no numbers.
+    """Choose the next token of each sequence, None where its logits are not finite.
 
-    Rows that only want the likeliest share one search.
+    Sequences that only need the likeliest token share one search.
     """
     best = logits_BV.max(-1)
     finite_B, best_B = best.values.isfinite().tolist(), best.indices.tolist()

@@ -1,10 +1,11 @@
-"""The engine answers as transformers' generate does, whatever runs beside a question and whatever goes wrong."""
+"""The engine completes requests as transformers' generate does, whatever shares their batch and whatever fails."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,52 +13,52 @@ import pytest
 import torch
 
 from shortv.evals.generation import Answer as Generated
-from shortv.evals.generation import Decoding as GenerateSettings
-from shortv.evals.generation import generate
+from shortv.evals.generation import Decoding, generate
 from shortv.evals.likelihood import likelihoods
 from shortv.evals.prompts import NamedPrompt
 from shortv.families import LoadedModel
 from shortv.layers.apply import executing
 from shortv.plan import Mode, modes_of_layers
-from shortv.request import Completion, Failure, Likelihood, Message, Reason
+from shortv.request import Likelihood, Message, Reason
+from shortv.workers.serving import batch as batch_module
+from shortv.workers.serving import engine as engine_module
 from shortv.workers.serving.batch import RunningBatch
 from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.sampling import Chosen
 from tests.tiny_model import bundled, calibration
-from tests.workers.serving.asking import Told, row_of, submit
+from tests.workers.serving.sequences import GUARD_S, Submitted, running, sequence_of, submit
 
 FULL = (Mode.FULL,) * 8
 PLANS = {
     "full": FULL,
     "freeze": modes_of_layers(Mode.FREEZE_VISUAL, (3, 4, 5, 6, 7), 8),
     "drop": modes_of_layers(Mode.DROP_VISUAL, (5, 6, 7), 8),
+    "bypass": modes_of_layers(Mode.BYPASS_VISUAL, (2, 5), 8),
     "skip": modes_of_layers(Mode.SKIP_ATTENTION, (6,), 8),
     "queries": modes_of_layers(Mode.NO_VISUAL_QUERIES, (1, 2, 6), 8),
 }
 
 
-@contextmanager
-def running(settings: EngineSettings | None = None, loaded: LoadedModel | None = None) -> Iterator[Engine]:
-    engine = Engine(loaded or bundled(), settings or EngineSettings())
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
-
-
-def generated(told: Told, loaded: LoadedModel | None = None, **arguments: Any) -> Generated:
-    """What transformers answers to this question alone, under its plan."""
+def generated(one: Submitted, loaded: LoadedModel | None = None, **arguments: Any) -> Generated:
+    """What transformers generates for this request alone, under its plan."""
     loaded = loaded or bundled()
-    decoding = told.row.request.sampling
-    settings = GenerateSettings(
-        arguments={"do_sample": False, "max_new_tokens": decoding.max_tokens, **arguments}, stops=decoding.stop
-    )
-    with executing(loaded.model, told.row.modes):
-        return generate(loaded, [NamedPrompt(name="it", prompt=told.row.prompt)], settings)[0]
+    sampling = one.sequence.request.sampling
+    arguments = {"do_sample": False, "max_new_tokens": sampling.max_tokens, **arguments}
+    with executing(loaded.model, one.sequence.modes, one.sequence.run):
+        prompt = NamedPrompt(name="it", prompt=one.sequence.prompt)
+        return generate(loaded, [prompt], Decoding(arguments=arguments, stops=sampling.stop))[0]
 
 
-def questions(**decoding: Any) -> list[Told]:
-    """Prompts of several lengths, with one image, two or none, of one turn or three, under every plan."""
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is true; a hang fails."""
+    until = time.monotonic() + GUARD_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def requests(**sampling: Any) -> list[Submitted]:
+    """Prompts of several lengths, with one image, two or none, of one message or three, under every plan."""
     samples = calibration()
     two = replace(samples[0], images=samples[0].images + samples[1].images, prompt="Is <image> like <image> there?")
     none = replace(samples[0], images=(), prompt="how many circles are there?")
@@ -66,141 +67,202 @@ def questions(**decoding: Any) -> list[Told]:
         Message(role="assistant", parts=("red",)),
         Message(role="user", parts=(samples[3].prompt,)),
     )
-    asked: list[Any] = [*samples[:4], two, none, talk]
-    return [row_of(bundled(), one, modes, **decoding) for modes in PLANS.values() for one in asked]
+    content: list[Any] = [*samples[:4], two, none, talk]
+    return [sequence_of(bundled(), one, modes, **sampling) for modes in PLANS.values() for one in content]
 
 
-def test_answers_equal_generate_for_every_plan_at_once() -> None:
-    asked = questions(max_tokens=12)
+def test_completions_equal_generate_for_every_plan_at_once() -> None:
+    submitted = requests(max_tokens=12)
     with running(EngineSettings(batch_size=10)) as engine:
-        submit(engine, *asked)
-        answers = [told.answer() for told in asked]
-    for told, answer in zip(asked, answers, strict=True):
-        wanted = generated(told)
-        assert (answer.text, answer.completion_tokens) == (wanted.text, wanted.output_tokens)
-        assert answer.prompt_tokens == wanted.input_tokens
-        assert answer.visual_tokens == 36 * len(told.row.prompt.images)
-        assert answer.finish_reason == ("length" if answer.completion_tokens == 12 else "stop")
-    assert engine.vision.misses == 4  # five plans, four images
+        submit(engine, *submitted)
+        completions = [one.completion() for one in submitted]
+    for one, completion in zip(submitted, completions, strict=True):
+        wanted = generated(one)
+        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.output_tokens)
+        assert completion.prompt_tokens == wanted.input_tokens
+        assert completion.visual_tokens == 36 * len(one.sequence.prompt.images)
+        assert completion.finish_reason == ("length" if completion.completion_tokens == 12 else "stop")
+    assert engine.vision.misses == 4  # six plans, four images
 
 
 @pytest.mark.parametrize(
-    ("asked", "arguments"),
+    ("sampling", "arguments"),
     [
         ({"stop": ("e",)}, {}),
         ({"max_tokens": 1}, {}),
         ({"repetition_penalty": 1.3, "min_tokens": 5}, {"repetition_penalty": 1.3, "min_new_tokens": 5}),
     ],
 )
-def test_settings_mean_what_they_mean_to_generate(asked: dict[str, Any], arguments: dict[str, Any]) -> None:
-    rows = [row_of(bundled(), sample, **{"max_tokens": 8, **asked}) for sample in calibration()[:6]]
+def test_sampling_parameters_mean_what_they_mean_to_generate(
+    sampling: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    submitted = [sequence_of(bundled(), one, **{"max_tokens": 8, **sampling}) for one in calibration()[:6]]
     with running() as engine:
-        answers = [told.answer() for told in submit(engine, *rows)]
-    for told, answer in zip(rows, answers, strict=True):
-        wanted = generated(told, **arguments)
-        assert answer.text == wanted.text
-        assert arguments or answer.completion_tokens == wanted.output_tokens
+        completions = [one.completion() for one in submit(engine, *submitted)]
+    for one, completion in zip(submitted, completions, strict=True):
+        wanted = generated(one, **arguments)
+        assert completion.text == wanted.text
+        assert arguments or completion.completion_tokens == wanted.output_tokens
 
 
-def test_a_sampled_answer_depends_on_its_seed_alone() -> None:
-    sample = calibration()[0]
-
-    def ask(seed: int) -> Told:
-        return row_of(bundled(), sample, temperature=30.0, top_p=0.95, top_k=40, seed=seed, max_tokens=10)
+def test_a_sampled_completion_depends_on_its_seed_alone() -> None:
+    def seeded(seed: int) -> Submitted:
+        settings = {"temperature": 30.0, "top_p": 0.95, "top_k": 40, "seed": seed, "max_tokens": 10}
+        return sequence_of(bundled(), calibration()[0], **settings)
 
     with running() as engine:
-        alone = [submit(engine, ask(seed))[0].answer().text for seed in range(4)]
-        together = submit(engine, *questions(), *map(ask, range(4)))
-        assert [told.answer().text for told in together[-4:]] == alone
+        alone = [submit(engine, seeded(seed))[0].completion().text for seed in range(4)]
+        together = submit(engine, *requests(), *map(seeded, range(4)))
+        assert [one.completion().text for one in together[-4:]] == alone
     assert len(set(alone)) > 1
 
 
-def test_pieces_add_up_to_the_answer_and_never_show_a_stop() -> None:
+def test_a_temperature_close_to_zero_is_greedy() -> None:
+    values = (0.0, 1e-30, 5e-324)
+    submitted = [sequence_of(bundled(), calibration()[0], temperature=value, max_tokens=6) for value in values]
     with running() as engine:
-        for told in submit(engine, *(row_of(bundled(), one, streams=True) for one in calibration()[:8])):
-            answer = told.answer()
-            assert "".join(piece.text for piece in told.pieces) == answer.text != ""
-        word = answer.text
-        cut = submit(engine, row_of(bundled(), calibration()[7], streams=True, stop=(word[1:],)))[0]
-        assert cut.answer().text == word[:1] == "".join(piece.text for piece in cut.pieces)
+        assert len({one.completion().text for one in submit(engine, *submitted)}) == 1
+
+
+def test_chunks_add_up_to_the_completion_and_never_show_a_stop() -> None:
+    with running() as engine:
+        for one in submit(engine, *(sequence_of(bundled(), sample, streams=True) for sample in calibration()[:8])):
+            text = one.completion().text
+            assert one.streamed == text != ""
+        settings: dict[str, Any] = {"streams": True, "stop": (text[1:],), "top_logprobs": 0}
+        cut = submit(engine, sequence_of(bundled(), calibration()[7], **settings))[0]
+        completion = cut.completion()
+    assert completion.text == text[:1] == cut.streamed
+    # Tokens that a stop cuts away have log-probabilities too.
+    assert [found for chunk in cut.chunks for found in chunk.logprobs] == list(completion.logprobs) != []
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    told = row_of(bundled(), calibration()[0], top_logprobs=3, temperature=2.0, seed=1, max_tokens=3)
+    settings: dict[str, Any] = {"top_logprobs": 3, "temperature": 2.0, "seed": 1, "max_tokens": 3}
     with running() as engine:
-        answer = submit(engine, told)[0].answer()
-    for token in answer.logprobs:
-        assert len(token.top) == 3
+        completion = submit(engine, sequence_of(bundled(), calibration()[0], **settings))[0].completion()
+    for token in completion.logprobs:
         assert token.top[0][1] >= token.top[1][1] >= token.top[2][1] and token.logprob <= token.top[0][1] <= 0
-    assert "".join(token.token for token in answer.logprobs) == answer.text
+    assert "".join(token.token for token in completion.logprobs) == completion.text
 
 
 def test_likelihoods_equal_those_in_process() -> None:
     samples = calibration()[:5]
-    rows = [row_of(bundled(), one, PLANS["freeze"], continuation=one.answer) for one in samples]
+    submitted = [sequence_of(bundled(), one, PLANS["freeze"], continuation=one.answer) for one in samples]
     with running() as engine:
-        found = [told.last() for told in submit(engine, *rows)]
+        found = [one.last() for one in submit(engine, *submitted)]
     with executing(bundled().model, PLANS["freeze"]):
-        named = [
-            NamedPrompt(name="it", prompt=told.row.prompt, continuation=str(told.row.request.continuation))
-            for told in rows
-        ]
-        wanted = [likelihoods(bundled(), [one])[0] for one in named]
-    for one, other in zip(found, wanted, strict=True):
-        assert isinstance(one, Likelihood)
-        assert one.is_greedy == other.is_greedy
-        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+        for one, sample, value in zip(submitted, samples, found, strict=True):
+            prompt = NamedPrompt(name="it", prompt=one.sequence.prompt, continuation=str(sample.answer))
+            [wanted] = likelihoods(bundled(), [prompt])
+            assert isinstance(value, Likelihood) and value.is_greedy == wanted.is_greedy
+            assert value.log_probability == pytest.approx(wanted.log_probability, abs=1e-4)
 
 
-def never_ending(seconds: float = 120.0, streams: bool = True) -> Told:
-    """A question whose answer takes hundreds of steps."""
-    return row_of(bundled(), calibration()[0], streams=streams, seconds=seconds, min_tokens=600, max_tokens=700)
+def endless(monkeypatch: pytest.MonkeyPatch, count: int = 1, **settings: Any) -> list[Submitted]:
+    """Sequences that run until they are cancelled: their batches generate nothing after the first token."""
+    held = [sequence_of(bundled(), calibration()[0], streams=True, min_tokens=9, **settings) for _ in range(count)]
+    sequences = {one.sequence for one in held}
+    own = RunningBatch.step
+
+    def step(self: RunningBatch) -> None:
+        if not any(one in sequences and not one.over for one in self.sequences):
+            own(self)
+
+    monkeypatch.setattr(RunningBatch, "step", step)
+    return held
 
 
-def test_a_short_question_does_not_wait_for_a_long_answer() -> None:
+def test_a_short_request_does_not_wait_for_a_long_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    (long,) = endless(monkeypatch)
     with running(EngineSettings(batch_size=4)) as engine:
-        long = submit(engine, never_ending())[0]
-        long.events.get(timeout=30)
-        short = submit(engine, row_of(bundled(), calibration()[1], PLANS["freeze"]))[0]
-        assert short.answer().text
-        assert not long.row.done
-        long.row.cancelled = True
+        submit(engine, long)
+        long.next_chunk()
+        assert submit(engine, sequence_of(bundled(), calibration()[1], PLANS["freeze"]))[0].completion().text
+        assert not long.sequence.finished
 
 
-def test_a_caller_who_goes_away_frees_the_place() -> None:
+def test_a_cancelled_sequence_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    (long,) = endless(monkeypatch)
     with running(EngineSettings(batch_size=1)) as engine:
-        gone = submit(engine, never_ending())[0]
-        gone.events.get(timeout=30)
-        waits = submit(engine, row_of(bundled(), calibration()[1]))[0]
-        time.sleep(0.2)
-        assert waits.events.empty()
-        gone.row.cancelled = True
-        assert waits.answer().text
-    assert not gone.row.done
+        submit(engine, long)
+        long.next_chunk()
+        waits = submit(engine, sequence_of(bundled(), calibration()[1]))[0]
+        wait_for(lambda: engine.scheduler.load == (1, 1))
+        long.sequence.cancelled = True
+        assert waits.completion().text
+    assert not long.sequence.finished
 
 
-def test_a_question_has_its_time_waiting_or_running() -> None:
+def test_a_time_limit_holds_for_waiting_and_for_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs,) = endless(monkeypatch, timeout_s=0.2)
+    waits = sequence_of(bundled(), calibration()[1], timeout_s=0.1)
     with running(EngineSettings(batch_size=1)) as engine:
-        runs, waits = submit(engine, never_ending(seconds=1.0), row_of(bundled(), calibration()[1], seconds=0.5))
-        for told in (waits, runs):
-            failure = told.last()
-            assert isinstance(failure, Failure) and failure.reason is Reason.DEADLINE
-        assert submit(engine, row_of(bundled(), calibration()[1]))[0].answer().text
+        for one in submit(engine, runs, waits):
+            assert one.failure().reason is Reason.DEADLINE
+        assert submit(engine, sequence_of(bundled(), calibration()[1]))[0].completion().text
+
+
+@pytest.mark.parametrize(("held", "count"), [((1, 1), 1), ((7,), 2)])
+def test_places_that_stay_free_are_used(monkeypatch: pytest.MonkeyPatch, held: tuple[int, ...], count: int) -> None:
+    """Many small batches run, or one that leaves a single place; none of them ends."""
+    settings = EngineSettings(batch_size=8, max_batches=2 if len(held) == 2 else 4, patience_s=0.05)
+    long = endless(monkeypatch, sum(held))
+    with running(settings) as engine:
+        for size, first in zip(held, (0, held[0]), strict=False):
+            for one in submit(engine, *long[first : first + size]):
+                one.next_chunk()
+        short = [sequence_of(bundled(), calibration()[1], max_tokens=4) for _ in range(count)]
+        assert all(one.completion().text for one in submit(engine, *short))
+        assert not any(one.sequence.finished for one in long)
+
+
+def test_more_requests_than_run_and_wait_are_refused() -> None:
+    engine = Engine(bundled(), EngineSettings(batch_size=3, max_queued=1))
+    submitted = [sequence_of(bundled(), calibration()[0], max_tokens=2) for _ in range(5)]
+    *accepted, surplus = submit(engine, *submitted)
+    assert surplus.failure().reason is Reason.OVERLOADED
+    engine.start()
+    try:
+        assert [one.completion().completion_tokens for one in accepted] == [2] * 4
+    finally:
+        engine.stop()
+
+
+def test_a_completion_ends_where_the_context_does() -> None:
+    sample = replace(calibration()[0], prompt="circle " * 900)
+    with running() as engine:
+        long = submit(engine, sequence_of(bundled(), sample, min_tokens=49152, max_tokens=49152))[0].completion()
+    assert long.finish_reason == "length" and long.prompt_tokens + long.completion_tokens == bundled().context
+
+
+def test_an_idle_engine_keeps_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[weakref.ref[RunningBatch]] = []
+    own = RunningBatch.__init__
+
+    def init(self: RunningBatch, *arguments: Any) -> None:
+        batches.append(weakref.ref(self))
+        own(self, *arguments)
+
+    monkeypatch.setattr(RunningBatch, "__init__", init)
+    with running() as engine:
+        assert submit(engine, sequence_of(bundled(), calibration()[0]))[0].completion().text
+        wait_for(lambda: gc.collect() >= 0 and [batch() for batch in batches] == [None])
 
 
 def failing(
-    monkeypatch: pytest.MonkeyPatch, culprit: Told, error: Callable[[], Exception], *, at: str = "step"
+    monkeypatch: pytest.MonkeyPatch, culprit: Submitted, error: Callable[[], Exception], *, at: str = "step"
 ) -> None:
-    """Let every batch with the culprit in it fail, in its prefill or in its second step."""
+    """Let every batch with the culprit in it fail, in its prefill or in its first step."""
     own_init, own_step = RunningBatch.__init__, RunningBatch.step
 
-    def init(self: RunningBatch, loaded: Any, vision: Any, rows: Any) -> None:
-        if at == "prefill" and culprit.row in rows:
+    def init(self: RunningBatch, loaded: Any, vision: Any, sequences: Any) -> None:
+        if at == "prefill" and culprit.sequence in sequences:
             raise error()
-        own_init(self, loaded, vision, rows)
+        own_init(self, loaded, vision, sequences)
 
     def step(self: RunningBatch) -> None:
-        if at == "step" and culprit.row in self.rows:
+        if at == "step" and culprit.sequence in self.sequences:
             raise error()
         own_step(self)
 
@@ -211,50 +273,149 @@ def failing(
 @pytest.mark.parametrize("at", ["prefill", "step"])
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
 def test_a_request_fails_alone(monkeypatch: pytest.MonkeyPatch, at: str, kind: type[Exception]) -> None:
-    asked = [row_of(bundled(), one, max_tokens=6, min_tokens=3, streams=True) for one in calibration()[:9]]
-    failing(monkeypatch, asked[4], lambda: kind("a secret of the conversation"), at=at)
+    settings: dict[str, Any] = {"max_tokens": 6, "min_tokens": 3, "streams": True}
+    submitted = [sequence_of(bundled(), one, **settings) for one in calibration()[:9]]
+    failing(monkeypatch, submitted[4], lambda: kind("a secret of the conversation"), at=at)
     with running() as engine:
-        submit(engine, *asked)
-        failure = asked.pop(4).last()
-        assert isinstance(failure, Failure) and failure.reason is Reason.INTERNAL
+        submit(engine, *submitted)
+        failure = submitted.pop(4).failure()
+        assert failure.reason is Reason.INTERNAL
         assert kind.__name__ in failure.message and "secret" not in failure.message
-        answers = [told.answer().text for told in asked]
-    for told, text in zip(asked, answers, strict=True):
-        assert text == generated(told, min_new_tokens=3).text == "".join(piece.text for piece in told.pieces)
+        texts = [one.completion().text for one in submitted]
+    for one, text in zip(submitted, texts, strict=True):
+        assert text == generated(one, min_new_tokens=3).text == one.streamed
+
+
+def fail_once_streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the first step fail in which all sequences have streamed text; the list has an entry from then on."""
+    own, failures = RunningBatch.step, list[int]()
+
+    def step(self: RunningBatch) -> None:
+        if len(self.sequences) > 1 and not failures and all(one._streamed_chars for one in self.sequences):
+            failures.append(1)
+            raise RuntimeError("once")
+        own(self)
+
+    monkeypatch.setattr(RunningBatch, "step", step)
+    return failures
+
+
+def sampled_streams() -> list[Submitted]:
+    settings: dict[str, Any] = {"temperature": 30.0, "max_tokens": 20, "min_tokens": 20, "streams": True}
+    return [sequence_of(bundled(), one, **settings) for one in calibration()[:2]]
+
+
+def test_a_stream_goes_on_as_it_began_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = fail_once_streamed(monkeypatch)
+    with running() as engine:
+        for one in submit(engine, *sampled_streams()):
+            assert one.completion().text == one.streamed != ""
+    assert failures
+
+
+def test_a_stream_that_comes_out_differently_after_a_failure_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, own = fail_once_streamed(monkeypatch), batch_module.choose_all
+
+    def choose(*arguments: Any) -> Any:
+        found = own(*arguments)
+        return [one and Chosen(one.token ^ 1, one.logprob) for one in found] if failures else found
+
+    monkeypatch.setattr(batch_module, "choose_all", choose)
+    with running() as engine:
+        for one in submit(engine, *sampled_streams()):
+            assert one.failure().reason is Reason.INTERNAL and one.streamed
 
 
 def test_a_prompt_that_cannot_be_encoded_is_the_callers_error() -> None:
     sample = calibration()[0]
-    long = row_of(bundled(), replace(sample, prompt="circle " * 3000))
-    good = row_of(bundled(), sample)
+    long = sequence_of(bundled(), replace(sample, prompt="circle " * 3000))
     with running() as engine:
-        submit(engine, long, good)
-        failure = long.last()
-        assert isinstance(failure, Failure) and failure.reason is Reason.INVALID
-        assert "exceed the model's context" in failure.message
-        assert good.answer().text
+        good = submit(engine, long, sequence_of(bundled(), sample))[1]
+        failure = long.failure()
+        assert failure.reason is Reason.INVALID and "exceed the model's context" in failure.message
+        assert good.completion().text
 
 
-def test_a_lost_device_fails_everything_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_finite(monkeypatch: pytest.MonkeyPatch, *, forward: int, row: int, value: float) -> None:
+    """Let the logits of a row contain this value, in one forward of the model."""
+    own, calls = bundled().model.forward, 0
+
+    def patched(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        output = own(*arguments, **named)
+        calls += 1
+        if calls == forward:
+            output.logits[row, :, 5] = value
+        return output
+
+    monkeypatch.setattr(bundled().model, "forward", patched)
+
+
+@pytest.mark.parametrize(("forward", "value"), [(1, float("nan")), (3, float("inf"))])
+def test_logits_that_are_not_finite_fail_one_request(
+    monkeypatch: pytest.MonkeyPatch, forward: int, value: float
+) -> None:
+    submitted = [sequence_of(bundled(), one, min_tokens=6, max_tokens=6) for one in calibration()[:3]]
+    wanted = [generated(one, min_new_tokens=6).text for one in submitted]
+    not_finite(monkeypatch, forward=forward, row=1, value=value)
+    with running() as engine:
+        first, second, third = submit(engine, *submitted)
+        assert second.failure().reason is Reason.INTERNAL
+        assert [first.completion().text, third.completion().text] == [wanted[0], wanted[2]]
+
+
+def test_a_likelihood_that_is_not_a_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    not_finite(monkeypatch, forward=1, row=0, value=float("nan"))
+    with running() as engine:
+        one = submit(engine, sequence_of(bundled(), calibration()[0], continuation="red"))[0]
+        assert one.failure().reason is Reason.INTERNAL
+
+
+def test_a_lost_device_fails_everything_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class AcceleratorError(RuntimeError):
         pass
 
-    asked = [row_of(bundled(), one) for one in calibration()[:3]]
-    failing(monkeypatch, asked[1], AcceleratorError)
+    submitted = [sequence_of(bundled(), one) for one in calibration()[:3]]
+    failing(monkeypatch, submitted[1], AcceleratorError)
     with running() as engine:
         assert engine.trouble is None
-        for told in submit(engine, *asked):
-            failure = told.last()
-            assert isinstance(failure, Failure) and failure.reason is Reason.LOST and failure.passing
-        time.sleep(0.1)
+        for one in submit(engine, *submitted):
+            failure = one.failure()
+            assert failure.reason is Reason.LOST and failure.passing
+        engine.stop()
         assert engine.trouble == "the device was lost: AcceleratorError"
 
 
-def test_stopping_sends_rows_elsewhere() -> None:
+def test_stopping_sends_sequences_to_other_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    (long,) = endless(monkeypatch)
     with running(EngineSettings(batch_size=1)) as engine:
-        rows = submit(engine, never_ending(streams=False), row_of(bundled(), calibration()[0]))
-        time.sleep(0.3)
-    for told in rows:
-        failure = told.last()
-        assert isinstance(failure, Failure) and failure.reason is Reason.LOST
-    assert isinstance(failure, Failure) and not isinstance(failure, Completion)
+        waits = submit(engine, long, sequence_of(bundled(), calibration()[0]))[1]
+        long.next_chunk()
+    assert long.failure().reason is waits.failure().reason is Reason.LOST
+    late = submit(engine, sequence_of(bundled(), calibration()[0]))[0]
+    assert late.failure().reason is Reason.LOST
+
+
+@pytest.mark.parametrize(("layer_s", "stuck"), [(100, False), (400, True)])
+def test_an_engine_is_stuck_when_a_layer_is_not_when_a_step_is_long(
+    monkeypatch: pytest.MonkeyPatch, layer_s: int, stuck: bool
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
+    troubles: list[str | None] = []
+
+    def advance(*_: object) -> None:
+        now[0] += layer_s
+        troubles.append(engine.trouble)
+
+    engine = Engine(bundled(), EngineSettings(stall_s=300))
+    hooks = [layer.register_forward_hook(advance) for layer in bundled().decoder.layers]
+    engine.start()
+    try:
+        assert submit(engine, sequence_of(bundled(), calibration()[0], max_tokens=2))[0].completion()
+    finally:
+        engine.stop()
+        for hook in hooks:
+            hook.remove()
+    assert len(troubles) >= 8
+    assert all((trouble is not None) == stuck for trouble in troubles)

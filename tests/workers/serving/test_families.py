@@ -1,4 +1,4 @@
-"""Every family's own processor and model answer in the engine as they do alone."""
+"""Every family's processor and model give the same completions in the engine as alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from shortv.workers.serving.engine import EngineSettings
 from tests.families.test_processors import BATCHES
 from tests.models import LAYERS
 from tests.processors import CHECKPOINTS, save_checkpoint
-from tests.workers.serving.asking import row_of, submit
-from tests.workers.serving.test_engine import generated, running
+from tests.workers.serving.sequences import running, sequence_of, submit
+from tests.workers.serving.test_engine import generated
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -28,14 +28,14 @@ def test_interleaved_batches_of_different_plans_equal_generate(loaded: LoadedMod
         modes_of_layers(Mode.FREEZE_VISUAL, range(1, LAYERS), LAYERS),
         modes_of_layers(Mode.DROP_VISUAL, range(2, LAYERS), LAYERS),
     ]
-    asked = [
-        row_of(loaded, sample, modes, max_tokens=3 + 2 * at)
+    submitted = [
+        sequence_of(loaded, sample, modes, max_tokens=3 + 2 * at)
         for modes in plans
         for at, sample in enumerate(BATCHES["text-first"])
     ]
     with running(EngineSettings(batch_size=8, max_batches=6), loaded) as engine:
-        answers = [told.answer() for told in submit(engine, *asked)]
-    for told, answer in zip(asked, answers, strict=True):
-        wanted = generated(told, loaded)
-        assert (answer.text, answer.completion_tokens) == (wanted.text, wanted.output_tokens)
-        assert answer.prompt_tokens == wanted.input_tokens
+        completions = [one.completion() for one in submit(engine, *submitted)]
+    for one, completion in zip(submitted, completions, strict=True):
+        wanted = generated(one, loaded)
+        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.output_tokens)
+        assert completion.prompt_tokens == wanted.input_tokens

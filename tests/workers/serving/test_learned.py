@@ -16,10 +16,6 @@ import torch
 from rich.console import Console
 
 from shortv.errors import Refused
-from shortv.evals.generation import Decoding as GenerateSettings
-from shortv.evals.generation import generate
-from shortv.evals.prompts import NamedPrompt
-from shortv.layers.apply import executing
 from shortv.layers.run import LearnedRun
 from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
@@ -27,14 +23,15 @@ from shortv.learned.files import PartsCache
 from shortv.plan import Mode, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.spec import ModelSpec
-from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.plans import PlanBook
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.run import check_model
 from shortv.workers.serving.spec import EndpointSpec
 from tests.parts import ShiftRun, plan_of, register, save_named, save_shifts
 from tests.tiny_model import TINY, bundled, calibration
-from tests.workers.serving.asking import Told, row_of, submit
+from tests.workers.serving.sequences import Submitted, running, sequence_of, submit
+from tests.workers.serving.test_engine import generated
 
 FULL = (Mode.FULL,) * 8
 
@@ -63,13 +60,9 @@ def routers(folder: Path) -> Plan:
     return plan_of(bundled(), save_named(folder, bundled(), parts, threshold=0.5))
 
 
-def answers(*asked: Told) -> list[Completion]:
-    engine = Engine(bundled(), EngineSettings(batch_size=8))
-    engine.start()
-    try:
-        return [told.answer() for told in submit(engine, *asked)]
-    finally:
-        engine.stop()
+def completions(*submitted: Submitted) -> list[Completion]:
+    with running(EngineSettings(batch_size=8)) as engine:
+        return [one.completion() for one in submit(engine, *submitted)]
 
 
 def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +83,7 @@ def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pyte
     assert parts() is None
 
 
-def test_rows_with_parts_are_answered_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_with_parts_run_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=tuple(range(8))))
     run_of = runs(PartsCache())
@@ -100,14 +93,13 @@ def test_rows_with_parts_are_answered_beside_others(tmp_path: Path, monkeypatch:
         (frozen, None),
         *((FULL, run_of(at(plan, threshold))) for threshold in (0.3, 1.0)),
     ]
-    asked = [row_of(bundled(), one, modes, run=run, max_tokens=6) for one in calibration()[:3] for modes, run in under]
-    found = answers(*asked)
-    settings = GenerateSettings(arguments={"do_sample": False, "max_new_tokens": 6}, stops=())
-    for told, answer in zip(asked, found, strict=True):
-        with executing(bundled().model, told.row.modes, told.row.run):
-            wanted = generate(bundled(), [NamedPrompt(name="it", prompt=told.row.prompt)], settings)[0]
-        assert (answer.text, answer.exit_layer) == (wanted.text, None)
-    assert [answer.text for answer in found[::4]] != [answer.text for answer in found[3::4]]
+    submitted = [
+        sequence_of(bundled(), one, modes, run=run, max_tokens=6) for one in calibration()[:3] for modes, run in under
+    ]
+    found = completions(*submitted)
+    for one, completion in zip(submitted, found, strict=True):
+        assert (completion.text, completion.exit_layer) == (generated(one).text, None)
+    assert [completion.text for completion in found[::4]] != [completion.text for completion in found[3::4]]
 
 
 def test_parts_that_need_the_tower_are_given_no_kept_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,15 +107,11 @@ def test_parts_that_need_the_tower_are_given_no_kept_features(tmp_path: Path, mo
     run = runs(PartsCache())(plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,))))
     for needs_tower, kept in ((False, (1, 2)), (True, (0, 0))):
         monkeypatch.setattr(ShiftRun, "needs_tower", needs_tower)
-        engine = Engine(bundled(), EngineSettings(batch_size=8))
-        engine.start()
-        two = [row_of(bundled(), one, run=run) for one in calibration()[:2]]
-        again = row_of(bundled(), calibration()[0], run=run)
-        try:
-            for told in (*submit(engine, *two), *submit(engine, again)):
-                told.answer()
-        finally:
-            engine.stop()
+        two = [sequence_of(bundled(), one, run=run) for one in calibration()[:2]]
+        again = sequence_of(bundled(), calibration()[0], run=run)
+        with running(EngineSettings(batch_size=8)) as engine:
+            for one in (*submit(engine, *two), *submit(engine, again)):
+                one.completion()
         assert (engine.vision.hits, engine.vision.misses) == kept
 
 
@@ -133,14 +121,14 @@ def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> Non
     none = replace(sample, images=(), prompt="how many circles are there?")
     likely, unlikely = (run_of(at(plan, threshold)) for threshold in (0.5, 0.51))
     dropped = modes_of_layers(Mode.DROP_VISUAL, range(1, 8), 8)
-    found = answers(
-        row_of(bundled(), sample, run=likely),
-        row_of(bundled(), sample, run=unlikely),
-        row_of(bundled(), none, run=likely),
-        row_of(bundled(), sample),
-        row_of(bundled(), sample, dropped),
+    found = completions(
+        sequence_of(bundled(), sample, run=likely),
+        sequence_of(bundled(), sample, run=unlikely),
+        sequence_of(bundled(), none, run=likely),
+        sequence_of(bundled(), sample),
+        sequence_of(bundled(), sample, dropped),
     )
-    assert [answer.exit_layer for answer in found] == [0, 8, None, None, None]
+    assert [completion.exit_layer for completion in found] == [0, 8, None, None, None]
     assert found[0].text == found[4].text
     assert found[1].text == found[3].text
 
@@ -184,7 +172,8 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
         return await replica.plans()
 
     async def ask() -> Completion:
-        found = await replica.complete(replace(row_of(bundled(), calibration()[0]).row.request, plan="learned"))
+        request = sequence_of(bundled(), calibration()[0]).sequence.request
+        found = await replica.complete(replace(request, plan="learned"))
         assert isinstance(found, Completion)
         return found
 
