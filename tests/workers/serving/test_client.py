@@ -1,17 +1,19 @@
-"""What a client knows of the plans while replicas come and go."""
+"""What a client knows of the plans while replicas come and go, and what it makes of errors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from starlette.testclient import TestClient
 
+from shortv.request import Failure, Message, Reason, Request
 from shortv.workers.serving import client as module
 from shortv.workers.serving.client import ReplicaClient
 from tests.workers.serving.endpoint_fakes import app_of
@@ -109,3 +111,20 @@ def test_without_replicas_the_endpoint_says_when_to_ask_again(
     assert response.status_code == 503 and response.headers["retry-after"] == "1"
     assert response.json()["error"]["code"] == "unavailable"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a secret"), RayTaskError("complete", "a secret", ValueError("a secret"))]
+)
+def test_a_stray_exception_is_the_failure_of_one_request(error: Exception) -> None:
+    async def raising() -> Any:
+        raise error
+
+    class Handle(FakeHandle):
+        complete: Any = SimpleNamespace(remote=lambda _: FakeResponse(raising()))
+
+    client = ReplicaClient(Handle(PLANS))  # type: ignore[arg-type]
+    request = Request(request_id="1", messages=(Message(role="user", parts=("what?",)),))
+    found = asyncio.run(client.complete(request))
+    assert isinstance(found, Failure) and found.reason is Reason.INTERNAL
+    assert type(error).__name__ in found.message and "secret" not in found.message

@@ -1,4 +1,4 @@
-"""Replicas on a real Ray Serve: their plans change while they run, they die, and every question has its answer."""
+"""Replicas on a real Ray Serve: their plans change while they run, they die, and every request has its completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from shortv.evals.asking import answer_all
 from shortv.families import load_architecture
 from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
@@ -92,26 +91,36 @@ def processes(app: str) -> dict[int, psutil.Process]:
     return {one.pid: one for one in children if f"ServeReplica:{app}:{REPLICA}" in " ".join(one.cmdline())}
 
 
-def ask(handle: Any, questions: Sequence[Request], told: Callable[[Any], None] | None = None) -> list[Any]:
-    client = ReplicaClient(handle, patient=True)
-    makers = [lambda question=question: question for question in questions]
-    return asyncio.run(answer_all(client, makers, concurrency=24, told=told))
+def complete(handle: Any, requests: Sequence[Request], done: Callable[[Any], None] = lambda _: None) -> list[Any]:
+    """Send requests, 24 at a time; return what came back, in their order."""
+    client, slots = ReplicaClient(handle, patient=True), asyncio.Semaphore(24)
+
+    async def one(request: Request) -> Any:
+        async with slots:
+            found = await client.complete(request)
+        done(found)
+        return found
+
+    async def go() -> list[Any]:
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(go())
 
 
-def question(plan: str = "", text: str = "how many?", **more: Any) -> Request:
-    return Request(**{"request_id": text, "plan": plan, "messages": (Message(role="user", parts=(text,)),)} | more)
+def request_of(plan: str = "", text: str = "how many?") -> Request:
+    return Request(request_id=text, plan=plan, messages=(Message(role="user", parts=(text,)),))
 
 
 def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
     before = processes(APP)
     assert len(before) == 2
-    first = ask(handle, [question(name) for name in ("a", "b", "")])
+    first = complete(handle, [request_of(name) for name in ("a", "b", "")])
     assert [found.plan_digest for found in first] == [plan("a", 5, 6, 7).digest, plan("b", 3, 4).digest, None]
     new = plan("c", 6, 7)
     serve_deploy(new, plan("b", 3, 4))
     assert processes(APP).keys() == before.keys()
     for _ in range(4):  # both replicas
-        removed, added, kept = ask(handle, [question(name) for name in ("a", "c", "b")])
+        removed, added, kept = complete(handle, [request_of(name) for name in ("a", "c", "b")])
         assert isinstance(removed, Failure) and removed.reason is Reason.UNKNOWN_PLAN
         assert "the plans are: c, b" in removed.message
         assert (added.plan_digest, kept.text) == (new.digest, first[1].text)
@@ -119,18 +128,18 @@ def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
     assert asyncio.run(client.plans()) == {"c": new.digest, "b": plan("b", 3, 4).digest}
 
 
-def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
-    decoding = SamplingParams(max_tokens=40, min_tokens=40)
-    questions = [
+def test_a_replica_that_is_killed_loses_no_completion(handle: Any) -> None:
+    sampling = SamplingParams(max_tokens=40, min_tokens=40)
+    requests = [
         Request(
             request_id=sample.sample_id,
             plan="b" if number % 2 else "",
             messages=(message_of(sample),),
-            sampling=decoding,
+            sampling=sampling,
         )
         for number, sample in enumerate(calibration()[:60])
     ]
-    wanted = ask(handle, questions)
+    wanted = complete(handle, requests)
     victims = list(processes(APP))
     assert len(victims) == 2
     answered: list[Any] = []
@@ -140,14 +149,14 @@ def test_a_replica_that_is_killed_costs_no_answer(handle: Any) -> None:
         if len(answered) == 8:
             os.kill(victims[0], signal.SIGKILL)
 
-    found = ask(handle, questions, kill)
+    found = complete(handle, requests, kill)
     assert len(answered) == 60 and not psutil.pid_exists(victims[0])
     assert [(one.text, one.plan_digest) for one in found] == [(one.text, one.plan_digest) for one in wanted]
     assert len({one.text for one in wanted}) > 10
 
 
 @pytest.mark.slow
-def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with_it() -> None:
+def test_a_request_that_kills_every_replica_is_given_up_and_takes_no_other_with_it() -> None:
     # Defined here, so that it travels by value and its processes need not import this module, and torch with it.
     class Deadly:
         async def plans(self) -> dict[str, str]:
@@ -164,7 +173,7 @@ def test_a_question_that_kills_every_replica_is_given_up_and_takes_no_other_with
     deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
     handle = deploy(deployment.bind(), name="deadly", route_prefix=None)
     names = [*map(str, range(30)), "deadly", *map(str, range(30, 60))]
-    found = ask(handle, [question(text=name) for name in names])
+    found = complete(handle, [request_of(text=name) for name in names])
     for name, one in zip(names, found, strict=True):
         if name == "deadly":
             assert isinstance(one, Failure) and one.reason is Reason.LOST and one.message.startswith("5 replicas")
@@ -185,18 +194,18 @@ def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch:
             Replica.__init__(self, setup)
             prefill = self._engine._prefill
 
-            def failing(rows: Any) -> None:
+            def failing(sequences: Any) -> None:
                 if not lost.exists():
                     lost.touch()
                     raise AcceleratorError("an illegal memory access was encountered")
-                prefill(rows)
+                prefill(sequences)
 
             self._engine._prefill = failing  # type: ignore[method-assign]
 
     monkeypatch.setattr("shortv.workers.serving.app.Replica", Losing)
     handle = deploy(app_of_one(), name="losing", route_prefix=None)
     before = processes("losing")
-    found = ask(handle, [question(text=text) for text in ("how many?", "what is red?")])
+    found = complete(handle, [request_of(text=text) for text in ("how many?", "what is red?")])
     assert lost.exists() and all(isinstance(one, Completion) and one.text for one in found)
     assert len(before) == 1 and processes("losing").keys().isdisjoint(before)
     serve.delete("losing")
