@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from itertools import product
@@ -13,15 +14,17 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 import shortv
 from shortv.architecture import Architecture
+from shortv.costs import plan_flops
 from shortv.errors import Refused, ShortVError
 from shortv.families import Batch
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
-from shortv.plan import Mode, Plan, modes_of_ablation, modes_of_layers
+from shortv.plan import WORK, Mode, Plan, Tokens, modes_of_ablation, modes_of_layers
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, random_model
 
 Modes = tuple[Mode, ...]
@@ -161,32 +164,27 @@ def test_any_plan_on_any_prompt(kind: str, specs: list[Spec], padding: str, seed
             assert_law(found_BV[same_B], expected_BV[same_B])
 
 
-def test_skipped_work_is_not_done() -> None:
-    """Rows that pass the FFN and the query projection of each layer, counted inside the model."""
+@pytest.mark.parametrize("mode", Mode)
+def test_products_of_a_mixed_batch_are_those_that_costs_predicts(mode: Mode) -> None:
+    """Counted by torch in a layer inside a run; rows that a mode leaves out are in no product, and no padding is."""
     model = random_model()
-    batch = batch_of("llava", [[3, "I", 2]])
-    text, every = batch.types.n_text[0], batch.types.text_BT.shape[1]
-    layer = model.model.language_model.layers[1]
-    rows: dict[str, int] = {}
-    for name, part in {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "ffn": layer.mlp.up_proj}.items():
-        part.register_forward_hook(
-            lambda _, args, __, name=name: rows.update({name: rows.get(name, 0) + args[0].shape[1]})
-        )
-    expected = {
-        Mode.FULL: {"q": every, "k": every, "ffn": every},
-        Mode.FREEZE_VISUAL: {"q": text, "k": every, "ffn": text},
-        Mode.FREEZE_TEXT: {"q": every - text, "k": every, "ffn": every - text},
-        Mode.NO_VISUAL_QUERIES: {"q": text, "k": every, "ffn": every},
-        Mode.NO_VISUAL_FFN: {"q": every, "k": every, "ffn": text},
-        Mode.SKIP_ATTENTION: {"ffn": every},
-        Mode.BYPASS_VISUAL: {"q": text, "k": text, "ffn": text},
-        Mode.DROP_VISUAL: {"q": text, "k": text, "ffn": text},
-    }
-    for mode, counts in expected.items():
-        rows.clear()
-        with executing(model, modes_of_ablation(mode, 1, LAYERS)):
-            text_logits(model, batch)
-        assert rows == counts
+    batch = batch_of("llava", [[20, "I", 1], [2, "I", "I", 1], [9]])
+    arch = Architecture.from_config_dict(model.config.to_dict())
+    flops = FlopCounterMode(display=False)
+    with executing(model, (mode,) * LAYERS), flops:
+        text_logits(model, batch)
+    counts = flops.get_flop_counts()[f"{type(model).__name__}.model.language_model.layers.1"]
+    found = sum(count for operator, count in counts.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    every, text = batch.types.text_BT.numel(), sum(batch.types.n_text)
+    rows = {Tokens.ALL: every, Tokens.TEXT: text, Tokens.VISUAL: sum(batch.types.n_visual), Tokens.NONE: 0}
+    queries, keys, ffn = (rows[tokens] for tokens in WORK[mode])
+    alone = dataclasses.replace(arch, num_layers=1)
+    pairs = 4 * queries * keys * arch.num_heads * arch.head_dim  # scores and mixing are not products of weights
+    assert found == 4 * arch.hidden_size * arch.head_dim * (queries * arch.num_heads + keys * arch.num_kv_heads) + (
+        6 * ffn * arch.hidden_size * arch.intermediate_size
+    )
+    if {queries, keys, ffn} <= {text, every}:
+        assert found + pairs == plan_flops(alone, [mode], text, every - text)
 
 
 @pytest.mark.parametrize("executor", [executing, reference])
