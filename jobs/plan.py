@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.common import option, run
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.plan import Mode, Plan, parse_mode
-from shortv.planfile import PLAN_FILE, parse_plan
+from shortv.plan import PLAN_FILE, Mode, Plan, parse_mode
 from shortv.records import KlDirection
 from shortv.sweep.planning import Choice, Control, Request, choose_layers
 from shortv.sweep.ranking import set_stability
@@ -101,7 +100,7 @@ def write_once(plan: Plan, folder: Folder, file: str) -> str:
         folder.write_bytes(file, plan.to_json().encode())
         return f"written to {shown}"
     try:
-        same = parse_plan(folder.read_bytes(file).decode(errors="replace")) == plan
+        same = Plan.from_json(folder.read_bytes(file)) == plan
     except Refused:
         same = False
     if not same:

@@ -1,21 +1,37 @@
-"""A plan gives every decoder layer one mode; plan files keep it with what it was made for."""
+"""Modes and plans: what a decoder layer leaves out, and one mode per layer with the model and evidence behind it."""
 
 import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields, replace
 from enum import Flag, StrEnum
+from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from shortv.errors import Refused
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from shortv.errors import Refused, ShortVError
+from shortv.terminal import printable
+from shortv.untrusted import parse_json, read_file
 
 SCHEMA = 1
+PLAN_FILE = "shortv_plan.json"
 # A plan's name is part of a file name and of a served model name (`<model>@<plan name>`).
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+# The longest plan has a few thousand layers, and a source that lists samples.
+_MAX_BYTES = 1 << 20
+_AGAIN = "make the plan again or restore the file"
+
+_Text = Annotated[str, Strict()]
+_Whole = Annotated[int, Strict()]
+_Number = Annotated[float, Strict()]
+_FORM = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Tokens(Flag):
@@ -91,42 +107,6 @@ def works_of(modes: Iterable[Mode]) -> tuple[Work, ...]:
     return tuple(works)
 
 
-class PartsKind(StrEnum):
-    """Which learned system parts belong to."""
-
-    SAISA = "saisa"
-    DYVTE = "dyvte"
-    EAS = "eas"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnedParts:
-    """Parts that a plan needs beside its modes: a folder with parts.json and parts.safetensors, and its digest.
-
-    `threshold` is the exit probability from which DyVTE drops a sample's visual tokens; no other kind has one.
-    Raises Refused on construction when the fields contradict each other.
-    """
-
-    kind: PartsKind
-    path: str
-    digest: str
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise Refused("the plan names no folder for its learned parts; make the plan again")
-        if not _HEX_DIGEST.fullmatch(self.digest):
-            raise Refused(f"the digest of the learned parts, {self.digest!r}, is no SHA-256 in hex; train them again")
-        if (self.threshold is not None) != (self.kind is PartsKind.DYVTE):
-            needs = "need a threshold" if self.kind is PartsKind.DYVTE else "have no threshold"
-            raise Refused(f"{self.kind} parts {needs}, found {self.threshold}; correct the plan")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise Refused(f"the exit threshold is {self.threshold:g}; give a probability, 0 to 1")
-        if self.threshold is not None:
-            # 1 and 1.0 are the same plan, whose digest is made of the text.
-            object.__setattr__(self, "threshold", float(self.threshold))
-
-
 def parse_mode(text: str) -> Mode:
     """Return the mode of that name; raises Refused for a name that no mode has."""
     try:
@@ -159,40 +139,82 @@ def modes_of_layers(mode: Mode, layers: Collection[int], num_layers: int) -> tup
     return tuple(mode if layer in layers else Mode.FULL for layer in range(num_layers))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """One mode per decoder layer, with the model and the evidence it was made from.
+class PartsKind(StrEnum):
+    """Which learned system parts belong to."""
 
-    `config_digest` decides which models it fits. `ranking` lists layers, the first to replace first
-    (it may stop early: published lists do). `source` is free: sweep, samples, seed, KL direction.
-    `flops_ratio` is the prefill cost against the full model at `flops_t` text and `flops_v` visual tokens.
-    `parts` are learned ones, without which the plan does not run.
+    SAISA = "saisa"
+    DYVTE = "dyvte"
+    EAS = "eas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_FORM)
+class LearnedParts:
+    """Parts that a plan needs beside its modes: a folder with parts.json and parts.safetensors, and its digest.
+
+    `threshold` is the exit probability from which DyVTE drops a sample's visual tokens; no other kind has one.
     Raises Refused on construction when the fields contradict each other.
     """
 
-    schema: int = SCHEMA
-    name: str
-    model: str
-    revision: str | None = None
-    config_digest: str
-    num_layers: int
+    kind: PartsKind
+    path: _Text
+    digest: _Text
+    threshold: _Number | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path or "\0" in self.path:
+            raise Refused(f"the path of the learned parts is {self.path!r:.80}; make the plan again")
+        if not _HEX_DIGEST.fullmatch(self.digest):
+            raise Refused(f"the digest of the learned parts, {self.digest!r:.80}, is not a SHA-256 digest; {_AGAIN}")
+        if (self.threshold is not None) != (self.kind is PartsKind.DYVTE):
+            needs = "need a threshold" if self.kind is PartsKind.DYVTE else "have no threshold"
+            raise Refused(f"{self.kind} parts {needs}, found {self.threshold}; correct the plan")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise Refused(f"the exit threshold is {self.threshold:g}; give a probability, 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_FORM)
+class Plan:
+    """One mode per decoder layer, with the model and the evidence it was made from.
+
+    `config_digest` decides which models it fits. `ranking` lists layers, the first to replace first (it may stop
+    early: published lists do). `source` is free: sweep, samples, seed, KL direction. `flops_ratio` is the prefill
+    cost against the full model at `flops_t` text and `flops_v` visual tokens. `parts` are learned ones, without which
+    the plan does not run. Raises Refused on construction when the fields contradict each other.
+    """
+
+    schema: _Whole = SCHEMA
+    name: _Text
+    model: _Text
+    revision: _Text | None = None
+    config_digest: _Text
+    num_layers: _Whole
     modes: tuple[Mode, ...]
-    ranking: tuple[int, ...] = ()
+    ranking: tuple[_Whole, ...] = ()
     source: Mapping[str, Any] | None = field(default=None, hash=False)
-    flops_ratio: float | None = None
-    flops_t: float | None = None
-    flops_v: float | None = None
+    flops_ratio: _Number | None = None
+    flops_t: _Number | None = None
+    flops_v: _Number | None = None
     parts: LearnedParts | None = None
 
     def __post_init__(self) -> None:
-        _check_header(self)
+        if self.schema != SCHEMA:
+            raise Refused(f"the plan has schema {self.schema}, this version reads {SCHEMA}; make the plan again")
+        if not _NAME.fullmatch(self.name):
+            raise Refused(
+                f"plan name {self.name!r:.80} cannot be part of a file name; "
+                "use letters, digits, '.', '_' and '-', a letter or digit first"
+            )
+        if not self.model or "\0" in self.model + (self.revision or ""):
+            raise Refused(f"the plan is made for model {self.model!r:.80}; say which model it was made for")
+        if not _HEX_DIGEST.fullmatch(self.config_digest):
+            raise Refused(f"config_digest {self.config_digest!r:.80} is not a SHA-256 digest; make the plan again")
+        if not self.modes:
+            raise Refused("a plan needs at least one layer, and this one has none")
         if self.num_layers != len(self.modes):
             raise Refused(
                 f"the plan says {self.num_layers} layers but lists {len(self.modes)} modes; "
                 "give exactly one mode per layer"
             )
-        if not self.modes:
-            raise Refused("a plan needs at least one layer, and this one has none")
         _check_layers(self.ranking, self.num_layers)
         if self.source is not None:
             # What a file cannot hold is found now; a loaded plan equals the saved one.
@@ -219,25 +241,25 @@ class Plan:
 
     def check_fits(self, *, config_digest: str, num_layers: int, model: str, revision: str | None) -> list[str]:
         """Raise Refused unless the plan fits this architecture; return warnings, one line each."""
-        made_for = f"plan {self.name!r} was made for {self.model}"
+        made_for, model_shown = f"plan {self.name!r} was made for {_shown(self.model)}", _shown(model)
         if num_layers != self.num_layers:
             raise Refused(
-                f"{made_for} with {self.num_layers} layers, but {model} has {num_layers}; "
-                f"make a plan from a sweep of {model}"
+                f"{made_for} with {self.num_layers} layers, but {model_shown} has {num_layers}; "
+                f"make a plan from a sweep of {model_shown}"
             )
         if config_digest != self.config_digest:
             raise Refused(
-                f"{made_for} (architecture {self.config_digest[:12]}), but {model} has architecture "
-                f"{config_digest[:12]}; make a plan from a sweep of {model}"
+                f"{made_for} (architecture {self.config_digest}), but {model_shown} has architecture "
+                f"{config_digest}; make a plan from a sweep of {model_shown}"
             )
         warnings = []
         if model != self.model:
-            warnings.append(f"{made_for}, not {model}; the architectures agree, the weights may not")
+            warnings.append(f"{made_for}, not {model_shown}; the architectures agree, the weights may not")
         # A folder has no revision, and a plan made for that folder names none: nothing to warn of.
         if revision != self.revision or (revision is None and model != self.model):
             warnings.append(
-                f"plan {self.name!r} was made for revision {self.revision or 'unknown'}, "
-                f"the model's is {revision or 'unknown'}"
+                f"plan {self.name!r} was made for revision {_shown(self.revision or 'unknown')}, "
+                f"the model's is {_shown(revision or 'unknown')}"
             )
         return warnings
 
@@ -248,25 +270,86 @@ class Plan:
         return json.dumps(content | {"digest": self.digest}, indent=2) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> "Plan":
-        """Return the plan a plan file's text holds; raises Refused for anything it cannot mean."""
-        # The reader builds Plans, so its module imports this one; the same holds for load and save.
-        from shortv.planfile import parse_plan
+    def from_json(text: str | bytes) -> "Plan":
+        """Return the plan in the text of a plan file.
 
-        return parse_plan(text)
+        Raises:
+            Refused: the text is not JSON, has another schema, an unknown, missing, repeated or mistyped key or an
+                unknown mode, its fields contradict each other, or its modes and parts have another digest.
+        """
+        content = parse_json(text, what="the plan", limit_bytes=_MAX_BYTES)
+        if not isinstance(content, dict):
+            raise Refused(f"the plan is a JSON {type(content).__name__}, not an object; {_AGAIN}")
+        digest, content["schema"] = content.pop("digest", None), content.get("schema")
+        try:
+            plan = _PLANS.validate_python(content)
+        except ValidationError as error:
+            raise Refused(_fault(error)) from error
+        if digest != plan.digest:
+            raise Refused(
+                f"the file says its digest is {digest!r:.80}, but its modes and parts have {plan.digest}: "
+                f"they were edited; {_AGAIN}"
+            )
+        return plan
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan file (`*.json`, or shortv_plan.json in a folder) whole or not at all, and return its path."""
-        from shortv.planfile import write_plan
+        """Write the plan file whole or not at all, and return its path.
 
-        return write_plan(self, Path(path))
+        Args:
+            path: a file `*.json`, or a folder, which gets a `shortv_plan.json`.
+
+        Raises:
+            ShortVError: the file cannot be written.
+        """
+        target = Path(path)
+        if target.suffix != ".json" or target.is_dir():
+            target /= PLAN_FILE
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(target, self._with_parts_from(target.parent).to_json().encode())
+        except OSError as error:
+            raise ShortVError(f"cannot write plan file {target}: {error.strerror}; choose a writable path") from error
+        return target
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
-        """Return the plan of a file, of a folder that holds shortv_plan.json, or a published plan by name."""
-        from shortv.planfile import read_plan
+        """Return the plan of a file, of a folder that holds shortv_plan.json, or a published plan by name.
 
-        return read_plan(path)
+        What stands on disk goes before a published name. Raises Refused when nothing there is a plan.
+        """
+        source = os.path.join(path, PLAN_FILE) if os.path.isdir(path) else os.fspath(path)
+        if not os.path.exists(source) and source in published_plans():
+            source = str(resources.files("shortv") / "plans" / f"{source}.json")
+        try:
+            plan = Plan.from_json(read_file(source, what="plan", limit_bytes=_MAX_BYTES))
+            if plan.parts is None:
+                return plan
+            # A plan file names parts from where it stands, so that both can be moved together.
+            parts = os.path.realpath(os.path.join(os.path.dirname(source), plan.parts.path))
+            return replace(plan, parts=replace(plan.parts, path=parts))
+        except Refused as error:
+            hint = "" if os.path.exists(source) else f", or name one of {', '.join(published_plans())}"
+            raise Refused(f"{_shown(os.fspath(path))}: {error}{hint}") from error
+
+    def _with_parts_from(self, folder: Path) -> "Plan":
+        """The plan as a file in this folder says it: parts in the same result folder are named from the file."""
+        if self.parts is None:
+            return self
+        path, folder = Path(self.parts.path).resolve(), folder.resolve()
+        # A result folder is moved as a whole, and keeps its plans in plans/.
+        whole = folder.parent if folder.name == "plans" else folder
+        if path.is_relative_to(whole):
+            path = Path(os.path.relpath(path, folder))
+        return replace(self, parts=replace(self.parts, path=path.as_posix()))
+
+
+_PLANS = TypeAdapter(Plan)
+
+
+def published_plans() -> tuple[str, ...]:
+    """Return the names of the plans that ship with the package, in alphabetical order."""
+    folder = resources.files("shortv") / "plans"
+    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")))
 
 
 def digest_of(config_digest: str, modes: Iterable[str], parts: LearnedParts | None = None) -> str:
@@ -275,20 +358,6 @@ def digest_of(config_digest: str, modes: Iterable[str], parts: LearnedParts | No
     if parts is not None:
         content["parts"] = {"kind": parts.kind, "digest": parts.digest, "threshold": parts.threshold}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _check_header(plan: Plan) -> None:
-    if plan.schema != SCHEMA:
-        raise Refused(f"the plan has schema {plan.schema!r}, this version reads {SCHEMA}; make the plan again")
-    if not _NAME.fullmatch(plan.name):
-        raise Refused(
-            f"plan name {plan.name!r} cannot be part of a file name; "
-            "use letters, digits, '.', '_' and '-', a letter or digit first"
-        )
-    if not plan.model:
-        raise Refused("the plan names no model; say which model it was made for")
-    if not _HEX_DIGEST.fullmatch(plan.config_digest):
-        raise Refused(f"config_digest {plan.config_digest!r} is no SHA-256 in hex; make the plan again")
 
 
 def _check_layers(layers: Collection[int], num_layers: int) -> None:
@@ -307,6 +376,33 @@ def _check_layers(layers: Collection[int], num_layers: int) -> None:
 
 def _json_value(source: Mapping[str, Any]) -> Any:
     try:
-        return json.loads(json.dumps(dict(source), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        text = json.dumps(dict(source), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise Refused(f"the plan's source cannot be written as JSON ({error}); use text and numbers") from error
+    return parse_json(text, what="the plan's source")
+
+
+def _fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"])
+    if first["type"] in ("missing", "unexpected_keyword_argument"):
+        return f"the key {place!r:.80} is {'missing' if first['type'] == 'missing' else 'unknown'}; {_AGAIN}"
+    return f"{place} is {printable(repr(first['input']), limit=80)}; {first['msg'].lower()}; {_AGAIN}"
+
+
+def _shown(text: str) -> str:
+    return printable(text, limit=200)
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are private, a plan is for everyone
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise

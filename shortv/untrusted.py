@@ -55,11 +55,11 @@ def read_file(path: str | os.PathLike[str], *, what: str, limit_bytes: int = MAX
         # Opening a FIFO would wait for a writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise Refused(f"{what} {path} is not a regular file; give a file")
+                raise Refused(f"{what} {str(path)!r:.200} is not a regular file; give a file")
             content = file.read(limit_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise Refused(f"cannot read {what} {str(path)!r}: {reason}; check the path") from error
+        raise Refused(f"cannot read {what} {str(path)!r:.200}: {reason}; check the path") from error
     if len(content) > limit_bytes:
         raise Refused(f"{what} {path} is larger than {limit_bytes} bytes; check that it is the right file")
     return content

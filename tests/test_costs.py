@@ -17,8 +17,9 @@ from shortv.costs import (
 )
 from shortv.errors import Refused
 from shortv.learned.dyvte import exit_flops, measured_exit_ratio
+from shortv.learned.registry import plan_flops_ratio
 from shortv.learned.saisa import saisa_flops, saisa_flops_ratio
-from shortv.plan import VISUAL_MODES, Mode, modes_of_exit
+from shortv.plan import VISUAL_MODES, LearnedParts, Mode, PartsKind, Plan, modes_of_exit
 from tests.architectures import architecture
 
 SMALL = architecture(
@@ -281,3 +282,27 @@ def test_passes_of_a_sweep(mode: Mode, num_layers: int) -> None:
 
 def test_restarting_halves_the_sweep_of_the_released_code() -> None:
     assert [n + sweep_passes(n, Mode.FREEZE_VISUAL).layers for n in (32, 40)] == [32 + 496, 40 + 780]
+
+
+def test_what_parts_cost_is_not_told_by_modes() -> None:
+    arch = architecture(num_layers=4)
+    frozen = Plan.of_layers(Mode.FREEZE_VISUAL, range(4), num_layers=4, name="x", model="m", config_digest="ab" * 32)
+    assert plan_flops_ratio(frozen, arch, 10, 30) == flops_ratio(arch, frozen.modes, 10, 30)
+    saisa = dataclasses.replace(frozen, parts=LearnedParts(kind=PartsKind.SAISA, path="/p", digest="ef" * 32))
+    assert plan_flops_ratio(saisa, arch, 10, 30) is None
+    assert plan_flops_ratio(dataclasses.replace(saisa, flops_ratio=0.4), arch, 10, 30) == 0.4
+    counted = dataclasses.replace(saisa, flops_ratio=0.4, source={"projector_weights": 2000})
+    wanted = saisa_flops_ratio(arch, frozen.modes, 10, 30, projector_weights=2000)
+    assert plan_flops_ratio(counted, arch, 10, 30) == wanted > flops_ratio(arch, frozen.modes, 10, 30)
+    exits = dataclasses.replace(
+        frozen, parts=LearnedParts(kind=PartsKind.DYVTE, path="/p", digest="ef" * 32, threshold=0.5)
+    )
+    assert plan_flops_ratio(dataclasses.replace(exits, flops_ratio=0.7), arch, 10, 30) == 0.7
+    adapted = dataclasses.replace(
+        Plan.of_layers(Mode.SKIP_ATTENTION, (1, 3), num_layers=4, name="x", model="m", config_digest="ab" * 32),
+        parts=LearnedParts(kind=PartsKind.EAS, path="/p", digest="ef" * 32),
+    )
+    assert plan_flops_ratio(adapted, arch, 10, 30) is None
+    full = 4 * layer_flops(arch, Mode.FULL, 10, 30)
+    found = plan_flops_ratio(dataclasses.replace(adapted, source={"adapter_weights": 500}), arch, 10, 30)
+    assert found == pytest.approx((plan_flops(arch, adapted.modes, 10, 30) + 2 * 40 * 500) / full)

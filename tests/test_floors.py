@@ -182,7 +182,7 @@ def test_the_checker_finds_what_is_wrong(file: str, code: str, why: str | None, 
     ("code", "banned"),
     [
         ("import shortv; shortv.Plan; shortv.Mode", {"torch", "ray", "numpy", "transformers", "pyarrow"}),
-        ("import shortv.plan, shortv.planfile, shortv.records, shortv.sample, shortv.costs", {"torch", "ray", "numpy"}),
+        ("import shortv.plan, shortv.records, shortv.sample, shortv.costs", {"torch", "ray", "numpy"}),
         ("import shortv.sweep.ranking, shortv.sweep.planning", {"torch", "ray"}),
         ("import reports.store, reports.manifest", {"torch", "ray"}),
     ],

@@ -15,7 +15,6 @@ from reports.schemas import schema_of
 from reports.store import Folder
 from shortv.errors import Refused
 from shortv.plan import VISUAL_MODES, Plan, parse_mode
-from shortv.planfile import parse_plan
 from shortv.records import KlDirection
 
 # The heat map of more samples than this is drawn from as many, evenly spaced.
@@ -89,7 +88,7 @@ def _layers(folder: Folder, needed: bool) -> list[Mapping[str, Any]]:
 
 def _plan(folder: Folder, name: str) -> Plan:
     try:
-        return parse_plan(folder.read_bytes(name).decode(errors="replace"))
+        return Plan.from_json(folder.read_bytes(name))
     except Refused as error:
         raise Refused(f"{folder.shown}/{name}: {error}") from error
 

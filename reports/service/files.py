@@ -14,7 +14,6 @@ from reports.schemas import difference, fitted
 from reports.service.tree import Missing, Names, OpenFile, Tree
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
-from shortv.planfile import parse_plan
 from shortv.untrusted import read_parquet
 
 MAX_TEXT_BYTES: Final = 32 * 2**20
@@ -88,7 +87,7 @@ class Files:
     def plan(self, names: Names) -> Plan:
         """Read a plan. Raises Missing, or ShortVError with what is wrong."""
         try:
-            return parse_plan(self.text(names).decode(errors="replace"))
+            return Plan.from_json(self.text(names))
         except Refused as error:
             raise ShortVError(f"{shown(names)}: {error}") from error
 

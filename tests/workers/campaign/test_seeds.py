@@ -13,7 +13,6 @@ from reports.store import Folder
 from shortv.learned.files import save_parts
 from shortv.learned.header import read_header
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_layers
-from shortv.planfile import read_plan
 from shortv.spec import load_spec
 from shortv.workers.campaign.plans import ModelFacts, PlanKind, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
@@ -151,4 +150,4 @@ def test_the_shipped_parts_fit_the_bundled_model(tmp_path: Path, monkeypatch: py
         assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
         assert not Path(read_header(folder).model).is_absolute()
     for path in SHIPPED.glob("plans/*.json"):
-        assert f'"path": "../{Path(read_plan(path).parts.path).name}"' in path.read_text()  # type: ignore[union-attr]
+        assert f'"path": "../{Path(Plan.load(path).parts.path).name}"' in path.read_text()  # type: ignore[union-attr]
