@@ -8,70 +8,98 @@
 Exit status: 0 the plan is there, 1 it could not be written, 2 refused.
 """
 
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import click
+from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jobs.common import option, run
+from jobs.common import options_of, run
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.plan import PLAN_FILE, Mode, Plan, parse_mode
+from shortv.plan import PLAN_FILE, Mode, Plan
 from shortv.records import KlDirection
+from shortv.spec import Seed, Spec, flag_of, load_spec
 from shortv.sweep.planning import Choice, Control, Request, choose_layers
 from shortv.sweep.ranking import set_stability
 from shortv.workers.run import check_output
 from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
 
-SWEPT_MODES = [mode.value for mode in Mode if mode is not Mode.FULL]
+_MODES = ", ".join(mode for mode in Mode if mode is not Mode.FULL)
+_DIRECTIONS = ", ".join(KlDirection)
+
+
+class PlanSpec(Spec):
+    """Which layers of a swept model get which mode, and where the plan is written."""
+
+    layers: int | None = Field(None, description="Replace this many layers.  [default: 0.6 of them]")
+    flops_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Replace the fewest layers that get the FLOPs down to this share.",
+        json_schema_extra={"metavar": "SHARE"},
+    )
+    max_lc: float | None = Field(None, description="Replace the layers whose LC, in nats, is at most this.")
+    mode: Mode = Field(Mode.FREEZE_VISUAL, description=f"One of {_MODES}.", json_schema_extra={"metavar": "MODE"})
+    random: Seed | None = Field(
+        None, description="Control: layers drawn with this seed.", json_schema_extra={"metavar": "SEED"}
+    )
+    first: bool = Field(False, description="Control: the first layers.")
+    last: bool = Field(False, description="Control: the last layers.")
+    name: str | None = Field(None, description="Name of the plan.  [default: mode and number of layers]")
+    output: str | None = Field(
+        None,
+        description="Plan file.  [default: SWEEP_FOLDER/plans/NAME.json]",
+        json_schema_extra={"flag": "--output-path", "short": "--output"},
+    )
+    kl_direction: KlDirection | None = Field(
+        None, description=f"Rank by this, {_DIRECTIONS}.  [default: the sweep's]", json_schema_extra={"metavar": "NAME"}
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.mode is Mode.FULL:
+            raise ValueError(f"--mode full replaces nothing; give one of {_MODES}")
+        for names in (("layers", "flops_ratio", "max_lc"), ("random", "first", "last")):
+            given = [flag_of(name) for name in names if getattr(self, name) not in (None, False)]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
+
+    @property
+    def request(self) -> Request:
+        """How many layers, and in which order."""
+        controls = {Control.RANDOM: self.random is not None, Control.FIRST: self.first, Control.LAST: self.last}
+        return Request(
+            layers=self.layers,
+            flops_ratio=self.flops_ratio,
+            max_lc=self.max_lc,
+            control=next((control for control, given in controls.items() if given), None),
+            control_seed=self.random or 0,
+        )
 
 
 @click.command(help="Make a plan from the results of a sweep.")
 @click.argument("sweep_folder")
-@option("--layers", type=int, help="Replace this many layers.  [default: 0.6 of them]")
-@option("--flops-ratio", type=float, help="Replace the fewest layers that get the FLOPs down to this share.")
-@option("--max-lc", type=float, help="Replace the layers whose LC, in nats, is at most this.")
-@option("--mode", type=click.Choice(SWEPT_MODES), default=Mode.FREEZE_VISUAL.value, show_default=True)
-@option("--random", "random_seed", type=int, metavar="SEED", help="Control: layers drawn with this seed.")
-@option("--first", is_flag=True, help="Control: the first layers.")
-@option("--last", is_flag=True, help="Control: the last layers.")
-@option("--name", help="Name of the plan.  [default: mode and number of layers]")
-@option("--output", "--output-path", "--output_path", help="Plan file.  [default: SWEEP_FOLDER/plans/NAME.json]")
-@option(
-    "--kl-direction",
-    type=click.Choice([direction.value for direction in KlDirection]),
-    help="Rank by this.  [default: the sweep's]",
-)
-def make(
-    sweep_folder: str,
-    mode: str,
-    random_seed: int | None,
-    first: bool,
-    last: bool,
-    name: str | None,
-    output: str | None,
-    kl_direction: str | None,
-    **count: Any,
-) -> int:
-    """Parse the request, choose the layers, write the plan; ShortVError tells what went wrong."""
-    _only_one(**count)
-    _only_one(random=random_seed, first=first, last=last)
-    controls = {Control.RANDOM: random_seed is not None, Control.FIRST: first, Control.LAST: last}
-    control = next((control for control, given in controls.items() if given), None)
-    request = Request(control=control, control_seed=random_seed or 0, **count)
-    check_output(output or sweep_folder, "--output" if output else "SWEEP_FOLDER")
+@options_of(PlanSpec)
+def make(sweep_folder: str, **flags: Any) -> int:
+    """Check the flags, choose the layers and write the plan. Raises ShortVError."""
+    spec = load_spec(PlanSpec, flags=flags)
+    if "\0" in sweep_folder:
+        raise Refused("SWEEP_FOLDER holds a NUL character; give the output folder of a sweep")
+    check_output(spec.output or sweep_folder, "--output" if spec.output else "SWEEP_FOLDER")
     folder = Folder(sweep_folder)
     try:
-        result = read_sweep(folder, parse_mode(mode), KlDirection(kl_direction) if kl_direction else None)
+        result = read_sweep(folder, spec.mode, spec.kl_direction)
     except ShortVError as error:
         # No work has started: a folder that cannot be read is refused, whatever the reason.
         raise Refused(str(error)) from error
-    choice = choose_layers(result.evidence, request)
-    plan = make_plan(result, request, choice, name)
-    outcome = write_once(plan, *_place(folder, plan, output))
-    click.echo(f"{describe(plan, result, request, choice)}\n{outcome}")
+    choice = choose_layers(result.evidence, spec.request)
+    plan = make_plan(result, spec.request, choice, spec.name)
+    outcome = write_once(plan, *_place(folder, plan, spec.output))
+    click.echo(f"{describe(plan, result, spec.request, choice)}\n{outcome}")
     return 0
 
 
@@ -111,16 +139,10 @@ def write_once(plan: Plan, folder: Folder, file: str) -> str:
 def _place(sweep: Folder, plan: Plan, output: str | None) -> tuple[Folder, str]:
     if output is None:
         return sweep, f"plans/{plan.name}.json"
-    if output.endswith("/") or Path(output).is_dir():
+    if output.endswith("/") or os.path.isdir(output):
         return Folder(output), PLAN_FILE
     parent, slash, file = output.rpartition("/")
     return Folder(parent + slash or "."), file
-
-
-def _only_one(**given: object) -> None:
-    names = ["--" + name.replace("_", "-") for name, value in given.items() if value is not None and value is not False]
-    if len(names) > 1:
-        raise click.UsageError(f"{' and '.join(names)} exclude each other; give one of them")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from shortv.untrusted import parse_json, read_file
 SCHEMA = 1
 PLAN_FILE = "shortv_plan.json"
 # A plan's name is part of a file name and of a served model name (`<model>@<plan name>`).
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 # The longest plan has a few thousand layers, and a source that lists samples.
 _MAX_BYTES = 1 << 20
@@ -202,7 +202,7 @@ class Plan:
         if not _NAME.fullmatch(self.name):
             raise Refused(
                 f"plan name {self.name!r:.80} cannot be part of a file name; "
-                "use letters, digits, '.', '_' and '-', a letter or digit first"
+                "use at most 200 letters, digits, '.', '_' and '-', a letter or digit first"
             )
         if not self.model or "\0" in self.model + (self.revision or ""):
             raise Refused(f"the plan is made for model {self.model!r:.80}; say which model it was made for")
