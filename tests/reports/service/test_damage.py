@@ -150,5 +150,5 @@ def test_a_plan_that_is_not_handed_out_has_no_link(tmp_path: Path) -> None:
     assert run["plan_files"] == ["plans/two.json"] and len(run["problems"]) == 2
     text = ask(tmp_path, "/", headers=HTML).text
     assert 'plans/two.json" download' in text and 'cut.json"' not in text and 'link.json"' not in text
-    assert "plan cut (a/plans/cut.json: the plan is no valid JSON" in text
+    assert "plan cut (a/plans/cut.json: the plan is not valid JSON" in text
     assert "plan link (a/plans/link.json is a symbolic link, which is not followed)" in text

@@ -157,7 +157,7 @@ DAMAGED = {
     ),
     "counts": (lambda folder: _manifest(folder, counts={"used": 4, "errors": 0}), "counts 4 used"),
     "layers": (lambda folder: _manifest(folder, num_layers=6), "each layer once"),
-    "plan": (lambda folder: (folder / "plans/two.json").write_text("{"), "plans/two.json: the plan is no valid JSON"),
+    "plan": (lambda folder: (folder / "plans/two.json").write_text("{"), "plans/two.json: the plan is not valid JSON"),
 }
 
 
