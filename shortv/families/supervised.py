@@ -120,4 +120,4 @@ def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
     written = one == f"{before}{_ANSWERS[0]}{after}" and other == f"{before}{_ANSWERS[1]}{after}"
     if not written or not before.startswith(prompt):  # the template writes past answers in another way than new ones
         return "" if prompt[-1:].isspace() else " ", eos
-    return before.removeprefix(prompt), after.strip() or eos
+    return before.removeprefix(prompt), after.rstrip() or eos

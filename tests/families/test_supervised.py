@@ -97,3 +97,24 @@ def test_every_familys_template_frames_an_answer(name: str, tmp_path: Path) -> N
         text = loaded.processor.tokenizer.decode(ids_T[learned_T])
         assert sample.answer is not None and text.strip().startswith(sample.answer)
         assert learned_T[1:].sum() == learned_T.sum() and text.strip() != sample.answer
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(" The answer: ", " </s>"), (" ", ". That was the answer.</s>"), ("\nanswer answer\n", "<|end|>\n")],
+)
+@pytest.mark.parametrize("answer", ["red", "the answer is red", "a"])
+def test_words_of_the_template_are_not_taken_for_the_answer(before: str, after: str, answer: str) -> None:
+    template = (
+        "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}"
+        "{{ 'USER: ' + p['text'] if m['role'] == 'user' else 'ASSISTANT:' + before + p['text'] + after }}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    template = f"{{% set before = {before!r} %}}{{% set after = {after!r} %}}{template}"
+    loaded = replace(bundled(), chat_template=template)
+    assert answer_frame(loaded) == (before, after.rstrip())
+    sample = replace(calibration()[0], images=(), prompt="which answer?", answer=answer)
+    found = supervised(loaded, [sample])
+    labels_T = found.labels_BT[0]
+    decode = loaded.processor.tokenizer.decode
+    assert decode(labels_T[labels_T != IGNORED]).strip() == f"{before}{answer}{after}".strip()

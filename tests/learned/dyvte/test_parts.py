@@ -29,14 +29,12 @@ def test_parameters_of_the_papers_models(layers: int, width: int, each: int) -> 
 def test_routers_of_any_model_decide_with_the_float32_weights_of_their_file(dtype: torch.dtype, tmp_path: Path) -> None:
     model = loaded(random_model().to(dtype))
     parts = ExitRouters.build(model.decoder, RouterSettings(width=7, mean_over="all-text"))
-    for weight in parts.parameters():
-        weight.data *= 6
     named = save_named(tmp_path, model, parts, threshold=0.5)
     found = load_parts(named, model.decoder, model.architecture)
     assert isinstance(found, ExitRouters) and found.settings == parts.settings and len(found.routers) == LAYERS
     weights = load_file(tmp_path / "parts.safetensors")
-    # Residual streams have entries in the thousands; a model in half precision hands over its own rounding only.
-    state_BE = (300 * torch.randn(16, 64)).to(dtype)
+    # Weights rounded to half precision would change a probability by about 0.01.
+    state_BE = (30 * torch.randn(16, 64)).to(dtype)
     for layer in range(LAYERS):
         inner, outer = (weights[f"routers.{layer}.{name}.weight"] for name in ("inner", "outer"))
         logits_B2 = gelu(state_BE.float() @ inner.T) @ outer.T
