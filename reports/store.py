@@ -10,9 +10,9 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
-from reports.atomic import is_leftover, remove_leftovers, replace_file
 from reports.locations import locate, one_line
 from reports.schemas import difference, fitted, schema_of, table_of
+from shortv.atomic import is_leftover, remove_leftovers, replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.untrusted import MAX_TEXT_BYTES, parse_json, read_parquet
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, field, fields, replace
 from enum import Flag, StrEnum
@@ -15,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from shortv.atomic import replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.terminal import printable
 from shortv.untrusted import parse_json, read_file
@@ -305,8 +305,7 @@ class Plan:
         if target.suffix != ".json" or target.is_dir():
             target /= PLAN_FILE
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(target, self._with_parts_from(target.parent).to_json().encode())
+            replace_file(target, self._with_parts_from(target.parent).to_json().encode())
         except OSError as error:
             raise ShortVError(f"cannot write plan file {target}: {error.strerror}; choose a writable path") from error
         return target
@@ -392,17 +391,3 @@ def _fault(error: ValidationError) -> str:
 
 def _shown(text: str) -> str:
     return printable(text, limit=200)
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private, a plan is for everyone
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shortv.architecture import Architecture
 from shortv.families import Decoder, LoadedModel, decoder_of
 from shortv.layers.fast import PlannedLayer
 from shortv.learned.base import Parts, PartsRun
 from shortv.learned.files import save_parts
 from shortv.learned.registry import SYSTEMS, run_of
-from shortv.learned.system import PlanSpec, Reduce, System
-from shortv.learned.training import Trainer
+from shortv.learned.system import PlanSpec, System
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan
 from shortv.spec import Spec
 
@@ -103,17 +101,11 @@ class ShiftSystem(System):
     def plans(self, settings: Any, num_layers: int, thresholds: Sequence[float]) -> tuple[PlanSpec, ...]:
         return (PlanSpec("shift", (Mode.FULL,) * num_layers),)
 
-    def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
-        return plan.flops_ratio
-
     def parts_class(self) -> type[Parts]:
         return self._parts
 
     def run(self, decoder: Decoder, modes: Sequence[Mode], parts: Any, threshold: float | None = None) -> ShiftRun:
         return ShiftRun(decoder, modes, parts, threshold)
-
-    def trainer(self, loaded: LoadedModel, recipe: Any, reduce: Reduce) -> Trainer[Any]:
-        raise NotImplementedError
 
 
 def register(monkeypatch: pytest.MonkeyPatch, kind: PartsKind = PartsKind.DYVTE) -> type[ShiftParts]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from shortv.architecture import Architecture
+from shortv.atomic import replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.families.decoder import Decoder
 from shortv.layers.run import LearnedRun
@@ -56,10 +56,9 @@ def save_parts(
     )
     target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)
         # The header names the digest of the weights, so a stop between the two writes is found on reading.
-        _write(target / WEIGHTS_NAME, weights)
-        _write(target / HEADER_NAME, header.to_json().encode())
+        replace_file(target / WEIGHTS_NAME, weights)
+        replace_file(target / HEADER_NAME, header.to_json().encode())
     except OSError as error:
         raise ShortVError(f"cannot write learned parts to {target}: {error.strerror}; choose another folder") from error
     return header
@@ -132,17 +131,3 @@ def _digest(weights: bytes, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(weights)
     return digest.hexdigest()
-
-
-def _write(target: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -13,9 +13,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 from pyarrow import parquet as pq
 
-from reports.atomic import remove_leftovers, replace_file
 from reports.schemas import SCHEMAS, table_of
 from reports.store import Folder
+from shortv.atomic import remove_leftovers, replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord

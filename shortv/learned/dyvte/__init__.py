@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shortv.architecture import Architecture
 from shortv.costs import Count, plan_flops
 from shortv.errors import Refused
 from shortv.learned.dyvte.recipe import DyvteRecipe, RouterSettings
-from shortv.learned.system import PlanSpec, Reduce, System
-from shortv.plan import Mode, PartsKind, Plan, modes_of_exit
-
-if TYPE_CHECKING:
-    from shortv.families.decoder import Decoder
-    from shortv.families.loading import LoadedModel
-    from shortv.learned.base import Parts
-    from shortv.learned.dyvte.run import ExitRun
-    from shortv.learned.dyvte.train import RouterTrainer
+from shortv.learned.system import PlanSpec, System
+from shortv.plan import Mode, PartsKind, modes_of_exit
 
 
 class Dyvte(System):
-    """One router per decoder layer; the plan's threshold is the exit probability from which visual tokens leave."""
+    """One router per decoder layer; the plan's threshold is the exit probability from which visual tokens leave.
+
+    What a plan costs depends on the samples: `measured_exit_ratio` computes it from where their tokens left.
+    """
 
     kind = PartsKind.DYVTE
     settings = RouterSettings
     recipe = DyvteRecipe
+    classes = ("ExitRouters", "ExitRun", "RouterTrainer")
     needs_images = True
 
     def needs_answers(self, recipe: DyvteRecipe) -> bool:
@@ -37,30 +33,6 @@ class Dyvte(System):
     ) -> tuple[PlanSpec, ...]:
         """Return a plan for each threshold; all layers are full, the routers decide."""
         return tuple(PlanSpec(f"dyvte-{value:g}", (Mode.FULL,) * num_layers, value) for value in thresholds)
-
-    def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
-        """Return what the plan says, because exits depend on the samples; `measured_exit_ratio` computes it."""
-        return plan.flops_ratio
-
-    def parts_class(self) -> type[Parts]:
-        """Return the module class of the parts."""
-        from shortv.learned.dyvte.parts import ExitRouters
-
-        return ExitRouters
-
-    def run(self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> ExitRun:
-        """Return how the routers run. Raises Refused for modes besides full, or a model that they do not fit."""
-        from shortv.learned.dyvte.parts import ExitRouters
-        from shortv.learned.dyvte.run import ExitRun
-
-        assert isinstance(parts, ExitRouters)
-        return ExitRun(decoder, modes, parts, threshold)
-
-    def trainer(self, loaded: LoadedModel, recipe: DyvteRecipe, reduce: Reduce) -> RouterTrainer:
-        """Return a trainer before its first step. Raises Refused for a family that cannot have routers."""
-        from shortv.learned.dyvte.train import RouterTrainer
-
-        return RouterTrainer(loaded, recipe, reduce)
 
 
 def exit_flops(arch: Architecture, exit_layer: int, t: Count, v: Count) -> Count:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shortv.architecture import Architecture
 from shortv.costs import flops_ratio, plan_flops
 from shortv.learned.eas.recipe import EasRecipe, EasSettings
-from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.learned.system import PlanSpec, System
 from shortv.plan import Mode, PartsKind, Plan
-
-if TYPE_CHECKING:
-    from shortv.families.decoder import Decoder
-    from shortv.families.loading import LoadedModel
-    from shortv.learned.base import Parts
-    from shortv.learned.eas.run import AdaptedRun
-    from shortv.learned.eas.train import AdapterTrainer
 
 
 class Eas(System):
@@ -25,6 +17,7 @@ class Eas(System):
     kind = PartsKind.EAS
     settings = EasSettings
     recipe = EasRecipe
+    classes = ("Adapters", "AdaptedRun", "AdapterTrainer")
     questions = ("shape-of-colour",)
 
     def plans(self, settings: EasSettings, num_layers: int, thresholds: Sequence[float] = ()) -> tuple[PlanSpec, ...]:
@@ -37,27 +30,6 @@ class Eas(System):
         if not isinstance(weights, int):
             return plan.flops_ratio
         return adapted_flops_ratio(arch, plan.modes, t, v, adapter_weights=weights)
-
-    def parts_class(self) -> type[Parts]:
-        """Return the module class of the parts."""
-        from shortv.learned.eas.parts import Adapters
-
-        return Adapters
-
-    def run(self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> AdaptedRun:
-        """Return how the adapters run under these modes. Raises Refused where modes and adapters disagree."""
-        from shortv.learned.eas.parts import Adapters
-        from shortv.learned.eas.run import AdaptedRun
-
-        assert isinstance(parts, Adapters)
-        return AdaptedRun(decoder, modes, parts)
-
-    def trainer(self, loaded: LoadedModel, recipe: EasRecipe, reduce: Reduce) -> AdapterTrainer:
-        """Return a trainer before its first step. Raises Refused for a family whose FFN no adapter can be folded into,
-        or layers that the model does not have."""
-        from shortv.learned.eas.train import AdapterTrainer
-
-        return AdapterTrainer(loaded, recipe, reduce)
 
 
 def adapted_flops_ratio(

@@ -55,9 +55,11 @@ class AdaptedRun(PartsRun[Adapters]):
 
     reads_prompt = True
 
-    def __init__(self, decoder: Decoder, modes: Sequence[Mode], parts: Adapters) -> None:
+    def __init__(
+        self, decoder: Decoder, modes: Sequence[Mode], parts: Adapters, threshold: float | None = None
+    ) -> None:
         """Take one mode per layer. Raises Refused where modes and adapters disagree."""
-        super().__init__(decoder, modes, parts)
+        super().__init__(decoder, modes, parts, threshold)
         check_family(decoder)
         has = {Mode.FULL: parts.settings.kept, Mode.SKIP_ATTENTION: parts.settings.skipped}
         for layer, mode in enumerate(modes):

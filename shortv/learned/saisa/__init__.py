@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shortv.architecture import Architecture
 from shortv.costs import Count, layer_flops, plan_flops
 from shortv.errors import Refused
 from shortv.learned.saisa.recipe import ProjectorSettings, SaisaRecipe
-from shortv.learned.system import PlanSpec, Reduce, System
+from shortv.learned.system import PlanSpec, System
 from shortv.plan import Mode, PartsKind, Plan
-
-if TYPE_CHECKING:
-    from shortv.families.decoder import Decoder
-    from shortv.families.loading import LoadedModel
-    from shortv.learned.base import Parts
-    from shortv.learned.saisa.run import ProjectedRun
-    from shortv.learned.saisa.train import ProjectorTrainer
 
 
 class Saisa(System):
@@ -26,6 +18,7 @@ class Saisa(System):
     kind = PartsKind.SAISA
     settings = ProjectorSettings
     recipe = SaisaRecipe
+    classes = ("Projectors", "ProjectedRun", "ProjectorTrainer")
 
     def plans(
         self, settings: ProjectorSettings, num_layers: int, thresholds: Sequence[float] = ()
@@ -39,28 +32,6 @@ class Saisa(System):
         if not isinstance(weights, int):
             return plan.flops_ratio
         return saisa_flops_ratio(arch, plan.modes, t, v, projector_weights=weights)
-
-    def parts_class(self) -> type[Parts]:
-        """Return the module class of the parts."""
-        from shortv.learned.saisa.parts import Projectors
-
-        return Projectors
-
-    def run(
-        self, decoder: Decoder, modes: Sequence[Mode], parts: Parts, threshold: float | None = None
-    ) -> ProjectedRun:
-        """Return how the parts run under these modes. Raises Refused where they cannot."""
-        from shortv.learned.saisa.parts import Projectors
-        from shortv.learned.saisa.run import ProjectedRun
-
-        assert isinstance(parts, Projectors)
-        return ProjectedRun(decoder, modes, parts)
-
-    def trainer(self, loaded: LoadedModel, recipe: SaisaRecipe, reduce: Reduce) -> ProjectorTrainer:
-        """Return a trainer before its first step. Raises Refused for a family whose layers cannot have projectors."""
-        from shortv.learned.saisa.train import ProjectorTrainer
-
-        return ProjectorTrainer(loaded, recipe, reduce)
 
 
 def saisa_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count, *, projector_weights: int) -> Count:

@@ -33,14 +33,16 @@ class ProjectedRun(PartsRun[Projectors]):
 
     needs_tower = True
 
-    def __init__(self, decoder: Decoder, modes: Sequence[Mode], parts: Projectors) -> None:
+    def __init__(
+        self, decoder: Decoder, modes: Sequence[Mode], parts: Projectors, threshold: float | None = None
+    ) -> None:
         """Take parts for these modes.
 
         Raises:
             Refused: a layer with a projector does not freeze visual tokens, another layer is not full, or the family's
                 layers cannot have projectors.
         """
-        super().__init__(decoder, modes, parts)
+        super().__init__(decoder, modes, parts, threshold)
         self._features = VisionFeatures(decoder)
         settings = parts.settings
         for index, (mode, needed) in enumerate(zip(modes, settings.modes(len(modes)), strict=True)):

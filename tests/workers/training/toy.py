@@ -18,7 +18,7 @@ from shortv.learned.base import Parts
 from shortv.learned.rates import learning_rate
 from shortv.learned.system import PlanSpec, Reduce, System
 from shortv.learned.training import Trainer, generator, set_learning_rate
-from shortv.plan import Mode, PartsKind, Plan
+from shortv.plan import Mode, PartsKind
 from shortv.sample import Sample
 from shortv.spec import Spec
 
@@ -100,15 +100,6 @@ class Toy(System):
 
     def plans(self, settings: ToySettings, num_layers: int, thresholds: Sequence[float]) -> tuple[PlanSpec, ...]:
         return (PlanSpec("toy", (Mode.FREEZE_VISUAL,) * num_layers),)
-
-    def flops_ratio(self, plan: Plan, arch: Any, t: float, v: float) -> float | None:
-        return plan.flops_ratio
-
-    def parts_class(self) -> type[Parts]:
-        return ToyParts
-
-    def run(self, decoder: Any, modes: Sequence[Mode], parts: Parts, threshold: float | None = None) -> Any:
-        raise NotImplementedError
 
     def trainer(self, loaded: Any, recipe: ToyRecipe, reduce: Reduce) -> ToyTrainer:
         return ToyTrainer(recipe, reduce)
