@@ -317,5 +317,21 @@ def _whole_images_only() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
+@contextmanager
+def no_other_programs() -> Iterator[None]:
+    """Keep Pillow from starting another program inside third-party code that opens images by itself.
+
+    Its reader of EPS files runs Ghostscript on their content; inside this context such a file is an OSError.
+    """
+    from PIL import EpsImagePlugin
+
+    before = EpsImagePlugin.gs_binary
+    EpsImagePlugin.gs_binary = False
+    try:
+        yield
+    finally:
+        EpsImagePlugin.gs_binary = before
+
+
 def _unusable(error: str, message: str) -> SampleError:
     return SampleError(stage="decode", error=error, message=message)

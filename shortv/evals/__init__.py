@@ -1,1 +1,1 @@
-"""Benchmarks through lmms-eval: their tasks as calibration samples, and a model under a plan that answers them."""
+"""lmms-eval: its tasks as requests and calibration samples, its scores, and the models `shortv` and `shortv_serve`."""

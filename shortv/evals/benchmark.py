@@ -10,21 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from shortv.errors import Refused, ShortVError
-from shortv.evals.asking import Reply
-from shortv.evals.asks import Ask, ask_of
-from shortv.evals.index import TaskIndex, quiet_libraries
-from shortv.evals.marking import drawing_from, reasoning_tags
-from shortv.evals.scoring import Scored, score
-from shortv.evals.task_digest import task_digest
-from shortv.evals.tasks import IncludePath, document_names
+from shortv.errors import Refused, ShortVError, one_line
+from shortv.evals.dispatch import Client, OnResponse, Response, send_all
+from shortv.evals.requests import Conversation, Documents, sampling_params
+from shortv.evals.scoring import Scored, drawing_from, reasoning_tags, score
+from shortv.evals.tasks import IncludePath, TaskIndex, document_names, loading_tasks, task_digest
+from shortv.request import FULL_MODEL
 
-# In lmms-eval's chat form only generation is asked for.
+# lmms-eval's chat form has requests for generation only.
 _CHAT_OUTPUTS: Final = ("generate_until", "generate_until_multi_round")
 
 
 class Benchmark:
-    """The first `limit` documents of a task, loaded once, to be asked and scored for any number of plans.
+    """The first `limit` documents of a task, loaded once, to be completed and scored under any number of plans.
 
     lmms-eval's own evaluation cannot leave a document out; here one without an answer gets an error and counts in no
     metric. With an answer for each, metrics are those of `python -m lmms_eval` (its command's defaults).
@@ -39,35 +37,32 @@ class Benchmark:
         gen_kwargs: Mapping[str, Any] | None = None,
         seed: int = 1234,
     ) -> None:
-        """Load a task; the bundled one is found without `include_path`.
+        """Load a task; the bundled ones are found without `include_path`.
 
         Args:
             limit: documents from the front, or below 1 their share of the task's documents; None for all.
             gen_kwargs: replaces entries of the task's generation settings.
-            seed: for few-shot examples, sampled answers, and scores that are drawn by lot.
+            seed: for few-shot examples, sampled completions, and scores that are drawn at random.
 
         Raises:
-            Refused: an unknown task or a group of tasks, a limit that is none, or what replicas cannot be asked.
+            Refused: an unknown task or a group of tasks, an invalid limit, or requests that replicas cannot answer.
             ShortVError: the task's data or code cannot be loaded.
         """
         self.name = task
-        with quiet_libraries():
-            self._task = _load(TaskIndex(_folders(include_path)), task)
-            total = len(self._task.eval_docs)
-            self.num_docs = _count(limit, total)
-            _configure(self._task, gen_kwargs or {}, seed)
-            self._instances = _instances(self._task, task, self.num_docs, seed)
-            self.digest = self._digest(seed)
-        documents = {task: self._task.dataset, self._task.config.task: self._task.dataset}
-        # An instance is asked as often as its task repeats it.
-        self._order = [at for at, instance in enumerate(self._instances) for _ in range(instance.repeats)]
-        repeats = [repeat for instance in self._instances for repeat in range(instance.repeats)]
-        self._asks = [
-            ask_of(self._instances[at], documents, seed=seed, repeat=repeat)
-            for at, repeat in zip(self._order, repeats, strict=True)
-        ]
-        self._names = document_names(self._task.eval_docs_no_media)
         self._seed = seed
+        with loading_tasks():
+            self._task = _load(TaskIndex(_folders(include_path)), task)
+            self.num_docs = _count(limit, len(self._task.eval_docs))
+            _configure(self._task, gen_kwargs or {}, seed)
+            instances = _instances(self._task, task, self.num_docs, seed)
+            self.digest = self._digest(seed)
+        self.documents: Documents = {task: self._task.dataset, self._task.config.task: self._task.dataset}
+        self._names = document_names(self._task.eval_docs_no_media)
+        for instance in instances:
+            # Settings that no replica has are refused before any work starts.
+            sampling_params(Conversation(instance, self.documents).gen_kwargs)
+        self.instances: Sequence[Any] = tuple(one for one in instances for _ in range(one.repeats))
+        """lmms-eval's instances in its order, each as often as the task repeats it."""
 
     @property
     def main_metric(self) -> str | None:
@@ -75,27 +70,41 @@ class Benchmark:
         better = self._task.higher_is_better()
         return next((metric for metric, higher in better.items() if higher), None)
 
-    def asks(self) -> list[Ask]:
-        """What is asked, in lmms-eval's order."""
-        return list(self._asks)
+    async def run(
+        self,
+        client: Client,
+        *,
+        plan: str = FULL_MODEL,
+        concurrency: int,
+        timeout_s: float = 600.0,
+        on_response: OnResponse | None = None,
+    ) -> list[Response]:
+        """Send all requests under a plan; returns the responses in the order of `instances`. See `send_all`."""
+        return await send_all(
+            client,
+            self.instances,
+            self.documents,
+            plan=plan,
+            seed=self._seed,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            on_response=on_response,
+        )
 
-    def score(self, replies: Sequence[Reply], *, folder: str | None = None) -> Scored:
-        """Score the replies to `asks()`, given in the same order.
+    def score(self, responses: Sequence[Response], *, folder: str | None = None) -> Scored:
+        """Score the responses to `instances`, given in the same order.
 
         Args:
             folder: where tasks that write files (submissions) write them; by default they are thrown away.
         """
-        if len(replies) != len(self._asks):
-            raise ValueError(f"{len(replies)} replies to {len(self._asks)} asks of {self.name}; give one for each")
-        grouped: list[list[Reply]] = [[] for _ in self._instances]
-        for at, reply in zip(self._order, replies, strict=True):
-            grouped[at].append(reply)
-        with quiet_libraries():
+        if len(responses) != len(self.instances):
+            raise ValueError(f"{len(responses)} responses to {len(self.instances)} instances of {self.name}")
+        with loading_tasks():
             return score(
                 self.name,
                 self._task,
-                instances=self._instances,
-                replies=grouped,
+                instances=self.instances,
+                responses=responses,
                 names=self._names,
                 seed=self._seed,
                 folder=folder,
@@ -123,7 +132,7 @@ def _load(index: TaskIndex, name: str) -> Any:
         return task
     if output == "multiple_choice" or (output == "loglikelihood" and callable(task.config.process_results)):
         return index.load(name, "simple")
-    why = "lmms-eval's own scoring of it fails" if output == "loglikelihood" else "replicas are not asked that way"
+    why = "lmms-eval's own scoring of it fails" if output == "loglikelihood" else "replicas do not support that"
     raise Refused(
         f"task {name!r} is of output_type {output}, and {why}; choose a task of output_type "
         f"{', '.join(_CHAT_OUTPUTS)} or multiple_choice"
@@ -157,7 +166,9 @@ def _instances(task: Any, name: str, count: int, seed: int) -> list[Any]:
         with _silent(), drawing_from(seed, name):
             task.build_all_requests(limit=count)
     except Exception as error:  # tasks run third-party code
-        raise ShortVError(f"task {name!r} cannot say what it asks: {type(error).__name__}: {error}") from error
+        raise ShortVError(
+            f"the requests of task {name!r} cannot be made: {type(error).__name__}: {one_line(error)}"
+        ) from error
     return list(task.instances)
 
 

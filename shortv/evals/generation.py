@@ -1,94 +1,130 @@
-"""Answers of a batch of prompts, under the generation settings of a task."""
+"""Completions and likelihoods of a batch of prompts, by the model in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from shortv.evals.decoding import BEAMS_AND_PENALTIES, SAMPLING, read_settings
-from shortv.evals.prompts import NamedPrompt, inputs_of
+from shortv.errors import SampleError
 from shortv.families import LoadedModel
+from shortv.families.preprocessing import Prompt, batch_of
+from shortv.families.supervised import continuation_ids
+from shortv.layers.prompted import prompted
+from shortv.request import Completion, Likelihood
 
 
-class Answer(NamedTuple):
-    """A text and how many tokens went in and came out."""
+def generate(
+    loaded: LoadedModel, prompts: Sequence[Prompt], arguments: Mapping[str, Any], stop: Sequence[str] = ()
+) -> list[Completion]:
+    """Complete the prompts of a batch, which must all have images or all have none.
 
-    text: str
-    input_tokens: int
-    output_tokens: int
+    Greedy completions do not depend on what else is in the batch, beyond rounding. Times are not measured.
 
+    Args:
+        arguments: for transformers' `generate`.
+        stop: texts that end a completion and are not part of it.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoding:
-    """How answers are made: arguments of `generate`, and the texts that end an answer."""
-
-    arguments: Mapping[str, Any]
-    stops: tuple[str, ...]
-
-
-def decoding_of(gen_kwargs: Mapping[str, Any]) -> Decoding:
-    """Read a task's `gen_kwargs` for `generate`. Raises Refused for a setting that this model does not have."""
-    given, sampled, max_tokens, stops = read_settings(gen_kwargs)
-    arguments: dict[str, Any] = {name: given[name] for name in BEAMS_AND_PENALTIES if name in given}
-    # None overrides what the model's own generation settings say, and keeps transformers from warning about them.
-    arguments |= {name: given[name] for name in SAMPLING if name in given} if sampled else dict.fromkeys(SAMPLING)
-    return Decoding(arguments={**arguments, "do_sample": sampled, "max_new_tokens": max_tokens}, stops=stops)
-
-
-def generate(loaded: LoadedModel, prompts: Sequence[NamedPrompt], decoding: Decoding) -> list[Answer]:
-    """Answer the prompts of a batch, which must all have images or all have none.
-
-    Greedy answers don't depend on what else is in the batch, beyond rounding.
+    Raises:
+        SampleError: as `batch_of`.
     """
-    inputs = inputs_of(loaded, prompts)
-    width = inputs["input_ids"].shape[1]
+    batch = batch_of(loaded, prompts, padding_side="left").on(loaded)
+    width = batch.inputs["input_ids"].shape[1]
     tokenizer = loaded.processor.tokenizer
-    ends, texts = loaded.end_tokens(decoding.stops)
+    ends, texts = loaded.end_tokens(stop)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    criteria = StoppingCriteriaList([_Stops(tokenizer, texts, width)] if texts else [])
+    criteria = StoppingCriteriaList([_StopTexts(tokenizer, texts, width)] if texts else [])
     with torch.inference_mode():
         ids_BT = loaded.model.generate(
-            **inputs, **decoding.arguments, eos_token_id=ends, pad_token_id=pad, stopping_criteria=criteria
+            **batch.inputs, **arguments, eos_token_id=ends, pad_token_id=pad, stopping_criteria=criteria
         )
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    return [
-        _answer(tokenizer, ids, texts, ends, pad, length)
-        for ids, length in zip(ids_BT[:, width:].tolist(), lengths, strict=True)
-    ]
+    rows = zip(ids_BT[:, width:].tolist(), batch.types.n_text, batch.types.n_visual, strict=True)
+    return [_completion(tokenizer, ids, texts, ends, pad, n_text, n_visual) for ids, n_text, n_visual in rows]
 
 
-def _answer(
-    tokenizer: Any, ids: list[int], stops: Sequence[str], ends: Sequence[int], pad: int, input_tokens: int
-) -> Answer:
+def _completion(
+    tokenizer: Any, ids: list[int], stop: Sequence[str], ends: Sequence[int], pad: int, n_text: int, n_visual: int
+) -> Completion:
     count = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-    while stops and count == len(ids) and ids[-1:] == [pad]:
-        # Padding after a stop; without one a row that goes on to the end was not padded.
+    while stop and count == len(ids) and ids[-1:] == [pad]:
+        # Padding after a stop text; a sequence without one goes on to the end and has no padding.
         ids = ids[:-1]
         count = len(ids)
-    # The token that ends an answer was made by the model too.
-    made = count + (count < len(ids) and ids[count] in ends)
+    ended = count < len(ids)
     text = tokenizer.decode(ids[:count], skip_special_tokens=True)
-    cut = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))
-    return Answer(text[:cut], input_tokens, made)
+    cut = min((at for at in (text.find(one) for one in stop) if at >= 0), default=len(text))
+    return Completion(
+        text=text[:cut],
+        finish_reason="stop" if ended or cut < len(text) else "length",
+        prompt_tokens=n_text + n_visual,
+        visual_tokens=n_visual,
+        # The model has generated the token that ends a completion too.
+        completion_tokens=count + ended,
+        plan_digest=None,
+        queue_ms=0.0,
+        prefill_ms=0.0,
+        decode_ms=0.0,
+    )
 
 
-class _Stops(StoppingCriteria):
-    """Ends a row once its generated text, the prompt apart, holds one of the stops."""
+class _StopTexts(StoppingCriteria):
+    """Ends a sequence once its generated text holds a stop.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], width: int) -> None:
+    transformers' own `stop_strings` also match across the end of the prompt, and tokens that decode to no text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
         self._tokenizer = tokenizer
-        self._stops = stops
+        self._stop = stop
         self._width = width
         # A character is at most four tokens (its bytes); the rest is for tokens that are no text.
-        self._tail = 4 * max(map(len, stops)) + 8
+        self._tail = 4 * max(map(len, stop)) + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
         start = max(self._width, input_ids.shape[1] - self._tail)
         texts = self._tokenizer.batch_decode(input_ids[:, start:], skip_special_tokens=True)
-        done = [any(stop in text for stop in self._stops) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor([any(stop in text for stop in self._stop) for text in texts], device=input_ids.device)
+
+
+def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likelihood]:
+    """Score the continuations of a batch of prompts in one forward, in float32.
+
+    The prompts must all have images or all have none. Prompt and continuation are tokenised as one text: where the
+    last token of the prompt merges with the first of the continuation, the merged token belongs to the continuation.
+
+    Raises:
+        SampleError: as `batch_of`; or a continuation is empty, or the processor changes its tokens.
+    """
+    labels = [_labels(loaded, prompt) for prompt in prompts]
+    inputs = batch_of(loaded, prompts, padding_side="left").on(loaded).inputs
+    for prompt, label, ids_T in zip(prompts, labels, inputs["input_ids"], strict=True):
+        if ids_T[-len(label) :].tolist() != label:
+            raise _unusable(f"the tokens of the prompt do not end with those of {prompt.continuation!r:.100}")
+    prompt_BT = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    for prompt_T, label in zip(prompt_BT, labels, strict=True):
+        prompt_T[-len(label) :] = False
+    with torch.inference_mode(), prompted(loaded.decoder, prompt_BT):
+        logits_BTV = loaded.model(**inputs, use_cache=False, logits_to_keep=max(map(len, labels)) + 1).logits
+    return [_score(logits_TV, label) for logits_TV, label in zip(logits_BTV, labels, strict=True)]
+
+
+def _labels(loaded: LoadedModel, prompt: Prompt) -> list[int]:
+    labels = continuation_ids(loaded, prompt.text, prompt.continuation)
+    if not labels:
+        raise _unusable("the likelihood of an empty continuation is not defined; correct the task's choices")
+    return labels
+
+
+def _unusable(message: str) -> SampleError:
+    return SampleError(stage="tokenise", error="continuation", message=message)
+
+
+def _score(logits_TV: Tensor, labels: list[int]) -> Likelihood:
+    # The last position predicts what would come after the continuation.
+    relevant_TV = logits_TV[-len(labels) - 1 : -1].float()
+    labels_T = torch.tensor(labels, device=relevant_TV.device)
+    chosen_T = relevant_TV.log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
+    return Likelihood(float(chosen_T.sum()), bool((relevant_TV.argmax(-1) == labels_T).all()))

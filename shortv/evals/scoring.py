@@ -1,16 +1,45 @@
-"""Replies to a task's requests, as samples with scores or errors, and metrics over those that have answers."""
+"""Scores of a task's documents and its metrics, by lmms-eval's own functions, without the documents that failed."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from numbers import Real
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple
 
-from shortv.errors import ShortVError
-from shortv.evals.aggregation import MetricRow, aggregate, number_of
-from shortv.evals.asking import Reply
-from shortv.evals.marking import Marked, mark
+import numpy as np
+
+from shortv.errors import ShortVError, one_line
+from shortv.evals.dispatch import Response
+
+# What `python -m lmms_eval` takes out of answers before it scores them, unless a task says otherwise.
+_REASONING_TAGS: Final = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+# What lmms-eval adds per metric for tasks that repeat their requests.
+_OF_REPEATS: Final = ("expected_accuracy", "consensus_accuracy", "internal_variance", "consistency_rate")
+_COSTS: Final = ("queue_ms", "prefill_ms", "decode_ms", "prompt_tokens", "visual_tokens", "completion_tokens")
+
+
+class MetricRow(NamedTuple):
+    """One metric under one filter, over the `n` documents that it counts.
+
+    `value` is None where the task's aggregation gives something else than a number (a table, a submission file).
+    The other two errors are lmms-eval's `stderr_clt` and `stderr_clustered`.
+    """
+
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    n: int
+    stderr_clt: float | None = None
+    stderr_clustered: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,14 +48,14 @@ class Sample:
 
     sample_id: str
     prediction: str | None
-    """The answer, one line per round or repeat; of a multiple choice, the likeliest one."""
+    """The completion, one line per round or repeat; of a multiple choice, the most likely one."""
     target: str | None
     kind: str | None = None
     """Kind of the question, where the task's document has one."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Values by metric under the first filter; under further filters by "metric,filter"."""
     error: str | None = None
-    """`answer: ...` where a question had none, `score: ...` where the task's own code failed on it."""
+    """`answer: ...` where a request failed, `score: ...` where the task's own code failed."""
     latency_ms: float | None = None
     queue_ms: float | None = None
     prefill_ms: float | None = None
@@ -35,7 +64,7 @@ class Sample:
     visual_tokens: int | None = None
     completion_tokens: int | None = None
     exit_layer: int | None = None
-    """After which layer its visual tokens left, where its answers agree on one."""
+    """After which layer its visual tokens left, if its completions agree on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +79,26 @@ class Scored:
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """One document's requests, each with its replies."""
+class _Document(NamedTuple):
+    """One document's instances, and the responses to each (several where the task repeats its requests)."""
 
     instances: list[Any]
-    replies: list[list[Reply]]
+    responses: list[list[Response]]
 
     @property
     def failure(self) -> str | None:
-        failures = [reply.failure for replies in self.replies for reply in replies if reply.failure]
+        failures = [one.failure for responses in self.responses for one in responses if one.failure]
         return f"answer: {failures[0].reason.value}: {failures[0].message}" if failures else None
+
+
+class _Values(NamedTuple):
+    """What process_results returns for a document: values by metric, under each filter.
+
+    `repeated` holds the values of each repeat alone, for tasks that score their repeats apart.
+    """
+
+    values: Mapping[str, Mapping[str, Any]]
+    repeated: Mapping[str, Mapping[str, Sequence[Any]]]
 
 
 def score(
@@ -68,89 +106,181 @@ def score(
     task: Any,
     *,
     instances: Sequence[Any],
-    replies: Sequence[Sequence[Reply]],
+    responses: Sequence[Response],
     names: Sequence[str],
     seed: int,
     folder: str | None,
 ) -> Scored:
-    """Score a task's requests (lmms-eval's instances), given the replies to each; `names` are all documents' ids."""
-    documents = _by_document(instances, replies)
+    """Score the responses to lmms-eval's instances, given in the same order; `names` are the ids of all documents.
+
+    Args:
+        folder: where tasks that write files (submissions) write them; None throws them away.
+    """
+    documents = _by_document(instances, responses)
     answered = {doc_id: _responded(task, doc) for doc_id, doc in documents.items() if doc.failure is None}
-    marked = mark(task, answered, seed)
-    samples = [
-        _sample(task, doc_id, names[doc_id], document, marked.get(doc_id)) for doc_id, document in documents.items()
-    ]
-    kept = [found for doc_id in documents if isinstance(found := marked.get(doc_id), Marked)]
+    values = _process_all(task, answered, seed)
+    samples = tuple(_sample(task, doc_id, names[doc_id], doc, values.get(doc_id)) for doc_id, doc in documents.items())
+    kept = [one for doc_id in documents if isinstance(one := values.get(doc_id), _Values)]
     try:
-        return Scored(samples=tuple(samples), metrics=aggregate(name, task, kept, folder))
+        return Scored(samples=samples, metrics=_aggregate(name, task, kept, folder))
     except ShortVError as error:
-        return Scored(samples=tuple(samples), metrics=(), problem=str(error))
+        return Scored(samples=samples, metrics=(), problem=str(error))
 
 
-def _by_document(instances: Sequence[Any], replies: Sequence[Sequence[Reply]]) -> dict[int, _Document]:
+def _by_document(instances: Sequence[Any], responses: Sequence[Response]) -> dict[int, _Document]:
+    by_instance: dict[int, tuple[Any, list[Response]]] = {}
+    for instance, response in zip(instances, responses, strict=True):
+        by_instance.setdefault(id(instance), (instance, []))[1].append(response)
     documents: dict[int, _Document] = {}
     # As lmms-eval sorts a document's requests before it scores them.
-    for instance, given in sorted(zip(instances, replies, strict=True), key=lambda pair: pair[0].idx):
+    for instance, given in sorted(by_instance.values(), key=lambda pair: pair[0].idx):
         document = documents.setdefault(instance.doc_id, _Document([], []))
         document.instances.append(instance)
-        document.replies.append(list(given))
+        document.responses.append(given)
     return dict(sorted(documents.items()))
 
 
 def _responded(task: Any, document: _Document) -> list[Any]:
-    """Copies of the requests with their responses in lmms-eval's form."""
+    """Return copies of the instances with their responses in lmms-eval's form."""
     return [
         replace(
             instance,
-            resps=[_response(task, instance, reply) for reply in replies],
+            resps=[_resp(task, instance, response) for response in responses],
             filtered_resps={},
             raw_filtered_resps={},
             token_counts=[],
         )
-        for instance, replies in zip(document.instances, document.replies, strict=True)
+        for instance, responses in zip(document.instances, document.responses, strict=True)
     ]
 
 
-def _response(task: Any, instance: Any, reply: Reply) -> Any:
-    if reply.likelihood is not None:
-        log_probability, is_greedy = reply.likelihood
-        # lmms-eval's multiple choice takes the smallest number for the best: its models give losses.
+def _resp(task: Any, instance: Any, response: Response) -> Any:
+    if response.likelihood is not None:
+        log_probability, is_greedy = response.likelihood
+        # lmms-eval's multiple choice takes the smallest number for the best: its models return losses.
         return (-log_probability if task.OUTPUT_TYPE == "multiple_choice" else log_probability, is_greedy)
-    return list(reply.texts) if instance.request_type == "generate_until_multi_round" else reply.texts[0]
+    return list(response.texts) if instance.request_type == "generate_until_multi_round" else response.texts[0]
 
 
-def _sample(task: Any, doc_id: int, name: str, document: _Document, marked: Marked | str | None) -> Sample:
-    failure = f"score: {marked}" if isinstance(marked, str) else document.failure
-    replies = [reply for each in document.replies for reply in each]
+def _process_all(task: Any, documents: Mapping[int, Sequence[Any]], seed: int) -> dict[int, _Values | str]:
+    """Filter and score documents, given as instances with responses; a text in place of values is an error.
+
+    A document on which the task's code fails does not affect the others.
+    """
+    found: dict[int, _Values | str] = {}
+    try:
+        # All at once, as lmms-eval does.
+        _apply_filters(task, [instance for instances in documents.values() for instance in instances])
+    except Exception:  # filters are third-party code; which document they fail on is found one by one
+        for doc_id, instances in documents.items():
+            try:
+                _apply_filters(task, instances)
+            except Exception as error:
+                found[doc_id] = _line(error)
+    docs = task.eval_docs_no_media
+    for doc_id, instances in documents.items():
+        if doc_id in found:
+            continue
+        try:
+            # Some tasks guess where an answer says nothing; a guess must not depend on the other documents.
+            with drawing_from(seed, doc_id):
+                found[doc_id] = _process_filtered(task, docs[doc_id], instances)
+        except Exception as error:  # tasks run third-party code
+            found[doc_id] = _line(error)
+    return found
+
+
+def _apply_filters(task: Any, instances: Sequence[Any]) -> None:
+    # lmms-eval gives filters all documents, which is right only while none is missing.
+    docs = task.eval_docs_no_media.select([instance.doc_id for instance in instances])
+    for ensemble in task._filters:
+        ensemble.apply(list(instances), docs)
+
+
+def _process_filtered(task: Any, doc: Any, instances: Sequence[Any]) -> _Values:
+    tags = reasoning_tags(task)
+    values, repeated = {}, {}
+    for name in instances[0].filtered_resps:
+        responses = [_without_reasoning(instance.filtered_resps[name], tags) for instance in instances]
+        values[name] = dict(_process(task, doc, responses))
+        if 1 < (task.config.repeats or 1) == len(responses):
+            each = [_process(task, doc, [response]) for response in responses]
+            repeated[name] = {metric: [scores[metric] for scores in each] for metric in each[0]}
+    return _Values(values, repeated)
+
+
+def _process(task: Any, doc: Any, responses: list[Any]) -> Mapping[str, Any]:
+    # lmms-eval tries five times, two seconds apart, as if only connections could fail.
+    once = getattr(task.process_results, "__wrapped__", None)
+    found: Mapping[str, Any] = once(task, doc, responses) if once else task.process_results(doc, responses)
+    return found
+
+
+def reasoning_tags(task: Any) -> Any:
+    """Return the tags between which a model thinks aloud, or None where the task keeps such text."""
+    from lmms_eval.api.reasoning import parse_reasoning_tags_config
+
+    return parse_reasoning_tags_config(cli_value=_REASONING_TAGS, task_value=task.config.reasoning_tags)
+
+
+def _without_reasoning(response: Any, tags: Any) -> Any:
+    from lmms_eval.api.reasoning import strip_reasoning_tags
+
+    if tags is None:
+        return response
+    if isinstance(response, list):
+        return [_without_reasoning(item, tags) if isinstance(item, str) else item for item in response]
+    return strip_reasoning_tags(response, tags) if isinstance(response, str) else response
+
+
+@contextmanager
+def drawing_from(*key: object) -> Iterator[None]:
+    """Make random numbers of third-party code depend on this key alone; the process's own state is restored."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(repr(key))
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _sample(task: Any, doc_id: int, name: str, document: _Document, values: _Values | str | None) -> Sample:
+    responses = [response for each in document.responses for response in each]
     return Sample(
         sample_id=name,
         prediction=None if document.failure else _prediction(document),
         target=_target(task, doc_id),
         kind=_kind(task, doc_id),
-        scores=dict(_scores(task, marked)) if isinstance(marked, Marked) else {},
-        error=failure,
-        latency_ms=sum(reply.latency_ms for reply in replies),
-        **(_costs(replies) if document.failure is None else {}),
+        scores=dict(_scores(task, values)) if isinstance(values, _Values) else {},
+        error=f"score: {values}" if isinstance(values, str) else document.failure,
+        latency_ms=sum(response.latency_ms for response in responses),
+        **(_costs(responses) if document.failure is None else {}),
     )
 
 
-def _scores(task: Any, marked: Marked) -> Iterator[tuple[str, float]]:
-    for at, (chosen, values) in enumerate(marked.values.items()):
-        for metric, value in values.items():
+def _scores(task: Any, values: _Values) -> Iterator[tuple[str, float]]:
+    for at, (chosen, by_metric) in enumerate(values.values.items()):
+        for metric, value in by_metric.items():
             # Tasks that need more than a number to aggregate keep it under this key, as lmms-eval reads it.
             inner = value.get(task.config.score_key) if isinstance(value, Mapping) else value
-            number = number_of(inner)
-            if number is not None:
+            if (number := _number(inner)) is not None:
                 yield (f"{metric},{chosen}" if at else metric), number
 
 
 def _prediction(document: _Document) -> str:
-    scores = [reply.likelihood for replies in document.replies for reply in replies if reply.likelihood]
-    if not scores:
-        return "\n".join(text for replies in document.replies for reply in replies for text in reply.texts)
-    if len(scores) == 1:
-        return str(scores[0].log_probability)
-    best = max(range(len(scores)), key=lambda at: scores[at].log_probability)
+    responses = [response for each in document.responses for response in each]
+    likelihoods = [response.likelihood for response in responses if response.likelihood]
+    if not likelihoods:
+        return "\n".join(text for response in responses for text in response.texts)
+    if len(likelihoods) == 1:
+        return str(likelihoods[0].log_probability)
+    best = max(range(len(likelihoods)), key=lambda at: likelihoods[at].log_probability)
     return str(document.instances[best].args[1]).strip()
 
 
@@ -168,16 +298,70 @@ def _target(task: Any, doc_id: int) -> str | None:
 def _kind(task: Any, doc_id: int) -> str | None:
     try:
         kind = task.eval_docs_no_media[doc_id].get("kind")
-    except Exception:  # third-party data, for a column that groups questions
+    except Exception:  # third-party data, for a column that groups documents
         return None
     return kind if isinstance(kind, str) else None
 
 
-def _costs(replies: Sequence[Reply]) -> dict[str, Any]:
-    answers = [answer for reply in replies for answer in reply.answers]
-    names = ("queue_ms", "prefill_ms", "decode_ms", "prompt_tokens", "visual_tokens", "completion_tokens")
-    if not answers:
+def _costs(responses: Sequence[Response]) -> dict[str, Any]:
+    completions = [completion for response in responses for completion in response.completions]
+    if not completions:
         return {}
-    exits = {answer.exit_layer for answer in answers}
-    sums = {name: sum(getattr(answer, name) for answer in answers) for name in names}
+    exits = {completion.exit_layer for completion in completions}
+    sums = {name: sum(getattr(completion, name) for completion in completions) for name in _COSTS}
     return sums | {"exit_layer": exits.pop() if len(exits) == 1 else None}
+
+
+def _aggregate(name: str, task: Any, documents: Sequence[_Values], folder: str | None) -> tuple[MetricRow, ...]:
+    """Compute the metrics of documents in their order; without documents there are none.
+
+    Raises:
+        ShortVError: the task's own aggregation fails.
+    """
+    # The module takes seconds to import.
+    from lmms_eval.evaluator_utils import TaskOutput
+
+    output = TaskOutput.from_taskdict(name, task)
+    for document in documents:
+        for chosen, values in document.values.items():
+            for metric, value in values.items():
+                output.sample_metrics[metric, chosen].append(value)
+        for chosen, lists in document.repeated.items():
+            for metric, each in lists.items():
+                output.per_sample_metrics[metric, chosen].append(each)
+    with contextlib.ExitStack() as stack:
+        # lmms-eval shows bars and lines of its own for errors that it bootstraps.
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(redirect(io.StringIO()))
+        _calculate(output, folder or stack.enter_context(TemporaryDirectory(prefix="shortv-submissions-")))
+    return tuple(row for key in output.sample_metrics for row in _rows(output, *key))
+
+
+def _calculate(output: Any, folder: str) -> None:
+    before = getattr(output.task, "args", None)
+    # Tasks read from the arguments of lmms-eval's command where to write.
+    output.task.args = SimpleNamespace(output_path=folder, log_samples_suffix="")
+    try:
+        output.calculate_aggregate_metric()
+        output.calculate_clt_aggregate_metric()
+        output.calculate_stability_metrics()
+    except Exception as error:  # tasks run third-party code
+        raise ShortVError(f"the metrics of task {output.task_name!r} cannot be computed: {_line(error)}") from error
+    finally:
+        output.task.args = before
+
+
+def _rows(output: Any, metric: str, chosen: str) -> Iterator[MetricRow]:
+    found, n = output.agg_metrics, len(output.sample_metrics[metric, chosen])
+    if f"{metric},{chosen}" not in found:
+        return
+    errors = [_number(found.get(f"{metric}_{kind},{chosen}")) for kind in ("stderr", "stderr_clt", "stderr_clustered")]
+    yield MetricRow(metric, chosen, _number(found[f"{metric},{chosen}"]), errors[0], n, errors[1], errors[2])
+    for kind in _OF_REPEATS:
+        if f"{metric}_{kind},{chosen}" in found:
+            yield MetricRow(f"{metric}_{kind}", chosen, _number(found[f"{metric}_{kind},{chosen}"]), None, n)
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of any library as a float, and None for anything else."""
+    return float(value) if isinstance(value, Real) else None

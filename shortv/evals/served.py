@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
@@ -13,45 +12,35 @@ from rich.console import Console
 from rich.progress import Progress
 
 from shortv.errors import Refused, ShortVError
-from shortv.evals.asking import Reply, replies_to
-from shortv.evals.asks import Ask, ask_of
+from shortv.evals.dispatch import Response, send_all
+from shortv.evals.model_args import ServedSpec, check_plan_digest, key_on_digest, parse_model_args, read_model_args
 from shortv.evals.remote import Connection, connect_url
-from shortv.evals.response_cache import key_on_digest
-from shortv.evals.served_settings import ServedSettings, served_settings_of
-from shortv.evals.settings import parse_model_args
+from shortv.evals.requests import Conversation
 
-# That of lmms-eval for torch; sampled answers are repeatable with it.
+# That of lmms-eval for torch; sampled completions are repeatable with it.
 _SEED = 1234
-# A shorter piece of a digest could fit two plans.
-_SHORTEST_DIGEST = 12
 
 
 class ServedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """Answers lmms-eval's requests by asking replicas, many at once.
+    """Answers lmms-eval's requests by sending them to replicas, many at once.
 
-    model_args: `url` (http://127.0.0.1:8000/v1) or `app` (a running Serve application), `model` (name or name@plan),
-    `plan` (name), `plan_digest` (checked against the plan), `num_concurrent`, `timeout` (seconds per request),
-    `api_key_file`.
-
-    A request that fails ends the run with an error that names its document: no failure becomes an answer. So does a
-    plan that changes while the run goes on. lmms-eval's response cache keys on the plan's digest. Raises Refused for
-    settings that cannot be right.
+    model_args are the fields of `ServedSpec`. A request that fails ends the run with an error that names its document:
+    no failure becomes an answer. So does a plan that changes during the run. lmms-eval's response cache keys on the
+    plan's digest. Raises Refused for settings that cannot be right.
     """
 
     is_simple = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise Refused("the model shortv_serve runs in one process; start lmms-eval without accelerate or torchrun")
-        self.settings = served_settings_of(**settings)
+        self.spec = read_model_args(ServedSpec, settings)
         self.plan_digest = asyncio.run(self._look())
 
     @classmethod
     def create_from_arg_string(
         cls, arg_string: str | Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
-    ) -> ServedModel:
-        """Make the model from lmms-eval's `--model_args`; batch size and device are the replicas' affair."""
+    ) -> Self:
+        """Make the model from lmms-eval's `--model_args`; the replicas decide batch size and device."""
         own = parse_model_args(arg_string)
         model = cls(**own)
         if model.plan_digest is not None and own.get("plan_digest") != model.plan_digest:
@@ -59,79 +48,70 @@ class ServedModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return model
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request once; returns texts with their token counts, in the order of the requests."""
+        """Complete each request once; returns texts with their token counts, in the order of the requests."""
         return [
-            GenerationResult(answer.text, TokenCounts(answer.prompt_tokens, answer.completion_tokens))
-            for reply in self._replies(requests)
-            for answer in reply.answers
+            GenerationResult(one.text, TokenCounts(one.prompt_tokens, one.completion_tokens))
+            for response in self._responses(requests)
+            for one in response.completions
         ]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Score each request's continuation, as the model shortv does. Raises Refused where replicas are a URL."""
-        found = [reply.likelihood for reply in self._replies(requests)]
-        return [(score.log_probability, score.is_greedy) for score in found if score is not None]
+        scores = [response.likelihood for response in self._responses(requests)]
+        return [(score.log_probability, score.is_greedy) for score in scores if score is not None]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer round after round until each task says that it is over; returns every round's answer."""
-        return [list(reply.texts) for reply in self._replies(requests)]
+        """Complete round after round until each task ends its conversation; returns the completions of all rounds."""
+        return [list(response.texts) for response in self._responses(requests)]
 
-    async def connect(self, settings: ServedSettings) -> Connection:
-        """Reach the replicas; a subclass that knows Serve overrides this for `app`."""
-        if settings.url is None:
-            raise Refused(f"app={settings.app} cannot be asked from here; give url=http://HOST:PORT/v1")
-        return await connect_url(settings)
+    async def connect(self, spec: ServedSpec) -> Connection:
+        """Connect to the replicas; a subclass that knows Serve overrides this for `app`."""
+        if spec.url is None:
+            raise Refused(f"app={spec.app} cannot be reached from here; give url=http://HOST:PORT/v1")
+        return await connect_url(spec)
 
     async def _look(self) -> str | None:
-        """The digest of the plan, as the replicas have it."""
-        connection = await self.connect(self.settings)
+        """Return the digest of the plan on the replicas."""
+        connection = await self.connect(self.spec)
         await connection.client.aclose()
-        found, wanted = connection.plan_digest, self.settings.plan_digest
-        if wanted is not None and (len(wanted) < _SHORTEST_DIGEST or not (found or "").startswith(wanted)):
-            raise Refused(
-                f"the replicas' plan {connection.plan!r} has digest {found}, not {wanted}; serve the plan that was "
-                f"meant, or give its digest (at least the first {_SHORTEST_DIGEST} characters)"
-            )
-        return found
+        check_plan_digest(connection.plan_digest, self.spec.plan_digest, plan=connection.plan)
+        return connection.plan_digest
 
-    def _replies(self, requests: Sequence[Any]) -> list[Reply]:
-        # lmms-eval repeats a request by giving it several times.
-        seen: dict[int, int] = {}
-        asks = []
-        for request in requests:
-            repeat = seen[id(request)] = seen.get(id(request), -1) + 1
-            asks.append(ask_of(request, self.task_dict, seed=_SEED, repeat=repeat))
+    def _responses(self, requests: Sequence[Any]) -> list[Response]:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("requests", total=len(asks))
+            bar = progress.add_task("requests", total=len(requests))
 
-            def told(ask: Ask, reply: Reply) -> None:
-                self._check(ask, reply)
+            def check(conversation: Conversation, response: Response) -> None:
+                self._check(conversation.name, response)
                 progress.advance(bar)
 
-            return asyncio.run(self._ask(asks, told))
+            return asyncio.run(self._send(requests, check))
 
-    async def _ask(self, asks: Sequence[Ask], told: Any) -> list[Reply]:
-        connection = await self.connect(self.settings)
+    async def _send(self, requests: Sequence[Any], check: Any) -> list[Response]:
+        connection = await self.connect(self.spec)
         try:
-            return await replies_to(
+            return await send_all(
                 connection.client,
-                asks,
+                requests,
+                self.task_dict,
                 plan=connection.plan,
-                concurrency=self.settings.num_concurrent,
-                seconds=self.settings.timeout,
-                told=told,
+                seed=_SEED,
+                concurrency=self.spec.num_concurrent,
+                timeout_s=self.spec.timeout,
+                on_response=check,
             )
         finally:
             await connection.client.aclose()
 
-    def _check(self, ask: Ask, reply: Reply) -> None:
-        if reply.failure is not None:
-            message = reply.failure.message
-            # Failures of the task's own code say already which document it was.
-            own = message.startswith(ask.name)
-            raise ShortVError(message if own else f"{ask.name} has no answer ({reply.failure.reason}): {message}")
-        for answer in reply.answers:
-            if answer.plan_digest != self.plan_digest:
+    def _check(self, name: str, response: Response) -> None:
+        if response.failure is not None:
+            message = response.failure.message
+            # Failures of the task's own code name the document already.
+            named = message if name in message else f"{name} has no answer ({response.failure.reason}): {message}"
+            raise ShortVError(named)
+        for completion in response.completions:
+            if completion.plan_digest != self.plan_digest:
                 raise ShortVError(
-                    f"{ask.name} was answered under plan digest {answer.plan_digest}, and the run began under "
+                    f"{name} was answered under plan digest {completion.plan_digest}, and the run began under "
                     f"{self.plan_digest}; the replicas' plans changed in between: run it again"
                 )

@@ -9,8 +9,8 @@ def manifest() -> Any:
 
     return ModelManifest(
         model_id="shortv",
-        chat_class_path="shortv.workers.lmms_local.ShortV",
-        simple_class_path="shortv.workers.lmms_local.SimpleShortV",
+        chat_class_path="shortv.evals.local.ShortV",
+        simple_class_path="shortv.evals.local.SimpleShortV",
     )
 
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from shortv.errors import Refused, ShortVError
+from shortv.evals.model_args import ServedSpec
 from shortv.evals.remote import Connection
 from shortv.evals.served import ServedModel
-from shortv.evals.served_settings import ServedSettings
 
 
 class ShortVServe(ServedModel):
-    """Replicas, asked in lmms-eval's chat form."""
+    """Replicas, in lmms-eval's chat form."""
 
-    async def connect(self, settings: ServedSettings) -> Connection:
-        """Reach the replicas. Raises Refused where no such application runs or it has no such plan."""
-        if settings.app is None:
-            return await super().connect(settings)
+    async def connect(self, spec: ServedSpec) -> Connection:
+        """Connect to the replicas. Raises Refused where no such application runs or it has no such plan."""
+        if spec.app is None:
+            return await super().connect(spec)
         from shortv.workers.serving.client import ReplicaClient
 
-        client = ReplicaClient(_handle(settings.app), patient=True)
+        client = ReplicaClient(_handle(spec.app), patient=True)
         try:
             plans = await client.plans()
         except TimeoutError:
-            raise ShortVError(f"no replica of {settings.app} answers; see `serve status`, and try again") from None
-        if settings.plan and settings.plan not in plans:
+            raise ShortVError(f"no replica of {spec.app} answers; see `serve status`, and try again") from None
+        if spec.plan and spec.plan not in plans:
             raise Refused(
-                f"{settings.app} serves no plan {settings.plan!r}; it has {', '.join(plans) or 'the full model alone'}"
+                f"{spec.app} serves no plan {spec.plan!r}; it has {', '.join(plans) or 'the full model alone'}"
             )
-        return Connection(client=client, plan=settings.plan, plan_digest=plans.get(settings.plan))
+        return Connection(client=client, plan=spec.plan, plan_digest=plans.get(spec.plan))
 
 
 class SimpleShortVServe(ShortVServe):

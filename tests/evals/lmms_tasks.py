@@ -1,5 +1,6 @@
-"""Small lmms-eval tasks without images, and one fake answerer for lmms-eval and for replicas."""
+"""Small lmms-eval tasks without images, and one fake model for lmms-eval and for replicas."""
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,12 @@ doc_to_choice: [red, green, blue]
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "paragraphs": """
+output_type: generate_until
+generation_kwargs: {until: ["\\n\\n"]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
     "agentic": "output_type: generate_until_agentic",
 }
@@ -116,39 +123,37 @@ def likelihood_of(text: str, continuation: str) -> Likelihood:
 
 
 class FakeClient:
-    """Answers as `answer_to`; gives `failures` to questions that hold their key."""
+    """Completes as `answer_to`; gives `failures` to requests whose text contains their key."""
 
     def __init__(self, failures: Mapping[str, Failure | str] | None = None) -> None:
         self.failures = failures or {}
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
         self.now = self.most = 0
 
     async def complete(self, request: Request) -> Completion | Failure:
-        import asyncio
-
-        self.asked.append(request)
+        self.requests.append(request)
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
         text = text_of(request)
-        told = next((told for key, told in self.failures.items() if key in text), answer_to(text))
-        return told if isinstance(told, Failure) else answer(told)
+        given = next((given for key, given in self.failures.items() if key in text), answer_to(text))
+        return given if isinstance(given, Failure) else completion(given)
 
     async def score(self, request: Request) -> Likelihood | Failure:
         text = text_of(request)
-        told = next((told for key, told in self.failures.items() if key in text), None)
-        return told if isinstance(told, Failure) else likelihood_of(text, request.continuation or "")
+        given = next((given for key, given in self.failures.items() if key in text), None)
+        return given if isinstance(given, Failure) else likelihood_of(text, request.continuation or "")
 
     async def aclose(self) -> None:
         pass
 
 
-def text_of(question: Request) -> str:
-    return "".join(part for turn in question.messages for part in turn.parts if isinstance(part, str))
+def text_of(request: Request) -> str:
+    return "".join(part for message in request.messages for part in message.parts if isinstance(part, str))
 
 
-def answer(text: str, **more: Any) -> Completion:
+def completion(text: str, **more: Any) -> Completion:
     given = {"plan_digest": None, "queue_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 4.0, **more}
     return Completion(text=text, finish_reason="stop", prompt_tokens=30, visual_tokens=20, completion_tokens=2, **given)
 

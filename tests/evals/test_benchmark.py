@@ -13,16 +13,27 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shortv.errors import Refused, ShortVError
-from shortv.evals.asking import answer_all, replies_to, run_all
-from shortv.evals.asks import Kind, encoded
+from shortv.errors import Refused
+from shortv.evals import local
 from shortv.evals.benchmark import Benchmark
-from shortv.evals.decoding import chat_decoding
-from shortv.evals.generation import decoding_of
+from shortv.evals.dispatch import Response, run_all, send_all
+from shortv.evals.remote import Connection
+from shortv.evals.requests import Conversation, sampling_params, with_files
 from shortv.evals.scoring import Scored
+from shortv.evals.served import ServedModel
 from shortv.request import Completion, Failure, Message, Reason, Request
 from shortv.tiny.questions import KINDS
-from tests.evals.lmms_tasks import N_DOCS, TINY_TASK, FakeClient, FakeModel, SimpleFakeModel, answer, lost, write_tasks
+from tests.evals.lmms_tasks import (
+    N_DOCS,
+    TINY_TASK,
+    FakeClient,
+    FakeModel,
+    SimpleFakeModel,
+    completion,
+    lost,
+    text_of,
+    write_tasks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +42,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(benchmark: Benchmark, client: FakeClient | None = None, **more: Any) -> Scored:
-    replies = asyncio.run(replies_to(client or FakeClient(), benchmark.asks(), concurrency=3))
-    return benchmark.score(replies, **more)
+    responses = asyncio.run(benchmark.run(client or FakeClient(), concurrency=3))
+    return benchmark.score(responses, **more)
 
 
 def lmms_results(task: str, folder: Path, limit: int | None, output: Path) -> Mapping[str, Any]:
@@ -144,7 +155,7 @@ class Leaving(FakeClient):
     async def complete(self, request: Request) -> Completion | Failure:
         found = await super().complete(request)
         assert isinstance(found, Completion)
-        return replace(found, exit_layer=len(self.asked))
+        return replace(found, exit_layer=len(self.requests))
 
 
 def test_samples_carry_their_kind_and_exit_layer(tasks: Path) -> None:
@@ -162,30 +173,27 @@ def test_the_new_kind_of_question_is_found_by_its_name() -> None:
     assert {sample.kind for sample in run(Benchmark("shapes_new", limit=3)).samples} == {"shape-of-colour"}
 
 
-def test_asks_say_what_is_wanted(tasks: Path) -> None:
-    first = Benchmark("shapes_vqa", limit=2).asks()[0]
-    assert first.kind is Kind.GENERATE and first.sampling == chat_decoding({"max_new_tokens": 8, "until": "</s>"})
-    (turn,) = first.turns()
-    assert isinstance(turn.parts[0], Image.Image) and isinstance(turn.parts[1], str)
-    question = first.question(plan="some", seconds=5)
-    assert (question.plan, question.timeout_s) == ("some", 5)
-    image = question.messages[0].parts[0]
-    assert isinstance(image, bytes)
-    assert Image.open(io.BytesIO(image)).tobytes() == turn.parts[0].tobytes()
-    repeated = Benchmark("plain", include_path=tasks, limit=3, gen_kwargs={"temperature": 0.5}).asks()
-    assert [(ask.doc_id, ask.repeat) for ask in repeated] == [(at, repeat) for at in range(3) for repeat in range(2)]
-    seeds = {ask.sampling.seed for ask in repeated}
-    assert len(seeds) == 6 and None not in seeds and repeated[0].sampling.temperature == 0.5
-    choices = Benchmark("choices", include_path=tasks, limit=1).asks()
-    assert [(ask.kind, ask.index, ask.request.continuation) for ask in choices] == [
-        (Kind.LIKELIHOOD, at, f" {colour}") for at, colour in enumerate(["red", "green", "blue"])
-    ]
+def test_requests_carry_images_settings_and_seeds(tasks: Path) -> None:
+    def requests(task: str, plan: str = "", **more: Any) -> list[Request]:
+        client = FakeClient()
+        asyncio.run(Benchmark(task, include_path=tasks, **more).run(client, plan=plan, concurrency=1, timeout_s=5))
+        return client.requests
+
+    (first,) = requests("shapes_vqa", "some", limit=1)
+    assert (first.plan, first.timeout_s, first.continuation) == ("some", 5, None)
+    assert first.sampling == sampling_params({"max_new_tokens": 8, "until": "</s>"})
+    image, text = first.messages[0].parts
+    assert isinstance(text, str) and isinstance(image, bytes) and Image.open(io.BytesIO(image)).mode == "RGB"
+    repeated = requests("plain", limit=3, gen_kwargs={"temperature": 0.5})
+    seeds = [request.sampling.seed for request in repeated]
+    assert len(set(seeds)) == 6 and None not in seeds and repeated[0].sampling.temperature == 0.5
+    assert seeds == [request.sampling.seed for request in requests("plain", limit=3)]
 
 
 def test_a_limit_is_a_count_or_a_share(tasks: Path) -> None:
     for limit, count in ((None, N_DOCS), (5, 5), (5.0, 5), (0.3, 8), (1000, N_DOCS)):
         benchmark = Benchmark("filtered", include_path=tasks, limit=limit)
-        assert (benchmark.num_docs, len(benchmark.asks())) == (count, count)
+        assert (benchmark.num_docs, len(benchmark.instances)) == (count, count)
     for wrong in (0, -1, 2.5):
         with pytest.raises(Refused, match="neither a number of documents nor a share"):
             Benchmark("filtered", include_path=tasks, limit=wrong)
@@ -206,15 +214,15 @@ def test_the_digest_covers_settings_code_and_documents(tasks: Path, tmp_path: Pa
 
 
 def test_what_cannot_be_a_benchmark_is_said(tasks: Path) -> None:
-    with pytest.raises(Refused, match="knows no task 'shape_vqa'; did you mean shapes_vqa"):
+    with pytest.raises(Refused, match="has no task 'shape_vqa'; did you mean shapes_vqa"):
         Benchmark("shape_vqa")
-    with pytest.raises(Refused, match="'mmmu' stands for a group of tasks"):
+    with pytest.raises(Refused, match="'mmmu' is the name of a group of tasks"):
         Benchmark("mmmu")
     with pytest.raises(Refused, match="'agentic' is of output_type generate_until_agentic"):
         Benchmark("agentic", include_path=tasks)
     with pytest.raises(Refused, match="'nonsense' is not supported"):
         Benchmark("filtered", include_path=tasks, gen_kwargs={"nonsense": 1})
-    with pytest.raises(ValueError, match="0 replies to 24 asks"):
+    with pytest.raises(ValueError, match="0 responses to 24 instances"):
         Benchmark("filtered", include_path=tasks).score([])
     assert Benchmark("filtered", include_path=tasks).main_metric == "exact_match"
 
@@ -235,27 +243,11 @@ def test_scoring_leaves_the_process_as_it_was(tasks: Path, capfd: pytest.Capture
     assert captured.out == "" and captured.err == ""
 
 
-def test_both_readers_of_generation_settings_agree() -> None:
-    for settings in ({"temperature": 0, "do_sample": True}, {"do_sample": True, "top_k": 5}, {"temperature": 0.5}, {}):
-        here, there = decoding_of(settings), chat_decoding(settings)
-        assert here.arguments["do_sample"] == (there.temperature > 0)
-        assert here.arguments["max_new_tokens"] == there.max_tokens == 1024
-    decoding = chat_decoding({"until": ["\n\n", "Q:"], "min_new_tokens": 2, "repetition_penalty": 1.2, "top_p": 0.1})
-    assert (decoding.stop, decoding.min_tokens, decoding.repetition_penalty) == (("Q:",), 2, 1.2)
-    assert decoding.top_p == 1.0
-    assert chat_decoding({"do_sample": True}).temperature == 1.0
-    assert chat_decoding({"num_beams": 1, "length_penalty": 2.0}) == chat_decoding({})
-    with pytest.raises(Refused, match="num_beams=4 is not supported by replicas"):
-        chat_decoding({"num_beams": 4})
-    with pytest.raises(Refused, match="'guidance' is not supported"):
-        chat_decoding({"guidance": 1})
-
-
 def test_images_lose_nothing_on_their_way() -> None:
     modes = ("RGB", "L", "P", "CMYK", "RGBA", "1")
     noise = Image.effect_noise((9, 7), 80).convert("RGB")
     images = [noise.convert(mode) for mode in modes]
-    (turn,) = encoded([Message(role="user", parts=(*images, "text", b"bytes"))])
+    (turn,) = with_files([Message(role="user", parts=(*images, "text", b"bytes"))])
     *files, text, kept = turn.parts
     assert (text, kept) == ("text", b"bytes")
     for image, file in zip(images, files, strict=True):
@@ -263,22 +255,75 @@ def test_images_lose_nothing_on_their_way() -> None:
         assert Image.open(io.BytesIO(file)).tobytes() == image.convert("RGB").tobytes()
 
 
-def test_questions_are_made_when_they_are_due() -> None:
-    client = FakeClient()
-    made: list[int] = []
+def test_documents_are_read_when_their_request_is_due(tasks: Path) -> None:
+    client = FakeClient({"thing 4?": lost()})
+    benchmark = Benchmark("filtered", include_path=tasks, limit=12)
+    read: list[int] = []
+    task = benchmark.instances[0].args[1].__self__
 
-    def make(number: int) -> Request:
-        made.append(number)
-        assert len(made) - len(client.asked) <= 3
-        if number == 4:
-            raise ShortVError("no\nprompt")
-        return Request(request_id=str(number), messages=(Message(role="user", parts=(f"{number}",)),))
+    def messages(doc: Any) -> Any:
+        read.append(doc["number"])
+        assert len(read) - len(client.requests) <= 3
+        if doc["number"] == 7:
+            raise ValueError("no\nprompt")
+        return task.doc_to_messages(doc)
 
-    told: list[Any] = []
-    found = asyncio.run(answer_all(client, (lambda n=n: make(n) for n in range(12)), concurrency=2, told=told.append))
-    assert made == list(range(12)) and client.most <= 2 and len(told) == 12
-    assert found[4] == Failure(reason=Reason.INVALID, message="no prompt")
-    assert found[5] == answer(found[5].text) and [question.request_id for question in client.asked][:2] == ["0", "1"]
+    instances = [replace(one, arguments=(one.args[0], messages, *one.args[2:])) for one in benchmark.instances]
+    seen: list[tuple[str, bool]] = []
+
+    def note(conversation: Conversation, response: Response) -> None:
+        seen.append((conversation.name, response.failure is None))
+
+    documents = {"filtered": task.dataset}
+    found = asyncio.run(send_all(client, instances, documents, seed=1, concurrency=2, on_response=note))
+    assert read == list(range(12)) and client.most <= 2 and len(seen) == 12
+    assert [at for at, response in enumerate(found) if response.failure] == [4, 7]
+    assert found[7].failure == Failure(
+        reason=Reason.INVALID, message="document 7 of task 'filtered' gives no prompt: ValueError: no prompt"
+    )
+    assert [text_of(request) for request in client.requests][:2] == [f"Which colour has thing {n}?" for n in (0, 1)]
+
+
+class Broken(FakeClient):
+    """Raises what no client should."""
+
+    async def complete(self, request: Request) -> Completion | Failure:
+        if "thing 2?" in text_of(request):
+            raise KeyError("bug")
+        return await super().complete(request)
+
+
+def test_an_unexpected_exception_of_the_client_is_one_documents_error(tasks: Path) -> None:
+    scored = run(Benchmark("filtered", include_path=tasks, limit=4), Broken())
+    assert [sample.error for sample in scored.samples] == [None, None, "answer: internal: KeyError: 'bug'", None]
+
+
+def test_stops_that_a_task_names_are_kept_and_those_that_lmms_eval_adds_are_not(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, list[Any]] = {"campaign": [], "served": [], "local": []}
+
+    class Replicas(ServedModel):
+        async def connect(self, spec: Any) -> Connection:
+            return Connection(served, "", None)
+
+    def generate(loaded: Any, prompts: Any, arguments: Any, stop: Any) -> Any:
+        used["local"].append(stop)
+        return [completion("red") for _ in prompts]
+
+    monkeypatch.setattr(local, "generate", generate)
+    model = local.ShortV(device="cpu")
+    for task, gen_kwargs in (("paragraphs", None), ("filtered", None), ("filtered", {"until": "\n\n"})):
+        benchmark = Benchmark(task, include_path=tasks, limit=1, gen_kwargs=gen_kwargs)
+        client, served = FakeClient(), FakeClient()
+        asyncio.run(benchmark.run(client, concurrency=1))
+        replicas = Replicas(app="x")
+        replicas.task_dict = model.task_dict = benchmark.documents
+        replicas.generate_until(benchmark.instances)
+        model.generate_until(benchmark.instances)
+        used["campaign"].append(client.requests[0].sampling.stop)
+        used["served"].append(served.requests[0].sampling.stop)
+    assert list(used.values()) == [[("\n\n",), (), ("\n\n",)]] * 3
 
 
 def test_the_first_error_ends_all_jobs() -> None:

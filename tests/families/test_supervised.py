@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from shortv.errors import SampleError
-from shortv.evals.likelihood import likelihoods
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import likelihoods
 from shortv.families import load
 from shortv.families.preprocessing import message_of, prompt_of
 from shortv.families.supervised import IGNORED, answer_frame, continuation_ids, supervised
@@ -44,12 +43,7 @@ def test_losses_are_the_likelihoods_of_the_same_continuations() -> None:
     chosen_BT = logs_BTV.gather(2, labels_BT.clamp(min=0)[..., None])[..., 0] * (labels_BT != IGNORED)
     before, after = answer_frame(loaded)
     prompts = [
-        NamedPrompt(
-            name=sample.sample_id,
-            prompt=prompt_of(loaded, [message_of(sample)]),
-            continuation=f"{before}{sample.answer}{after}",
-        )
-        for sample in samples
+        prompt_of(loaded, [message_of(sample)], continuation=f"{before}{sample.answer}{after}") for sample in samples
     ]
     for sum_, wanted in zip(chosen_BT.sum(1).tolist(), likelihoods(loaded, prompts), strict=True):
         assert sum_ == pytest.approx(wanted.log_probability, abs=1e-4)

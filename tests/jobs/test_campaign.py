@@ -17,8 +17,8 @@ from jobs.campaign import main
 from jobs.common import run
 from reports.store import Folder
 from shortv.evals.benchmark import Benchmark
-from shortv.evals.generation import Decoding, generate
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import generate
+from shortv.evals.requests import Conversation
 from shortv.families import load_architecture
 from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
@@ -155,13 +155,11 @@ def in_process(plan: Plan | None) -> list[str]:
     loaded = bundled()
     texts = []
     with executing(loaded.model, plan.modes if plan else (Mode.FULL,) * 8):
-        for ask in Benchmark("shapes_vqa", limit=40).asks():
-            asked = ask.question(plan="", seconds=1.0)
-            settings = Decoding(
-                arguments={"do_sample": False, "max_new_tokens": asked.sampling.max_tokens}, stops=asked.sampling.stop
-            )
-            prompt = NamedPrompt(name=ask.name, prompt=prompt_of(loaded, asked.messages))
-            texts.append(generate(loaded, [prompt], settings)[0].text)
+        for instance in (benchmark := Benchmark("shapes_vqa", limit=40)).instances:
+            request = Conversation(instance, benchmark.documents).request()
+            arguments = {"do_sample": False, "max_new_tokens": request.sampling.max_tokens}
+            prompt = prompt_of(loaded, request.messages)
+            texts.append(generate(loaded, [prompt], arguments, request.sampling.stop)[0].text)
     return texts
 
 

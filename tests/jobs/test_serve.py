@@ -25,8 +25,7 @@ from PIL import Image
 
 from jobs.common import run
 from jobs.serve import main
-from shortv.evals.generation import Decoding, generate
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import generate
 from shortv.families import load_architecture
 from shortv.families.preprocessing import message_of, prompt_of
 from shortv.layers.apply import executing
@@ -155,10 +154,10 @@ def free_port() -> int:
 def in_process(sample: Sample, modes: tuple[Mode, ...]) -> tuple[str, int, int]:
     """Text, tokens of the prompt and of the answer as transformers' generate has them."""
     loaded = bundled()
-    settings = Decoding(arguments={"do_sample": False, "max_new_tokens": 24}, stops=())
+    arguments = {"do_sample": False, "max_new_tokens": 24}
     with executing(loaded.model, modes):
-        prompt = NamedPrompt(name="it", prompt=prompt_of(loaded, (message_of(sample),)))
-        return tuple(generate(loaded, [prompt], settings)[0])
+        (found,) = generate(loaded, [prompt_of(loaded, (message_of(sample),))], arguments)
+    return found.text, found.prompt_tokens, found.completion_tokens
 
 
 def test_openais_client_lists_the_models_and_asks_under_every_plan(endpoint: Endpoint) -> None:

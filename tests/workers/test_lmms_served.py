@@ -15,10 +15,8 @@ import uvicorn
 from ray import serve
 
 from shortv.errors import Refused
-from shortv.evals.asking import replies_to
 from shortv.evals.benchmark import Benchmark
-from shortv.evals.generation import Decoding, generate
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import generate
 from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
@@ -75,23 +73,20 @@ def url(local_ray: None) -> Iterator[str]:
 
 
 class InProcess:
-    """Answers with transformers' generate, one question at a time."""
+    """Completes with transformers' generate, one request at a time."""
 
     async def complete(self, request: Request) -> Completion:
         loaded, decoding = bundled(), request.sampling
-        prompt = NamedPrompt(name=request.request_id, prompt=prompt_of(loaded, request.messages))
         arguments = {"do_sample": False, "max_new_tokens": decoding.max_tokens}
         with executing(loaded.model, plan().modes if request.plan else (Mode.FULL,) * 8):
-            (found,) = generate(loaded, [prompt], Decoding(arguments=arguments, stops=decoding.stop))
-        counts = {"prompt_tokens": found.input_tokens, "visual_tokens": 0, "completion_tokens": found.output_tokens}
-        times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
-        return Completion(text=found.text, finish_reason="stop", plan_digest=None, **counts, **times)
+            (found,) = generate(loaded, [prompt_of(loaded, request.messages)], arguments, decoding.stop)
+        return found
 
 
 def in_process(name: str) -> Mapping[str, float]:
     benchmark = Benchmark("shapes_vqa", limit=LIMIT)
-    replies = asyncio.run(replies_to(InProcess(), benchmark.asks(), plan=name, concurrency=1))
-    return {f"{row.metric},{row.filter}": row.value for row in benchmark.score(replies).metrics}
+    responses = asyncio.run(benchmark.run(InProcess(), plan=name, concurrency=1))
+    return {f"{row.metric},{row.filter}": row.value for row in benchmark.score(responses).metrics}
 
 
 def lmms_eval(model: str, model_args: str, output: Path) -> Mapping[str, float]:

@@ -18,8 +18,7 @@ from reports.manifest import digest_of, utc_now, versions
 from reports.masking import masked
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError, one_line
-from shortv.evals.aggregation import MetricRow
-from shortv.evals.scoring import Sample
+from shortv.evals.scoring import MetricRow, Sample
 from shortv.learned.dyvte import measured_exit_ratio
 from shortv.learned.registry import plan_flops_ratio
 from shortv.plan import PartsKind, Plan

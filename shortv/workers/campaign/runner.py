@@ -16,9 +16,9 @@ from rich.console import Console
 
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError
-from shortv.evals.asking import Reply, replies_to
-from shortv.evals.asks import Ask
 from shortv.evals.benchmark import Benchmark
+from shortv.evals.dispatch import Response
+from shortv.evals.requests import Conversation
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
 from shortv.request import FULL_MODEL
@@ -96,27 +96,25 @@ class ReplicaRunner:
         self, handle: DeploymentHandle[Any], concurrency: int, replicas: int, plan: Plan | None, task: str
     ) -> CellResult:
         benchmark = self._benchmarks[task]
-        asks = benchmark.asks()
         started = time.monotonic()
-        with SampleProgress(total=len(asks), console=self._console, label=task, brief=True) as progress:
+        with SampleProgress(total=len(benchmark.instances), console=self._console, label=task, brief=True) as progress:
 
-            def told(_: Ask, reply: Reply) -> None:
-                progress.advance(1, int(reply.failure is not None))
+            def advance(_: Conversation, response: Response) -> None:
+                progress.advance(1, int(response.failure is not None))
 
-            replies = asyncio.run(
-                replies_to(
+            responses = asyncio.run(
+                benchmark.run(
                     # What a client waits for belongs to the event loop, and each cell has its own.
                     ReplicaClient(handle, patient=True),
-                    asks,
                     plan=plan.name if plan else FULL_MODEL,
                     concurrency=concurrency,
-                    seconds=REQUEST_SECONDS,
-                    told=told,
+                    timeout_s=REQUEST_SECONDS,
+                    on_response=advance,
                 )
             )
         seconds = time.monotonic() - started
-        _check_digests(replies, plan)
-        scored = benchmark.score(replies)
+        _check_digests(responses, plan)
+        scored = benchmark.score(responses)
         return CellResult(
             samples=scored.samples,
             metrics=scored.metrics,
@@ -136,8 +134,8 @@ def _model_spec(model: str, spec: CampaignSpec) -> ModelSpec:
     )
 
 
-def _check_digests(replies: Sequence[Reply], plan: Plan | None) -> None:
+def _check_digests(responses: Sequence[Response], plan: Plan | None) -> None:
     wanted = plan.digest if plan else None
-    found = {answer.plan_digest for reply in replies for answer in reply.answers} - {wanted}
+    found = {completion.plan_digest for response in responses for completion in response.completions} - {wanted}
     if found:
-        raise ShortVError(f"answers came under plan digest {found.pop()}, not {wanted}; run the cell again")
+        raise ShortVError(f"completions came under plan digest {found.pop()}, not {wanted}; run the cell again")

@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from shortv.evals.likelihood import likelihoods
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import likelihoods
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import batch_of, positions_of
 from shortv.families.vision import VisionCache
@@ -142,11 +142,8 @@ def score(loaded: LoadedModel, sequences: Iterable[Sequence]) -> None:
         ShortVError: a continuation cannot be scored; score each alone to find out which.
     """
     sequences = list(sequences)
-    named = [
-        NamedPrompt(name="the request", prompt=one.prompt, continuation=one.request.continuation or "")
-        for one in sequences
-    ]
-    for one, found in zip(sequences, likelihoods(loaded, named), strict=True):
+    prompts = [replace(one.prompt, continuation=one.request.continuation or "") for one in sequences]
+    for one, found in zip(sequences, likelihoods(loaded, prompts), strict=True):
         if math.isnan(found.log_probability):
             one.fail(Reason.INTERNAL, NOT_FINITE)
         else:

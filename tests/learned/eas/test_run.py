@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 from shortv.errors import Refused
-from shortv.evals.likelihood import likelihoods
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import likelihoods
 from shortv.families import Batch, decoder_of
 from shortv.families.preprocessing import batch_of as batch_of_prompts
 from shortv.families.preprocessing import message_of, prompt_of
@@ -231,7 +231,7 @@ def test_likelihoods_of_answers_are_those_of_decoding_them_with_a_cache() -> Non
     sample = calibration()[0]
     prompt = prompt_of(model, [message_of(sample)])
     answers = ["red", "red circle blue square"]
-    named = [NamedPrompt(name=answer, prompt=prompt, continuation=f" {answer}") for answer in answers]
+    named = [replace(prompt, continuation=f" {answer}") for answer in answers]
     with running(executing, model.model, settings.modes(8), learned), torch.inference_mode():
         found = likelihoods(model, named)
         for answer, likelihood in zip(named, found, strict=True):

@@ -15,8 +15,7 @@ from reports.manifest import Manifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
-from shortv.evals.aggregation import MetricRow
-from shortv.evals.scoring import Sample
+from shortv.evals.scoring import MetricRow, Sample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics

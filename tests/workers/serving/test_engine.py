@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from shortv.evals.generation import Answer as Generated
-from shortv.evals.generation import Decoding, generate
-from shortv.evals.likelihood import likelihoods
-from shortv.evals.prompts import NamedPrompt
+from shortv.evals.generation import generate, likelihoods
 from shortv.families import LoadedModel
 from shortv.layers.apply import executing
 from shortv.plan import Mode, modes_of_layers
-from shortv.request import Likelihood, Message, Reason
+from shortv.request import Completion, Likelihood, Message, Reason
 from shortv.workers.serving import batch as batch_module
 from shortv.workers.serving import engine as engine_module
 from shortv.workers.serving.batch import RunningBatch
@@ -39,14 +36,13 @@ PLANS = {
 }
 
 
-def generated(one: Submitted, loaded: LoadedModel | None = None, **arguments: Any) -> Generated:
+def generated(one: Submitted, loaded: LoadedModel | None = None, **arguments: Any) -> Completion:
     """What transformers generates for this request alone, under its plan."""
     loaded = loaded or bundled()
     sampling = one.sequence.request.sampling
     arguments = {"do_sample": False, "max_new_tokens": sampling.max_tokens, **arguments}
     with executing(loaded.model, one.sequence.modes, one.sequence.run):
-        prompt = NamedPrompt(name="it", prompt=one.sequence.prompt)
-        return generate(loaded, [prompt], Decoding(arguments=arguments, stops=sampling.stop))[0]
+        return generate(loaded, [one.sequence.prompt], arguments, sampling.stop)[0]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -78,8 +74,8 @@ def test_completions_equal_generate_for_every_plan_at_once() -> None:
         completions = [one.completion() for one in submitted]
     for one, completion in zip(submitted, completions, strict=True):
         wanted = generated(one)
-        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.output_tokens)
-        assert completion.prompt_tokens == wanted.input_tokens
+        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.completion_tokens)
+        assert completion.prompt_tokens == wanted.prompt_tokens
         assert completion.visual_tokens == 36 * len(one.sequence.prompt.images)
         assert completion.finish_reason == ("length" if completion.completion_tokens == 12 else "stop")
     assert engine.vision.misses == 4  # six plans, four images
@@ -102,7 +98,7 @@ def test_sampling_parameters_mean_what_they_mean_to_generate(
     for one, completion in zip(submitted, completions, strict=True):
         wanted = generated(one, **arguments)
         assert completion.text == wanted.text
-        assert arguments or completion.completion_tokens == wanted.output_tokens
+        assert arguments or completion.completion_tokens == wanted.completion_tokens
 
 
 def test_a_sampled_completion_depends_on_its_seed_alone() -> None:
@@ -153,7 +149,7 @@ def test_likelihoods_equal_those_in_process() -> None:
         found = [one.last() for one in submit(engine, *submitted)]
     with executing(bundled().model, PLANS["freeze"]):
         for one, sample, value in zip(submitted, samples, found, strict=True):
-            prompt = NamedPrompt(name="it", prompt=one.sequence.prompt, continuation=str(sample.answer))
+            prompt = replace(one.sequence.prompt, continuation=str(sample.answer))
             [wanted] = likelihoods(bundled(), [prompt])
             assert isinstance(value, Likelihood) and value.is_greedy == wanted.is_greedy
             assert value.log_probability == pytest.approx(wanted.log_probability, abs=1e-4)

@@ -11,8 +11,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from shortv.errors import Refused, ShortVError
-from shortv.evals.specs import TaskSpec, parse_spec
-from shortv.evals.tasks import samples_of_tasks, task_samples
+from shortv.evals.samples import TaskSpec, parse_spec, samples_of_tasks, task_samples
 
 TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
 N_DOCS = 30
@@ -113,12 +112,12 @@ def test_a_damaged_document_is_kept_for_its_error_row(tasks: Path) -> None:
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tasks: Path) -> None:
     cases = {
-        "shade:3": (Refused, r"knows no task 'shade'; did you mean shades"),
-        f"shades:{N_DOCS + 1}": (Refused, "has 30 documents, 31 were asked for"),
+        "shade:3": (Refused, r"has no task 'shade'; did you mean shades"),
+        f"shades:{N_DOCS + 1}": (Refused, "has 30 documents, fewer than 31"),
         "absent:1": (ShortVError, "'absent' could not be loaded: FileNotFoundError"),
         # A task of lmms-eval itself, whose data is on a hub that tests cannot reach.
         "gqa:2": (ShortVError, "'gqa' could not be loaded: .*check that its data set"),
-        "mmmu:2": (Refused, "'mmmu' stands for a group of tasks"),
+        "mmmu:2": (Refused, "'mmmu' is the name of a group of tasks"),
     }
     for spec, (kind, message) in cases.items():
         with pytest.raises(kind, match=message) as caught:
