@@ -45,6 +45,7 @@ _HASH_LENGTH: Final = 12
 _SUBMITTED: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 M = TypeVar("M", bound=ModelRunManifest)
+R = TypeVar("R", bound=RunManifest)
 
 
 class Stopped(ShortVError, SystemExit):
@@ -155,14 +156,23 @@ def complete(folder: Folder, manifest: M, work: Callable[[M], M]) -> M:
         manifest = open_run(folder, manifest)
         if manifest.state is not State.RUNNING:
             return manifest
-        started = time.monotonic()
-        manifest = manifest.updated(attempts=manifest.attempts + 1)
-        manifest.save(folder)
-        seconds = manifest.wall_seconds or 0.0
-        final = work(manifest)
-        final = final.updated(finished=utc_now(), wall_seconds=seconds + time.monotonic() - started)
-        final.save(folder)
-        return final
+        return attempt(folder, manifest, work)
+
+
+def attempt(folder: Folder, manifest: R, work: Callable[[R], R]) -> R:
+    """Count a new attempt in the manifest, do the work, and write the final manifest last. The folder is locked.
+
+    Args:
+        work: as for `complete`.
+    """
+    started = time.monotonic()
+    manifest = manifest.updated(attempts=manifest.attempts + 1)
+    manifest.save(folder)
+    seconds = manifest.wall_seconds or 0.0
+    final = work(manifest)
+    final = final.updated(finished=utc_now(), wall_seconds=seconds + time.monotonic() - started)
+    final.save(folder)
+    return final
 
 
 def exit_status(failed: int, total: int, tolerated: float) -> int:

@@ -1,4 +1,4 @@
-"""The driver of a campaign: checks, runs the cells that are missing, commits each, and reports the result."""
+"""The driver of a campaign: checks the spec, runs the cells that are missing, commits each, and prints the tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from reports.manifest import CampaignManifest, State, plain, utc_now, versions
+from reports.store import Folder
 from shortv.errors import Refused
-from shortv.plan import Plan
+from shortv.evals.scoring import Sample
 from shortv.terminal import console as default_console
 from shortv.terminal import say
 from shortv.workers.campaign.cells import (
@@ -28,12 +29,21 @@ from shortv.workers.campaign.cells import (
     list_cells,
     record_of,
 )
-from shortv.workers.campaign.folder import CampaignFolder, open_campaign
+from shortv.workers.campaign.folder import CampaignFolder
 from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.campaign.summary import main_metric, print_summary
+from shortv.workers.campaign.summary import print_summary, result_line
 from shortv.workers.campaign.tables import Scores, build_tables
-from shortv.workers.run import PARTIAL_STATUS, Stopped, stop_on_signal, write_report
+from shortv.workers.run import (
+    Stopped,
+    attempt,
+    check_output,
+    exit_status,
+    find_manifest,
+    one_driver,
+    stop_on_signal,
+    write_report,
+)
 from shortv.workers.shipping import folder_digest
 
 
@@ -46,136 +56,19 @@ def run_campaign(spec: CampaignSpec, *, runner: Runner, console: Console | None 
     """
     console = console or default_console()
     with stop_on_signal():
+        check_output(spec.output_path)
+        folder = Folder(spec.output_path)
+        # A folder of another run is refused before models and tasks are read.
+        find_manifest(folder, CampaignManifest)
         prepared = prepare(spec, runner)
         for warning in prepared.warnings:
             say(console, f"Warning: {warning}")
-        with open_campaign(spec.output_path) as folder:
-            run = _Run(prepared=prepared, runner=runner, folder=folder, console=console)
-            worked = run.run()
-            status = run.report()
-            write_report(folder.folder, console, anew=worked)
-            return status
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One run of the command on an open folder."""
-
-    prepared: Prepared
-    runner: Runner
-    folder: CampaignFolder
-    console: Console
-    records: dict[str, CellRecord] = field(default_factory=dict)
-    scores: Scores = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scores = Scores(self.folder, seed=self.prepared.spec.seed)
-
-    def run(self) -> bool:
-        """Run what is missing and return True; a finished campaign of the same spec is left as it is."""
-        started = time.monotonic()
-        before = self.folder.manifest()
-        found = self.folder.find(self.prepared.cells)
-        self.records = found.records
-        for line in found.damaged:
-            say(self.console, f"Warning: {line}")
-        pending = self._pending()
-        keys = {cell.key for cell in self.prepared.cells}
-        say(self.console, f"{len(keys)} cells, {len(keys) - len(pending)} finished")
-        wanted = describe_run(self.prepared, before)
-        if not pending and before == final_manifest(wanted, self.records, before) and self.folder.has_tables():
-            return False
-        self.folder.folder.check_writable()
-        wanted.save(self.folder.folder)
-        for model in dict.fromkeys(cell.model.name for cell in pending):
-            self._run_model([cell for cell in pending if cell.model.name == model])
-        self._write_tables()
-        seconds = time.monotonic() - started
-        final_manifest(wanted, self.records, None, seconds=seconds).save(self.folder.folder)
-        return True
-
-    def report(self) -> int:
-        """Print the tables and the failures; returns the exit status."""
-        cells = self.prepared.cells
-        print_summary(cells, self.records, build_tables(cells, self.records, self.scores), self.console)
-        say(self.console, f"results in {self.folder.folder.shown}")
-        tolerated = self.prepared.spec.fail_on_error
-        shares = [
-            1.0 if record.state is CellState.FAILED else record.errors / max(record.n, 1)
-            for record in self.records.values()
-        ]
-        return PARTIAL_STATUS if any(share > tolerated for share in shares) else 0
-
-    def _pending(self) -> list[Cell]:
-        """The cells to run, one for all that share a key."""
-        retry = self.prepared.spec.retry_failed
-        first = {cell.key: cell for cell in reversed(self.prepared.cells)}
-        distinct = [cell for cell in self.prepared.cells if first[cell.key] is cell]
-        return [cell for cell in distinct if _is_pending(self.records.get(cell.key), retry)]
-
-    def _run_model(self, cells: Sequence[Cell]) -> None:
-        plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not PlanKind.FULL}
-        with ExitStack() as stack:
-            try:
-                model = cells[0].model
-                spec = self.prepared.spec.model_copy(update={"revision": model.revision})
-                opened = self.runner.open(model.name, tuple(plans.values()), spec)
-                run_cell = stack.enter_context(opened)
-            except (Stopped, Refused):
-                raise
-            except Exception as error:  # whatever keeps a model's replicas away fails its cells alone
-                for cell in cells:
-                    self._commit(cell, failed_record(cell, error, utc_now(), 0.0))
-                return
-            for cell in cells:
-                self._run_cell(run_cell, cell)
-
-    def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
-        started, clock = utc_now(), time.monotonic()
-        plan: Plan | None = None if cell.entry.kind is PlanKind.FULL else cell.entry.plan
-        try:
-            result = run_cell(plan, cell.task.name)
-            record = record_of(cell, result, started, time.monotonic() - clock)
-        except Stopped:
-            raise
-        except Exception as error:  # tasks and judges run third-party code; their failures are the cell's
-            self._commit(cell, failed_record(cell, error, started, time.monotonic() - clock))
-            return
-        if not self._keeps_old(cell, record):
-            record = self.folder.write_answers(cell, result.samples, record)
-        self._commit(cell, record)
-
-    def _commit(self, cell: Cell, record: CellRecord) -> None:
-        """Write the record and the tables. A retry that failed altogether does not undo what was there."""
-        if self._keeps_old(cell, record):
-            say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
-            return
-        self.folder.write_record(record)
-        self.records[cell.key] = record
-        self._write_tables()
-        keys = list(dict.fromkeys(one.key for one in self.prepared.cells))
-        done = sum(key in self.records for key in keys)
-        say(self.console, f"[{done}/{len(keys)}] {cell.shown}: {self._outcome(cell, record)}")
-
-    def _keeps_old(self, cell: Cell, record: CellRecord) -> bool:
-        before = self.records.get(cell.key)
-        return record.state is CellState.FAILED and before is not None and before.state is not CellState.FAILED
-
-    def _outcome(self, cell: Cell, record: CellRecord) -> str:
-        if record.state is CellState.FAILED:
-            return f"failed: {record.message}"
-        name = main_metric([cell], {cell.key: record})
-        value = next((found.value for found in record.metrics if found.metric == name), None)
-        score = f"{name} {value:.4f}, " if value is not None else ""
-        errors = f", {record.errors} failed" if record.errors else ""
-        return f"{score}{record.n} samples in {record.wall_seconds:.1f} s{errors}"
-
-    def _write_tables(self) -> None:
-        self.folder.write_tables(build_tables(self.prepared.cells, self.records, self.scores))
-
-
-def _is_pending(record: CellRecord | None, retry: bool) -> bool:
-    return record is None or (retry and record.state is not CellState.COMPLETE)
+        with one_driver(folder):
+            campaign = _Campaign(prepared=prepared, runner=runner, folder=CampaignFolder(folder), console=console)
+            worked = campaign.run()
+            campaign.report()
+            write_report(folder, console, anew=worked)
+            return campaign.exit_status()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +82,20 @@ class Prepared:
     cells: tuple[Cell, ...]
     warnings: tuple[str, ...]
 
+    def distinct(self) -> dict[str, Cell]:
+        """Return the cells by key, in order; of cells that share a key, the first."""
+        found: dict[str, Cell] = {}
+        for cell in self.cells:
+            found.setdefault(cell.key, cell)
+        return found
+
 
 def prepare(spec: CampaignSpec, runner: Runner) -> Prepared:
-    """Read models, plans and tasks and list the cells.
+    """Read models, plans and tasks, and list the cells.
 
     Raises:
         Refused: one of them cannot be right.
-        ShortVError: the data of a task cannot be had.
+        ShortVError: the data of a task cannot be loaded.
     """
     models = tuple(_model_of(name, spec, runner) for name in spec.models)
     resolved = resolve_plans(spec.plans, models)
@@ -210,8 +110,120 @@ def prepare(spec: CampaignSpec, runner: Runner) -> Prepared:
     )
 
 
+@dataclass(slots=True, kw_only=True)
+class _Campaign:
+    """A campaign in a folder that is locked; `records` are those of its finished cells by key."""
+
+    prepared: Prepared
+    runner: Runner
+    folder: CampaignFolder
+    console: Console
+    records: dict[str, CellRecord] = field(default_factory=dict)
+    scores: Scores = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = Scores(self.folder, seed=self.prepared.spec.seed)
+
+    def run(self) -> bool:
+        """Run the cells that are missing and return True; a finished campaign of the same spec is not changed."""
+        folder = self.folder.folder
+        before = find_manifest(folder, CampaignManifest)
+        self.records, damaged = self.folder.read_records(self.prepared.distinct())
+        for line in damaged:
+            say(self.console, f"Warning: {line}; the cell runs again")
+        pending = self._pending()
+        total = len(self.prepared.distinct())
+        say(self.console, f"{total} cells, {total - len(pending)} finished")
+        wanted = describe_run(self.prepared, before)
+        if not pending and _is_finished(before, wanted) and self.folder.has_tables():
+            return False
+        folder.check_writable()
+        attempt(folder, wanted, lambda running: self._run_cells(running, pending))
+        return True
+
+    def report(self) -> None:
+        """Print the tables and the failures."""
+        cells = self.prepared.cells
+        print_summary(cells, self.records, build_tables(cells, self.records, self.scores), self.console)
+        say(self.console, f"results in {self.folder.folder.shown}")
+
+    def exit_status(self) -> int:
+        """Return 0 when no cell lacks more than the tolerated share of its samples, else 3."""
+        tolerated = self.prepared.spec.fail_on_error
+        failed = [
+            (1, 1) if record.state is CellState.FAILED else (record.errors, record.n)
+            for record in self.records.values()
+        ]
+        return max(exit_status(errors, total, tolerated) for errors, total in failed)
+
+    def _pending(self) -> list[Cell]:
+        """Return the cells to run, one for all that share a key."""
+        retry = self.prepared.spec.retry_failed
+        finished = {key for key, record in self.records.items() if record.state is CellState.COMPLETE or not retry}
+        return [cell for key, cell in self.prepared.distinct().items() if key not in finished]
+
+    def _run_cells(self, running: CampaignManifest, pending: Sequence[Cell]) -> CampaignManifest:
+        """Run cells model by model, and return the final manifest."""
+        for model in dict.fromkeys(cell.model.name for cell in pending):
+            self._run_model([cell for cell in pending if cell.model.name == model])
+        self._write_tables()
+        states = Counter(record.state for record in self.records.values())
+        counts = {
+            "cells": len(self.records),
+            **{state.value: states[state] for state in CellState},
+            "samples": sum(record.n for record in self.records.values()),
+            "errors": sum(record.errors for record in self.records.values()),
+        }
+        whole = states[CellState.COMPLETE] == len(self.records)
+        return running.updated(state=State.COMPLETE if whole else State.PARTIAL, counts=counts)
+
+    def _run_model(self, cells: Sequence[Cell]) -> None:
+        model = cells[0].model
+        plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not PlanKind.FULL}
+        spec = self.prepared.spec.model_copy(update={"revision": model.revision})
+        with ExitStack() as stack:
+            try:
+                run_cell = stack.enter_context(self.runner.open(model.name, tuple(plans.values()), spec))
+            except (Stopped, Refused):
+                raise
+            except Exception as error:  # without replicas of this model, only its own cells fail
+                for cell in cells:
+                    self._commit(cell, failed_record(cell, error, utc_now(), 0.0))
+                return
+            for cell in cells:
+                self._run_cell(run_cell, cell)
+
+    def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
+        started, clock = utc_now(), time.monotonic()
+        plan = None if cell.entry.kind is PlanKind.FULL else cell.entry.plan
+        samples: Sequence[Sample] = ()
+        try:
+            result = run_cell(plan, cell.task.name)
+            record = record_of(cell, result, started, time.monotonic() - clock)
+            samples = result.samples
+        except Stopped:
+            raise
+        except Exception as error:  # tasks and judges run third-party code; its errors are failures of the cell
+            record = failed_record(cell, error, started, time.monotonic() - clock)
+        self._commit(cell, record, samples)
+
+    def _commit(self, cell: Cell, record: CellRecord, samples: Sequence[Sample] = ()) -> None:
+        """Write the cell and all tables. A retry that failed does not replace the samples of an earlier run."""
+        before = self.records.get(cell.key)
+        if record.state is CellState.FAILED and before is not None and before.state is not CellState.FAILED:
+            say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
+            return
+        self.records[cell.key] = self.folder.commit(cell, record, samples)
+        self._write_tables()
+        total = len(self.prepared.distinct())
+        say(self.console, f"[{len(self.records)}/{total}] {cell.shown}: {result_line(cell, record)}")
+
+    def _write_tables(self) -> None:
+        self.folder.write_tables(build_tables(self.prepared.cells, self.records, self.scores))
+
+
 def describe_run(prepared: Prepared, before: CampaignManifest | None) -> CampaignManifest:
-    """The manifest while cells run; what an earlier run on the folder took is carried on."""
+    """Return the manifest with which this run starts. It adds to the attempts and the time of an earlier run."""
     return CampaignManifest(
         state=State.RUNNING,
         arguments=prepared.spec.arguments(),
@@ -222,35 +234,17 @@ def describe_run(prepared: Prepared, before: CampaignManifest | None) -> Campaig
         ),
         tasks=tuple(task._asdict() for task in prepared.tasks),
         seed=prepared.spec.seed,
-        attempts=(before.attempts if before else 0) + 1,
+        attempts=before.attempts if before else 0,
         started=before.started if before else utc_now(),
         wall_seconds=before.wall_seconds if before else None,
     )
 
 
-def final_manifest(
-    running: CampaignManifest,
-    records: Mapping[str, CellRecord],
-    before: CampaignManifest | None,
-    *,
-    seconds: float = 0.0,
-) -> CampaignManifest:
-    """The manifest at the end; with the manifest of an earlier end as `before`, that end's time stays."""
-    states = Counter(record.state for record in records.values())
-    whole = all(record.state is CellState.COMPLETE for record in records.values())
-    counts = {
-        "cells": len(records),
-        **{state.value: states[state] for state in CellState},
-        "samples": sum(record.n for record in records.values()),
-        "errors": sum(record.errors for record in records.values()),
-    }
-    return running.updated(
-        state=State.COMPLETE if whole else State.PARTIAL,
-        counts=counts,
-        attempts=before.attempts if before else running.attempts,
-        finished=before.finished if before else utc_now(),
-        wall_seconds=running.wall_seconds if before else seconds + (running.wall_seconds or 0.0),
-    )
+def _is_finished(before: CampaignManifest | None, wanted: CampaignManifest) -> bool:
+    """Whether an earlier run with the same settings, models, plans, tasks and versions came to its end."""
+    if before is None or before.state is State.RUNNING:
+        return False
+    return before == wanted.updated(state=before.state, counts=before.counts, finished=before.finished)
 
 
 def _model_of(name: str, spec: CampaignSpec, runner: Runner) -> ModelFacts:

@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple
 
 from reports.store import Folder
 from shortv.architecture import Architecture
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused, ShortVError, one_line
 from shortv.learned.header import check_parts
 from shortv.plan import Mode, Plan, parse_mode
 from shortv.sweep.planning import Control, Request, check_count, choose_layers, replacement_order
+from shortv.terminal import printable
 from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
 
 FULL: Final = "full"
@@ -120,8 +121,8 @@ def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
                 plans[model.name].append(entry)
                 warnings += found
         if len(refusals) == len(models):
-            raise Refused(f"plan {source.text!r}: {refusals[0][1]}") from refusals[0][1]
-        warnings += [f"plan {source.text!r} is left out for {name}: {error}" for name, error in refusals]
+            raise Refused(f"plan {_shown(source.text)}: {refusals[0][1]}") from refusals[0][1]
+        warnings += [f"plan {_shown(source.text)} is left out for {name}: {error}" for name, error in refusals]
     entries = {name: _distinct(found, name) for name, found in plans.items()}
     return ResolvedPlans(entries, tuple(dict.fromkeys(warnings)))
 
@@ -137,9 +138,13 @@ def _sources(text: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> list[_Pl
         if _RESERVED.match(text):
             raise Refused(f"this form is not known; give {_FORMS}")
         return [_given(text, Plan.load(path)) for path in _paths(text)]
-    except ShortVError as error:
-        # No work has started: a sweep folder that cannot be read is refused, whatever the reason.
-        raise Refused(f"plan {text!r}: {error}") from error
+    except (ShortVError, OSError, ValueError) as error:
+        # The operating system rejects names that are too long or contain NUL.
+        raise Refused(f"plan {_shown(text)}: {one_line(error)}") from error
+
+
+def _shown(text: str) -> str:
+    return printable(repr(text), limit=200)
 
 
 def _paths(text: str) -> list[str]:

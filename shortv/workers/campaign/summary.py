@@ -39,6 +39,17 @@ def list_failures(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> l
     return [f"{cell.shown}: {record.message}" for cell, record in found if record.state is not CellState.COMPLETE]
 
 
+def result_line(cell: Cell, record: CellRecord) -> str:
+    """Return the result of a cell in a few words."""
+    if record.state is CellState.FAILED:
+        return f"failed: {record.message}"
+    name = main_metric([cell], {cell.key: record})
+    value = next((found.value for found in record.metrics if found.metric == name), None)
+    score = f"{name} {value:.4f}, " if value is not None else ""
+    errors = f", {record.errors} failed" if record.errors else ""
+    return f"{score}{record.n} samples in {record.wall_seconds:.1f} s{errors}"
+
+
 def main_metric(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> str | None:
     """The metric that the table of a task shows: the task's own choice, else the first that a cell has."""
     named = cells[0].task.main_metric

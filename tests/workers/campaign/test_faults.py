@@ -13,9 +13,9 @@ from ray.exceptions import RayError
 from reports.manifest import CampaignManifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.workers.campaign.folder import TABLES, open_campaign
+from shortv.workers.campaign.folder import TABLES
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.run import Stopped
+from shortv.workers.run import Stopped, one_driver
 from tests.workers.campaign.fakes import FakeRunner, recipe
 from tests.workers.campaign.test_campaign import campaign, last_table, tables
 
@@ -200,7 +200,7 @@ def test_damaged_files_make_the_cell_run_again(tmp_path: Path) -> None:
 def test_two_drivers_on_one_folder_are_refused(tmp_path: Path) -> None:
     campaign(small(tmp_path))
     message = rf"is in use by process {os.getpid()} on .*; wait until it has ended"
-    with open_campaign(str(tmp_path)), pytest.raises(Refused, match=message):
+    with one_driver(Folder(tmp_path)), pytest.raises(Refused, match=message):
         campaign(small(tmp_path))
     campaign(small(tmp_path))
 

@@ -123,9 +123,17 @@ def test_plans_go_to_the_models_that_they_fit(tmp_path: Path) -> None:
         "sweep:runs/none@2",
         "sweep:runs/none",
         "llava-1.5-7b",
+        "x" * 5000,
+        "x" * 5000 + "*",
+        "sweep:" + "x" * 5000 + "@2",
+        "NUL\0.json",
+        "sweep:NUL\0@2",
+        "surrogate\ud800",
     ],
+    ids=lambda text: repr(text)[:20],
 )
-def test_texts_that_name_no_plan_are_refused(text: str) -> None:
+def test_texts_that_name_no_plan_are_refused_in_one_short_line(text: str) -> None:
     with pytest.raises(Refused) as caught:
         resolve(text)
-    assert text[:20] in str(caught.value) and "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert repr(text)[1:10] in message and message.isprintable() and len(message) < 800
