@@ -194,7 +194,7 @@ def test_scores_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     [
         ({"models": ("nothing",)}, "nothing is no model"),
         ({"tasks": ("nothing",)}, "knows no task"),
-        ({"plans": ("none.json",)}, "cannot read plan none.json"),
+        ({"plans": ("none.json",)}, "cannot read plan"),
         ({"models": ("L9",), "plans": ("llava-1.5-7b",)}, "was made for"),
     ],
 )

@@ -56,7 +56,7 @@ def test_refusals_are_status_2_and_one_line(job: Any, tmp_path: Path) -> None:
     for arguments, message in (
         (["--config", tmp_path / "r.toml"], "unknown setting 'modles'; did you mean models"),
         ([], "--output-path is missing"),
-        (["--output-path", tmp_path / "x", "--plans", "none"], "cannot read plan none"),
+        (["--output-path", tmp_path / "x", "--plans", "none"], "cannot read plan"),
         (["--output-path", tmp_path / "x", "--batch-size", "0"], "--batch-size is '0'"),
         (["--nothing"], "No such option"),
     ):
