@@ -237,7 +237,7 @@ def saisa_checkpoint(
     checkpoint: str, model: str, output_path: str, language_model: Any, parts_dtype: str, **flags: Any
 ) -> int:
     """Parts and a plan from a published SAISA checkpoint; nothing is trained."""
-    from shortv.workers.training.published import convert_published
+    from shortv.workers.training.result import convert_published
 
     spec = ModelSpec(name=model, **flags | {"chat_template": read_chat_template(flags["chat_template"])})
     plan = convert_published(checkpoint, spec, output_path, language_model=language_model, parts_dtype=parts_dtype)

@@ -65,6 +65,17 @@ def calibration_batches(uri: "str | os.PathLike[str]", *, rows: int = 64) -> Ite
         raise Refused(f"{shown} holds no sample; give a calibration file with at least one row")
 
 
+def calibration_rows(uri: "str | os.PathLike[str]") -> int:
+    """Number of samples that a calibration file says it holds. Raises Refused as `calibration_batches`."""
+    location = locate(uri)
+    _check_file(location)
+    try:
+        with location.filesystem.open_input_file(location.path) as source:
+            return int(pq.read_metadata(source).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise Refused(f"{location.shown} is not a readable Parquet file: {one_line(error)}") from error
+
+
 def _check_file(location: Location) -> None:
     shown = location.shown
     try:

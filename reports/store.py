@@ -60,23 +60,25 @@ class Folder:
                 f"results cannot be written to {place}: {one_line(error)}; choose another folder or free it"
             ) from error
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a whole file atomically. Raises ShortVError when the disk is full or not writable."""
+    def write_bytes(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """Write a file atomically, whole or from chunks. Raises ShortVError when the disk is full or not writable."""
+        chunks = [data] if isinstance(data, bytes) else data
         try:
             if self.local_path is not None:
-                replace_file(Path(self._path(name)), data)
+                replace_file(Path(self._path(name)), chunks)
             else:
-                self._put(self._path(name), data)
+                self._put(self._path(name), chunks)
         except OSError as error:
             raise ShortVError(f"{self._shown(name)} could not be written: {one_line(error)}") from error
 
-    def _put(self, path: str, data: bytes) -> None:
+    def _put(self, path: str, chunks: Iterable[bytes]) -> None:
         parent = path.rpartition("/")[0]
         if parent:
             self._filesystem.create_dir(parent, recursive=True)
         try:
             with self._filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+                for chunk in chunks:
+                    stream.write(chunk)
         except OSError:
             # Closing the stream may have published what was sent so far.
             if self._filesystem.get_file_info(path).type == pafs.FileType.File:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 _LEFTOVER = re.compile(r"^\..+\.[0-9a-f]{16}\.shortv-tmp$")
@@ -15,8 +16,8 @@ def is_leftover(name: str) -> bool:
     return bool(_LEFTOVER.match(name))
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in its folder, force it to disk, then rename it into place.
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write chunks to a file of a temporary name in its folder, force it to disk, then rename it into place.
 
     Raises:
         OSError: the disk is full or the folder not writable; no temporary file is left and an old file stays.
@@ -28,7 +29,8 @@ def replace_file(path: Path, data: bytes) -> None:
             # The lock tells remove_leftovers that this writer lives; not every file system has locks.
             with contextlib.suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write_all(stream.fileno(), data)
+            for chunk in chunks:
+                _write_all(stream.fileno(), chunk)
             os.fsync(stream.fileno())
             os.replace(temporary, path)
     except BaseException:

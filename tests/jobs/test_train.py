@@ -199,11 +199,12 @@ def test_a_killed_driver_changes_nothing(tmp_path: Path, system: str, more: tupl
         command(system, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 200
-    while not (out / "checkpoint" / "state.safetensors").exists() and time.monotonic() < deadline:
+    while not list(out.glob("checkpoints/*/*/worker-0.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not (out / "parts").exists(), "the run ended before it was killed"
+    assert {path.suffix for path in out.glob("checkpoints/**/checkpoint_*/*")} == {".safetensors", ".json"}
     done = train(system, out, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "manifest.json").read_text())["attempts"] == 2

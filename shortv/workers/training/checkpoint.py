@@ -1,72 +1,164 @@
-"""Checkpoints: trained weights and optimizer in one safetensors file, whole or not at all, nothing pickled."""
+"""Checkpoints of a training: directories that Ray Train stores in the run folder, of safetensors and JSON alone.
+
+Each worker adds `worker-N.json`, which lists the worker's other files with their sizes; worker 0 adds the state, the
+steps so far and, after the last step, `result/` with the learned parts and their plans. Ray Train copies files one by
+one, so a checkpoint counts only when every listed file is there in its full size.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from pyarrow import fs as pafs
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reports.locations import locate, one_line
 from reports.store import Folder
 from shortv.errors import ShortVError
 
-CHECKPOINT_NAME = "checkpoint/state.safetensors"
-_HEADER_BYTES = 8
-# One entry: several are written in any order, and the same state would not be the same bytes.
-_RUN = "run"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run folder that Ray Train stores checkpoints in, by attempt."""
+RESULT = "result"
+_FILE_BYTES = 2**30
+"""Size up to which tensors share a file: safetensors copies a file's tensors while it writes them."""
 
 
-class Checkpoint(NamedTuple):
-    """The state after `step` finished steps."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint in storage."""
 
+    path: str
+    """Its directory on the file system of the run folder."""
     step: int
-    state: dict[str, Tensor]
+    """Finished steps."""
+    rows: tuple[dict[str, Any], ...]
+    """Rows of the table `training` up to that step."""
+    errors: tuple[dict[str, Any], ...]
+    """Rows of the table `errors`: samples that could not be used so far."""
 
 
-def to_bytes(step: int, state: Mapping[str, Tensor], identity: str) -> bytes:
-    """Write a checkpoint of the run with that identity: the digest of its arguments."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    content: bytes = save(tensors, metadata={_RUN: json.dumps({"step": step, "identity": identity})})
-    return content
+def write_state(place: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors as `state-N.safetensors`, no file much larger than a gigabyte."""
+    for number, group in enumerate(_groups(state)):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group}, _state_file(place, number))
 
 
-def step_of(content: bytes, identity: str, shown: str) -> int:
-    """Steps that a checkpoint's header says are finished.
+def _groups(state: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in state.items():
+        if group and size + tensor.nbytes > _FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append((name, tensor))
+        size += tensor.nbytes
+    yield group
+
+
+def _state_file(place: Path, number: int) -> Path:
+    return place / f"state-{number:05d}.safetensors"
+
+
+def read_state(place: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint that was copied to `place`. Raises ShortVError when a file is damaged."""
+    try:
+        return {name: tensor for path in sorted(place.glob("state-*")) for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ShortVError(f"the checkpoint {place} is damaged: {error}; delete it to go on from before it") from error
+
+
+def write_record(
+    place: Path,
+    *,
+    step: int,
+    identity: str,
+    worker: int,
+    workers: int,
+    rows: Sequence[Mapping[str, Any]],
+    errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write what a worker says of a checkpoint; its other files must be there.
+
+    Args:
+        identity: digest of the training's arguments.
+        rows: rows of the table `training`, from worker 0.
+        errors: rows of the table `errors`.
+    """
+    files = {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()}
+    record = {"step": step, "identity": identity, "workers": workers, "files": files, "rows": rows, "errors": errors}
+    (place / f"worker-{worker}.json").write_text(json.dumps(record, allow_nan=False))
+
+
+def latest_checkpoint(uri: str, identity: str) -> Checkpoint | None:
+    """Find the whole checkpoint with the most steps in a run folder; None where there is none.
 
     Raises:
-        ShortVError: it is no checkpoint, or one of another run.
+        ShortVError: the folder cannot be read, or a checkpoint is of another training.
     """
+    location = locate(uri)
     try:
-        length = int.from_bytes(content[:_HEADER_BYTES], "little")
-        metadata = json.loads(content[_HEADER_BYTES : _HEADER_BYTES + length])["__metadata__"]
-        run = json.loads(metadata[_RUN])
-        step, found = int(run["step"]), run["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(shown) from error
-    if found != identity:
-        raise ShortVError(f"{shown} belongs to another run; delete it to start anew, or restore the folder")
-    return step
+        attempts = _folders(location.filesystem, f"{location.path}/{CHECKPOINTS}")
+        paths = [path for attempt in attempts for path in _folders(location.filesystem, attempt)]
+        found = [checkpoint_at(path, identity, location.filesystem) for path in paths]
+    except OSError as error:
+        raise ShortVError(f"the checkpoints in {location.shown} cannot be read: {one_line(error)}") from error
+    return max(filter(None, found), key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def from_bytes(content: bytes, identity: str, shown: str) -> Checkpoint:
-    """Read a checkpoint whole. Raises ShortVError as `step_of`, and where it is cut short."""
-    step = step_of(content, identity, shown)
-    try:
-        return Checkpoint(step, load(content))
-    except SafetensorError as error:
-        raise _damaged(shown) from error
+def new_attempt(uri: str) -> str:
+    """Name a new attempt: Ray Train's own bookkeeping of an attempt that was killed may be cut short."""
+    location = locate(uri)
+    names = _folders(location.filesystem, f"{location.path}/{CHECKPOINTS}")
+    return f"attempt-{max((int(name.rpartition('-')[2]) for name in names), default=0) + 1:05d}"
 
 
-def read_checkpoint(folder: Folder, identity: str) -> tuple[int, bytes | None]:
-    """Finished steps and the checkpoint of a folder, checked to be whole; 0 and None where there is none."""
-    if not folder.exists(CHECKPOINT_NAME):
-        return 0, None
-    content = folder.read_bytes(CHECKPOINT_NAME)
-    return from_bytes(content, identity, f"{folder.shown}/{CHECKPOINT_NAME}").step, content
+def remove_before(folder: Folder, checkpoint: Checkpoint) -> None:
+    """Remove the checkpoints of attempts before the one that wrote this."""
+    current = checkpoint.path.split("/")[-2]
+    for name in {name.split("/")[1] for name in folder.list(CHECKPOINTS)}:
+        if name < current:
+            folder.delete(f"{CHECKPOINTS}/{name}")
 
 
-def _damaged(shown: str) -> ShortVError:
-    return ShortVError(f"{shown} is cut short or damaged; restore it, or delete it to train from the first step")
+def _folders(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return [info.path for info in infos if info.type == pafs.FileType.Directory]
+
+
+def checkpoint_at(path: str, identity: str, filesystem: pafs.FileSystem | None = None) -> Checkpoint | None:
+    """Read what the workers say of the checkpoint in a directory; None unless it is whole.
+
+    Raises:
+        ShortVError: it is of another training.
+    """
+    filesystem = filesystem or pafs.LocalFileSystem()
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    sizes = {info.path.removeprefix(f"{path}/"): info.size for info in infos}
+    records: list[dict[str, Any]] = []
+    while not records or len(records) < records[0]["workers"]:
+        name = f"worker-{len(records)}.json"
+        if name not in sizes:
+            return None
+        try:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                record = json.loads(stream.readall())
+        except (ValueError, FileNotFoundError):  # cut short, or replaced by a newer one just now
+            return None
+        if record["identity"] != identity:
+            raise ShortVError(f"{path} is a checkpoint of another training; delete it to start anew")
+        if any(sizes.get(file) != size for file, size in record["files"].items()):
+            return None
+        records.append(record)
+    errors = {row["sample_id"]: row for record in records for row in record["errors"]}
+    return Checkpoint(
+        path=path,
+        step=records[0]["step"],
+        rows=tuple(records[0]["rows"]),
+        errors=tuple(errors[name] for name in sorted(errors)),
+    )

@@ -1,39 +1,65 @@
-"""The driver of a training: starts the workers, keeps what they send, writes every result file."""
+"""The driver of a training: checks the input, starts the workers, makes the result files from the last checkpoint."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from reports.manifest import State, utc_now
-from shortv.errors import Refused
+from reports.locations import locate
+from reports.manifest import State, TrainingManifest, arguments_digest, utc_now, versions
+from reports.store import Folder
+from shortv.architecture import Architecture
+from shortv.errors import Refused, ShortVError
 from shortv.learned.registry import SYSTEMS
 from shortv.learned.system import System
 from shortv.spec import WorkerRange
 from shortv.terminal import say
-from shortv.workers.models import ModelLoader
-from shortv.workers.placement import Placement
+from shortv.tiny.training_data import LEARNED_KINDS, training_table
+from shortv.workers.models import ModelLoader, model_folder, remote_model
+from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
-from shortv.workers.run import exit_status, one_driver, open_run, stop_on_signal
-from shortv.workers.training.keeping import Keeper
-from shortv.workers.training.messages import Progressed, Saved, Unusable
-from shortv.workers.training.prepare import Prepared, prepare
+from shortv.workers.run import NOT_DECIDING, check_output, complete, exit_status, open_run, stop_on_signal
+from shortv.workers.training.checkpoint import CHECKPOINTS, RESULT, Checkpoint, latest_checkpoint, remove_before
+from shortv.workers.training.data import SHARDS, Contents, Order, Source, scan, sources_of, write_shards
+from shortv.workers.training.outline import check_trainable
 from shortv.workers.training.request import TrainRequest
-from shortv.workers.training.rows import StepRow
+from shortv.workers.training.result import publish_result
 
 DATA_NAME = "data.parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A training whose input is checked and whose folder is open."""
+
+    request: TrainRequest
+    system: System
+    loader: ModelLoader
+    folder: Folder
+    sources: tuple[Source, ...]
+    contents: Contents
+    order: Order
+    manifest: TrainingManifest
+
+    @property
+    def output(self) -> str:
+        """The run folder as any process can open it."""
+        local = self.folder.local_path
+        return self.request.output_path if local is None else str(local)
 
 
 def run_training(
     request: TrainRequest,
     *,
     system: System | None = None,
-    engine: ModelLoader | None = None,
+    loader: ModelLoader | None = None,
     console: Console | None = None,
 ) -> int:
     """Run, continue or repeat a training, say where its parts are, and return the exit status (0, or 3).
@@ -43,90 +69,208 @@ def run_training(
         ShortVError: the work failed or was stopped; the same command continues it.
     """
     console = console or Console()
-    with stop_on_signal():
-        prepared = prepare(request, system or SYSTEMS[request.kind], engine or ModelLoader())
-        if prepared.record.state is State.RUNNING:
-            with one_driver(prepared.folder):
-                prepared = _trained(prepared, console)
-        return _report(prepared, console)
+    with stop_on_signal(), tempfile.TemporaryDirectory(prefix="shortv-train-", ignore_cleanup_errors=True) as scratch:
+        prepared = prepare(request, system or SYSTEMS[request.kind], loader or ModelLoader(), Path(scratch))
+        folder = prepared.folder
+        manifest = complete(
+            folder, prepared.manifest, lambda begun: _finish(replace(prepared, manifest=begun), console)
+        )
+        if prepared.manifest.state is State.RUNNING:
+            # Nothing needs them any more, and they may be many times larger than the result.
+            folder.delete(CHECKPOINTS)
+            folder.delete(SHARDS)
+        return _report(request, folder, manifest, console)
 
 
-def _trained(prepared: Prepared, console: Console) -> Prepared:
-    """Start an attempt on the folder, which is this driver's alone, and end it with the final manifest."""
-    # Another driver may have been at work until the lock was had.
-    latest = open_run(prepared.folder, prepared.record)
-    if latest.state is not State.RUNNING:
-        return replace(prepared, record=latest)
-    started = time.monotonic()
-    latest = latest.updated(attempts=latest.attempts + 1)
-    keeper = Keeper(prepared.folder, latest.arguments_digest)
-    prepared = replace(prepared, record=latest)
-    details = _train_on_ray(prepared, keeper, console)
-    final = latest.updated(
-        state=State.PARTIAL if keeper.errors else State.COMPLETE,
-        counts={**latest.counts, "errors": len(keeper.errors)},
-        finished=utc_now(),
-        wall_seconds=time.monotonic() - started + (latest.wall_seconds or 0.0),
-        details={**latest.details, **details, **keeper.summary()},
+def prepare(request: TrainRequest, system: System, loader: ModelLoader, scratch: Path) -> Prepared:
+    """Check everything that can be checked before work starts, in bounded memory.
+
+    Args:
+        scratch: a folder for samples that are generated or come from tasks.
+
+    Raises:
+        Refused: the request cannot be meant, the data set teaches this system nothing, or the folder is in use.
+    """
+    check_output(request.output_path)
+    request.check_numbers()
+    request = replace(request, model=loader.pin(request.model))
+    architecture = loader.describe(request.model)
+    check_trainable(system, request)
+    sources = _sources(request, system, scratch)
+    contents = scan(sources, needs_images=system.needs_images)
+    _check_contents(contents, needs_answers=system.needs_answers(request.recipe))
+    recipe = request.recipe
+    order = Order(samples=contents.samples - len(contents.unusable), batch_size=recipe.batch_size, seed=recipe.seed)
+    folder, model = Folder(request.output_path), model_folder(request.model.name)
+    wanted = _manifest(request, contents, architecture, model[1] if model else None)
+    return Prepared(
+        request=request,
+        system=system,
+        loader=loader,
+        folder=folder,
+        sources=sources,
+        contents=contents,
+        order=order,
+        manifest=open_run(folder, wanted),
     )
-    final.save(prepared.folder)
-    return replace(prepared, record=final)
 
 
-def _train_on_ray(prepared: Prepared, keeper: Keeper, console: Console) -> dict[str, Any]:
-    """Train from the last checkpoint to the end; returns what the manifest should say about the run.
+def _sources(request: TrainRequest, system: System, scratch: Path) -> tuple[Source, ...]:
+    seed = request.recipe.seed
+    if request.data:
+        return tuple(
+            sources_of(request.data, limit=request.limit, seed=seed, include_path=request.include_path, scratch=scratch)
+        )
+    table = training_table(
+        request.questions or system.questions or LEARNED_KINDS, samples=request.generated_samples, seed=seed
+    )
+    pq.write_table(table, scratch / DATA_NAME, compression="zstd")
+    return (Source(path=str(scratch / DATA_NAME)),)
+
+
+def _check_contents(contents: Contents, *, needs_answers: bool) -> None:
+    without = contents.unanswered
+    if needs_answers and without:
+        raise Refused(
+            f"{len(without)} of {contents.samples} training samples have no answer, the first is {without[0]!r}; "
+            "this training learns from answers: add a column answer, or leave those rows out"
+        )
+    if contents.samples and len(contents.unusable) == contents.samples:
+        raise Refused(f"none of {contents.samples} training samples has an image, and this training is about images")
+
+
+def _manifest(
+    request: TrainRequest, contents: Contents, architecture: Architecture, model_digest: str | None
+) -> TrainingManifest:
+    arguments = {
+        **request.arguments(),
+        "model-digest": model_digest,
+        "config-digest": architecture.config_digest,
+        "data-digest": contents.digest,
+    }
+    return TrainingManifest(
+        parts=str(request.kind),
+        state=State.RUNNING,
+        arguments=arguments,
+        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
+        versions=versions(),
+        model=request.model.name,
+        revision=request.model.revision,
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        data_digest=contents.digest,
+        counts={"steps": request.recipe.steps, "samples": contents.samples},
+        started=utc_now(),
+    )
+
+
+def _finish(prepared: Prepared, console: Console) -> TrainingManifest:
+    """Train to the end and write the result; returns the final manifest."""
+    folder, identity = prepared.folder, prepared.manifest.arguments_digest
+    found = latest_checkpoint(prepared.output, identity)
+    if found is None or found.step < prepared.request.recipe.steps:
+        prepared = _train(prepared, found, console)
+        found = latest_checkpoint(prepared.output, identity)
+    if found is None:
+        raise ShortVError(f"the last checkpoint of {folder.shown} is gone; run the same command to train again")
+    errors = _write_tables(prepared, found)
+    publish_result(folder, locate(prepared.output).filesystem, f"{found.path}/{RESULT}")
+    manifest, seconds = prepared.manifest, sum(row["seconds"] for row in found.rows)
+    return manifest.updated(
+        state=State.PARTIAL if errors else State.COMPLETE,
+        counts={**manifest.counts, "errors": errors},
+        details={**manifest.details, "loss": found.rows[-1]["loss"], "train_seconds": seconds},
+    )
+
+
+def _train(prepared: Prepared, found: Checkpoint | None, console: Console) -> Prepared:
+    """Train from a checkpoint to the last one; returns the same with a manifest that says where it ran.
 
     Raises:
         Refused: the cluster cannot hold a worker, or the workers asked for cannot share a batch.
         ShortVError: the training failed, Ray failed, the disk is full, or the run was stopped.
     """
     from shortv.workers.cluster import connected, free_nodes
-    from shortv.workers.placement import place
-    from shortv.workers.training.running import train
 
-    request, recipe = prepared.request, prepared.request.recipe
+    request, folder = prepared.request, prepared.folder
+    if not request.data and not folder.exists(DATA_NAME):
+        folder.write_bytes(DATA_NAME, Path(prepared.sources[0].path).read_bytes())
     # Ray's own SIGTERM handler, set when it connects, ends the process with a traceback.
     with connected(), stop_on_signal():
-        pool = place(free_nodes(), workers=request.workers, gpus=1, device=request.device)
-        if pool.note:
-            say(console, pool.note)
-        workers = workers_of(pool, request.workers, recipe.batch_size)
-        _begin(prepared, keeper)
-        total, done = recipe.steps * recipe.batch_size, keeper.step * recipe.batch_size
-        with SampleProgress(total=total, done=done, console=console, label=str(request.kind)) as progress:
-
-            def handle(message: Any) -> None:
-                nonlocal done
-                keeper.handle(message)
-                row = _last_row(message)
-                if row is not None:
-                    progress.note(f"loss {row.loss:.4f}")
-                    # After a worker's death, steps since the checkpoint are taken again and count once.
-                    progress.advance(max(0, row.samples - done), 0)
-                    done = max(done, row.samples)
-
-            train(prepared, keeper, pool, workers, handle)
-    return {"device": pool.device, "workers": workers}
+        placement = place(free_nodes(), workers=request.workers, gpus=1, device=request.device)
+        if placement.note:
+            say(console, placement.note)
+        workers = workers_of(placement, request.workers, request.recipe.batch_size)
+        details = {**prepared.manifest.details, "device": placement.device, "workers": workers}
+        prepared = replace(prepared, manifest=prepared.manifest.updated(details=details))
+        prepared.manifest.save(folder)
+        write_shards(folder, prepared.sources, prepared.contents, needs_images=prepared.system.needs_images)
+        with _watching(prepared, found, console) as watcher:
+            _fit(prepared, placement, workers, watcher)
+    return prepared
 
 
-def _last_row(message: Any) -> StepRow | None:
-    if isinstance(message, Progressed):
-        return message.row
-    return message.rows[-1] if isinstance(message, Saved) and message.rows else None
+def _fit(prepared: Prepared, placement: Placement, workers: int, watcher: Any) -> None:
+    from shortv.workers.training.fit import fit
+    from shortv.workers.training.worker import WorkerJob
+
+    request, identity = prepared.request, prepared.manifest.arguments_digest
+    job = WorkerJob(
+        model=remote_model(prepared.loader, request.model),
+        device=placement.device,
+        threads=placement.threads,
+        system=prepared.system,
+        recipe=request.recipe,
+        order=prepared.order,
+        thresholds=request.thresholds,
+        parts_dtype=request.parts_dtype,
+        output=prepared.output,
+        identity=identity,
+        checkpoint_every=request.checkpoint_every,
+        training={
+            "run": identity,
+            "samples": prepared.order.samples,
+            "steps": request.recipe.steps,
+            "batch_size": request.recipe.batch_size,
+        },
+    )
+    fit(job, placement, workers=workers, steps=request.recipe.steps, timeout=request.timeout, watcher=watcher)
 
 
-def _begin(prepared: Prepared, keeper: Keeper) -> None:
-    """Write what a run that is under way shows: its manifest, and what is generated for it or already unusable."""
-    prepared.record.save(prepared.folder)
-    if prepared.unusable:
-        keeper.handle(Unusable(errors=prepared.unusable))
-    if prepared.generated is not None and not prepared.folder.exists(DATA_NAME):
-        sink = pa.BufferOutputStream()
-        pq.write_table(prepared.generated, sink, compression="zstd")
-        prepared.folder.write_bytes(DATA_NAME, sink.getvalue().to_pybytes())
+@contextmanager
+def _watching(prepared: Prepared, found: Checkpoint | None, console: Console) -> Iterator[Any]:
+    """Show progress, and keep the tables as far as the last checkpoint."""
+    from shortv.workers.training.fit import Watcher
+
+    recipe, done = prepared.request.recipe, found.step if found else 0
+    total, label = recipe.steps * recipe.batch_size, str(prepared.request.kind)
+    with SampleProgress(total=total, done=done * recipe.batch_size, console=console, label=label) as progress:
+
+        def advance(row: Mapping[str, Any]) -> None:
+            nonlocal done
+            progress.note(f"loss {row['loss']:.4f}")
+            # After a worker's death, steps since the checkpoint are taken again and count once.
+            progress.advance(max(0, row["step"] - done) * recipe.batch_size, 0)
+            done = max(done, row["step"])
+
+        def saved(checkpoint: Checkpoint) -> None:
+            advance(checkpoint.rows[-1])
+            _write_tables(prepared, checkpoint)
+            remove_before(prepared.folder, checkpoint)
+
+        yield Watcher(progress=advance, saved=saved)
 
 
-def workers_of(pool: Placement, wish: WorkerRange | None, batch_size: int) -> int:
+def _write_tables(prepared: Prepared, checkpoint: Checkpoint) -> int:
+    """Write the tables `training` and `errors` as of a checkpoint; returns the number of unusable samples."""
+    errors = [*(asdict(error) for error in prepared.contents.unusable), *checkpoint.errors]
+    prepared.folder.write_table("training", checkpoint.rows)
+    if errors:
+        prepared.folder.write_table("errors", sorted(errors, key=lambda row: row["sample_id"]))
+    return len(errors)
+
+
+def workers_of(placement: Placement, wish: WorkerRange | None, batch_size: int) -> int:
     """How many workers train: of what fits, the most that share a batch evenly.
 
     Raises:
@@ -137,24 +281,20 @@ def workers_of(pool: Placement, wish: WorkerRange | None, batch_size: int) -> in
             f"{wish.low} workers cannot share a batch of {batch_size} samples evenly; "
             "give a --batch-size that is a multiple of --workers"
         )
-    most = min(pool.high, batch_size)
+    most = min(placement.high, batch_size)
     return max(count for count in range(1, most + 1) if batch_size % count == 0)
 
 
-def _report(prepared: Prepared, console: Console) -> int:
-    record, folder = prepared.record, prepared.folder
-    details, errors = record.details, record.counts.get("errors", 0)
-    loss = details.get("loss")
-    console.print(
-        f"{record.parts} parts after {record.counts['steps']} steps, loss {loss:.4f}, "
-        f"{details.get('train_seconds', 0.0):.0f} s of training: {folder.shown}/parts",
-        highlight=False,
-        soft_wrap=True,
+def _report(request: TrainRequest, folder: Folder, manifest: TrainingManifest, console: Console) -> int:
+    counts, details = manifest.counts, manifest.details
+    say(
+        console,
+        f"{manifest.parts} parts after {counts['steps']} steps, loss {details['loss']:.4f}, "
+        f"{details['train_seconds']:.0f} s of training: {folder.shown}/parts",
     )
     for name in folder.list("plans"):
-        console.print(f"plan {folder.shown}/{name}", highlight=False, soft_wrap=True)
+        say(console, f"plan {folder.shown}/{name}")
+    errors = counts.get("errors", 0)
     if errors:
-        console.print(
-            f"{errors} samples could not be used: {folder.shown}/errors.parquet", highlight=False, soft_wrap=True
-        )
-    return exit_status(errors, record.counts["samples"], prepared.request.fail_on_error)
+        say(console, f"{errors} samples could not be used: {folder.shown}/errors.parquet")
+    return exit_status(errors, counts["samples"], request.fail_on_error)

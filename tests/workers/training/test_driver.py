@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,29 @@ import torch
 from pyarrow import parquet as pq
 from rich.console import Console
 from safetensors.torch import load
+from torch import Tensor
 
 from reports.manifest import State, TrainingManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
+from shortv.learned.system import System
+from shortv.learned.training import alone
 from shortv.plan import PartsKind, Plan
+from shortv.records import ErrorRecord
 from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.placement import Placement
 from shortv.workers.run import one_driver
 from shortv.workers.training import driver
-from shortv.workers.training.checkpoint import CHECKPOINT_NAME, to_bytes
-from shortv.workers.training.keeping import Keeper
-from shortv.workers.training.messages import Saved, Trained, Unusable
+from shortv.workers.training.checkpoint import latest_checkpoint, write_record, write_state
+from shortv.workers.training.data import Shards, sample_of, write_shards
+from shortv.workers.training.loop import SingleWorker, StepSamples, run_loop
 from shortv.workers.training.request import TrainRequest
 from tests.architectures import architecture
 from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
 from tests.workers.training.test_loop import trained
-from tests.workers.training.toy import TOY, ToyOfImages, ToyRecipe, toy_samples
+from tests.workers.training.toy import TOY, ToyOfImages, ToyRecipe, ToyTrainer, toy_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,29 +88,62 @@ def request(place: Path, recipe: ToyRecipe | None = None, **more: Any) -> TrainR
     return TrainRequest(data=given.pop("data", None) or (data_file(place),), **given)
 
 
-def run(wanted: TrainRequest) -> tuple[int, str]:
+def run(wanted: TrainRequest, system: System = TOY) -> tuple[int, str]:
     text = io.StringIO()
-    status = driver.run_training(wanted, system=TOY, engine=ToyEngine(), console=Console(file=text, width=200))
+    status = driver.run_training(wanted, system=system, loader=ToyEngine(), console=Console(file=text, width=200))
     return status, text.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalReport:
+    """Writes checkpoints where Ray Train would store them."""
+
+    prepared: driver.Prepared
+
+    def progress(self, row: Mapping[str, Any]) -> None:
+        """Nothing is shown."""
+
+    def checkpoint(
+        self,
+        step: int,
+        state: Mapping[str, Tensor] | None,
+        rows: Sequence[Mapping[str, Any]],
+        errors: Sequence[ErrorRecord],
+    ) -> None:
+        place = Path(self.prepared.output) / "checkpoints" / "attempt-00001" / str(step)
+        (place / "result" / "parts").mkdir(parents=True)
+        write_state(place, state or {})
+        (place / "result" / "parts" / "parts.json").write_text("{}")
+        write_record(
+            place,
+            step=step,
+            identity=self.prepared.manifest.arguments_digest,
+            worker=0,
+            workers=1,
+            rows=rows,
+            errors=[asdict(error) for error in errors],
+        )
 
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Train by the loop alone, and count how often."""
+    """Train by the loop alone, from the shards, and count how often."""
     calls: list[int] = []
 
-    def train(prepared: driver.Prepared, keeper: Keeper, console: Console) -> dict[str, Any]:
-        calls.append(keeper.step)
-        prepared.record.save(prepared.folder)
-        report = trained(prepared.request.recipe, prepared.samples)
-        step = prepared.request.recipe.steps
-        keeper.handle(Saved(step=step, content=report.kept[step], rows=tuple(report.rows)))
-        if report.bad:
-            keeper.handle(Unusable(errors=tuple(report.bad)))
-        keeper.handle(Trained(files={"parts/parts.json": b"{}"}))
-        return {"device": "cpu", "workers": 1}
+    def train(prepared: driver.Prepared, found: Any, console: Console) -> driver.Prepared:
+        calls.append(found.step if found else 0)
+        recipe, order = prepared.request.recipe, prepared.order
+        write_shards(prepared.folder, prepared.sources, prepared.contents, needs_images=prepared.system.needs_images)
+        shards = Shards(prepared.output)
+        steps = [
+            StepSamples(step=step, samples=tuple(map(sample_of, shards.read(order.rows(step)))))
+            for step in range(recipe.steps)
+        ]
+        trainer, report = ToyTrainer(recipe, alone), LocalReport(prepared=prepared)
+        run_loop(trainer, steps, start=0, checkpoint_every=recipe.steps, report=report, group=SingleWorker())
+        return prepared
 
-    monkeypatch.setattr(driver, "_train_on_ray", train)
+    monkeypatch.setattr(driver, "_train", train)
     return calls
 
 
@@ -117,7 +154,9 @@ def test_a_finished_training_run_again_does_nothing_and_says_the_same(tmp_path: 
     again, same = run(request(tmp_path))
     assert (again, same) == (0, text) and without_ray == [0]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    assert Folder(str(tmp_path / "out")).read_table("training").num_rows == 7
+    out = Folder(str(tmp_path / "out"))
+    assert out.read_table("training").num_rows == 7
+    assert [name for name in out.list() if name[0] != "."] == ["manifest.json", "parts/parts.json", "training.parquet"]
 
 
 def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: list[int]) -> None:
@@ -131,19 +170,31 @@ def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: lis
     assert run(replace(wanted, fail_on_error=0.1))[0] == 0
 
 
-def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path) -> None:
+def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path, without_ray: list[int]) -> None:
     """A worker's share of a batch may be text alone, and a training must not end of that."""
     images = pa.array([[b"image"] if index % 2 else [] for index in range(10)], pa.list_(pa.binary()))
-    wanted = request(tmp_path, data=(data_file(tmp_path, images=images),))
-    prepared = driver.prepare(wanted, ToyOfImages(), ToyEngine())
-    assert [sample.sample_id for sample in prepared.samples] == ["s1", "s3", "s5", "s7", "s9"]
-    assert prepared.order.samples == 5 and prepared.record.counts["samples"] == 10
-    keeper = Keeper(prepared.folder, "run")
-    driver._begin(prepared, keeper)
-    rows = prepared.folder.read_table("errors").to_pylist()
+    status, _ = run(request(tmp_path, data=(data_file(tmp_path, images=images),)), ToyOfImages())
+    out = Folder(str(tmp_path / "out"))
+    assert status == 3 and TrainingManifest.load(out).counts == {"steps": 7, "samples": 10, "errors": 5}
+    rows = out.read_table("errors").to_pylist()
     assert [(row["sample_id"], row["error"]) for row in rows] == [
         (f"s{index}", "no-image") for index in range(0, 10, 2)
     ]
+
+
+def test_a_driver_killed_after_the_last_step_only_writes_the_result(
+    tmp_path: Path, without_ray: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "publish_result", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(request(tmp_path))
+    assert TrainingManifest.load(Folder(str(tmp_path / "out"))).state is State.RUNNING
+    assert run(request(tmp_path))[0] == 0 and without_ray == [0]
+    assert TrainingManifest.load(Folder(str(tmp_path / "out"))).attempts == 2
 
 
 def test_another_recipe_on_the_same_folder_is_refused_with_what_differs(tmp_path: Path, without_ray: list[int]) -> None:
@@ -199,20 +250,33 @@ def test_workers_share_a_batch_evenly() -> None:
     assert driver.workers_of(pool, WorkerRange(1, 3), 6) == 3
 
 
-def test_rows_ahead_of_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
-    report = trained(ToyRecipe(), toy_samples(10))
-    folder = Folder(tmp_path)
-    keeper = Keeper(folder, "run")
-    for step in (1, 2, 3):
-        keeper.handle(Saved(step=step, content=report.kept[step], rows=(report.rows[step - 1],)))
-    # As a driver leaves it that is killed between table and checkpoint.
-    folder.write_bytes(CHECKPOINT_NAME, report.kept[2])
-    again = Keeper(folder, "run")
-    assert again.step == 2 and [row.step for row in again.rows] == [1, 2]
-    assert again.rows == keeper.rows[:2]
-    folder.write_bytes(CHECKPOINT_NAME, to_bytes(2, {}, "other"))
-    with pytest.raises(ShortVError, match="another run"):
-        Keeper(folder, "run")
+@pytest.mark.ray
+@pytest.mark.parametrize("field", ["nan_at", "raises_at"])
+def test_what_ends_a_training_is_one_line(tmp_path: Path, field: str) -> None:
+    """The loss is NaN, or the model's library raises, as it does where memory ends."""
+    with pytest.raises(ShortVError) as error:
+        run(request(tmp_path, ToyRecipe(**{field: 5})))
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    assert ("loss of step 6 is nan" if field == "nan_at" else "MemoryError: toy; give a smaller") in str(error.value)
+    found = latest_checkpoint(str(tmp_path / "out"), TrainingManifest.load(Folder(tmp_path / "out")).arguments_digest)
+    assert found is not None and found.step == 4
+
+
+@pytest.mark.ray
+def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "place", lambda *_, **__: Placement(low=1, high=1, cpus=999, gpus=0))
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    with pytest.raises(ShortVError, match="Ray Train could not run 1 workers with 999 CPUs") as error:
+        run(request(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.ray
+def test_workers_that_die_again_and_again_end_the_training(tmp_path: Path) -> None:
+    recipe = ToyRecipe(dies_at=1, marker=str(tmp_path / "missing" / "marker"))
+    with pytest.raises(ShortVError, match="workers died 3 times after step 0") as error:
+        run(request(tmp_path, recipe))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -224,7 +288,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert status == 0, text
     out = tmp_path / "out"
     assert marker.exists()
-    whole = trained(ToyRecipe(), toy_samples(10)).kept[7]
+    whole = trained(ToyRecipe(), toy_samples(10)).states[7]
     vector = load((out / "parts" / "parts.safetensors").read_bytes())["vector"]
     assert torch.equal(vector, load(whole)["weight/vector"])
     rows = Folder(str(out)).read_table("training").to_pylist()

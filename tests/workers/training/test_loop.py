@@ -1,21 +1,26 @@
-"""The loop ends with the same weights whatever stops happened, and never keeps a checkpoint that is not finite."""
+"""The loop ends with the same weights whatever stops happened, and never keeps a state that is not finite."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from shortv.errors import ShortVError
-from shortv.learned.order import Order
 from shortv.learned.training import alone
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
-from shortv.workers.training.checkpoint import from_bytes, to_bytes
-from shortv.workers.training.loop import Alone, StepSamples, run_loop
-from shortv.workers.training.rows import StepRow
+from shortv.workers.training.data import Order
+from shortv.workers.training.loop import DistributedGroup, SingleWorker, StepSamples, WorkerLost, run_loop
 from tests.workers.training.toy import ToyRecipe, ToyTrainer, toy_samples
 
 
@@ -23,20 +28,25 @@ class Recorded:
     """What the loop reported."""
 
     def __init__(self) -> None:
-        self.rows: list[StepRow] = []
-        self.kept: dict[int, bytes] = {}
-        self.bad: list[ErrorRecord] = []
-        self.told: list[int] = []
+        self.rows: list[Mapping[str, Any]] = []
+        self.states: dict[int, bytes] = {}
+        self.errors: list[ErrorRecord] = []
+        self.steps: list[int] = []
 
-    def progress(self, row: StepRow) -> None:
-        self.told.append(row.step)
+    def progress(self, row: Mapping[str, Any]) -> None:
+        self.steps.append(row["step"])
 
-    def errors(self, errors: Sequence[ErrorRecord]) -> None:
-        self.bad += errors
-
-    def checkpoint(self, step: int, state: Mapping[str, Tensor], rows: Sequence[StepRow]) -> None:
-        self.kept[step] = to_bytes(step, state, "run")
+    def checkpoint(
+        self,
+        step: int,
+        state: Mapping[str, Tensor] | None,
+        rows: Sequence[Mapping[str, Any]],
+        errors: Sequence[ErrorRecord],
+    ) -> None:
+        assert state is not None
+        self.states[step] = save(dict(state))
         self.rows += rows
+        self.errors = list(errors)
 
 
 def batches(samples: Sequence[Sample], recipe: ToyRecipe, start: int, end: int) -> Iterator[StepSamples]:
@@ -46,23 +56,17 @@ def batches(samples: Sequence[Sample], recipe: ToyRecipe, start: int, end: int) 
 
 
 def trained(
-    recipe: ToyRecipe,
-    samples: Sequence[Sample],
-    *,
-    content: bytes | None = None,
-    end: int | None = None,
-    every: int = 1,
+    recipe: ToyRecipe, samples: Sequence[Sample], *, start: int = 0, state: bytes = b"", end: int = 0, every: int = 1
 ) -> Recorded:
-    """Run to the end, or until the data ends, from a checkpoint's bytes where given."""
-    trainer, start, report = ToyTrainer(recipe, alone), 0, Recorded()
-    if content is not None:
-        start, state = from_bytes(content, "run", "checkpoint")
-        trainer.restore(state)
-    data = batches(samples, recipe, start, recipe.steps if end is None else end)
+    """Run to the end, or until the data ends before, from a state where given."""
+    trainer, report = ToyTrainer(recipe, alone), Recorded()
+    if state:
+        trainer.restore(load(state))
+    data = batches(samples, recipe, start, end or recipe.steps)
     try:
-        run_loop(trainer, data, start=start, checkpoint_every=every, report=report, team=Alone())
+        run_loop(trainer, data, start=start, checkpoint_every=every, report=report, group=SingleWorker())
     except ShortVError:
-        if end is None:
+        if not end:
             raise
     return report
 
@@ -72,22 +76,22 @@ def test_a_stopped_run_ends_with_the_same_weights(stop: int) -> None:
     recipe, samples = ToyRecipe(), toy_samples(10, bad=(3, 4))
     whole = trained(recipe, samples)
     first = trained(recipe, samples, end=stop)
-    second = trained(recipe, samples, content=first.kept[stop])
-    assert second.kept[recipe.steps] == whole.kept[recipe.steps]
-    assert [row.loss for row in first.rows + second.rows] == [row.loss for row in whole.rows]
-    assert [row.step for row in whole.rows] == whole.told == list(range(1, recipe.steps + 1))
+    second = trained(recipe, samples, start=stop, state=first.states[stop])
+    assert second.states[recipe.steps] == whole.states[recipe.steps]
+    assert [row["loss"] for row in first.rows + second.rows] == [row["loss"] for row in whole.rows]
+    assert [row["step"] for row in whole.rows] == whole.steps == list(range(1, recipe.steps + 1))
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end() -> None:
     report = trained(ToyRecipe(), toy_samples(10), every=3)
-    assert list(report.kept) == [3, 6, 7] and len(report.rows) == 7
-    assert report.rows[-1].metrics == {"share": 0.5} and report.rows[-1].samples == 28
+    assert list(report.states) == [3, 6, 7] and len(report.rows) == 7
+    assert report.rows[-1]["metrics"] == [{"metric": "share", "value": 0.5}] and report.rows[-1]["samples"] == 28
 
 
 def test_a_bad_sample_is_reported_once_and_replaced() -> None:
     report = trained(ToyRecipe(steps=12), toy_samples(10, bad=(3, 8)))
-    assert sorted(error.sample_id for error in report.bad) == ["s3", "s8"]
-    assert report.rows[-1].step == 12
+    assert sorted(error.sample_id for error in report.errors) == ["s3", "s8"]
+    assert report.steps == list(range(1, 13))
 
 
 def test_a_bad_sample_that_comes_twice_in_a_batch_is_reported_once() -> None:
@@ -95,8 +99,8 @@ def test_a_bad_sample_that_comes_twice_in_a_batch_is_reported_once() -> None:
     good, bad = toy_samples(2, bad=(1,))
     data, report = [StepSamples(step=0, samples=(bad, good, bad))], Recorded()
     trainer = ToyTrainer(ToyRecipe(steps=1), alone)
-    run_loop(trainer, data, start=0, checkpoint_every=1, report=report, team=Alone())
-    assert [error.sample_id for error in report.bad] == ["s1"] and report.told == [1]
+    run_loop(trainer, data, start=0, checkpoint_every=1, report=report, group=SingleWorker())
+    assert [error.sample_id for error in report.errors] == ["s1"] and report.steps == [1]
 
 
 def test_a_batch_of_bad_samples_alone_ends_the_run_with_their_name() -> None:
@@ -106,29 +110,39 @@ def test_a_batch_of_bad_samples_alone_ends_the_run_with_their_name() -> None:
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before() -> None:
     recipe, report = ToyRecipe(nan_at=4), Recorded()
+    data = batches(toy_samples(9), recipe, 0, recipe.steps)
     with pytest.raises(ShortVError, match=r"loss of step 5 is nan; the checkpoint of step 4 is kept"):
-        run_loop(
-            ToyTrainer(recipe, alone),
-            batches(toy_samples(9), recipe, 0, recipe.steps),
-            start=0,
-            checkpoint_every=2,
-            report=report,
-            team=Alone(),
-        )
-    assert list(report.kept) == [2, 4]
-    state = from_bytes(report.kept[4], "run", "checkpoint").state
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+        run_loop(ToyTrainer(recipe, alone), data, start=0, checkpoint_every=2, report=report, group=SingleWorker())
+    assert list(report.states) == [2, 4]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load(report.states[4]).values())
 
 
-@pytest.mark.parametrize(("start", "message"), [(1, "data of step 1 did not come"), (7, "ended after step 0 of 7")])
+@pytest.mark.parametrize(("start", "message"), [(1, "data of step 1 is missing"), (7, "ended after step 0 of 7")])
 def test_missing_data_is_an_error(start: int, message: str) -> None:
-    recipe = ToyRecipe()
+    recipe, trainer = ToyRecipe(), ToyTrainer(ToyRecipe(), alone)
+    data = batches(toy_samples(9), recipe, start, recipe.steps)
     with pytest.raises(ShortVError, match=message):
-        run_loop(
-            ToyTrainer(recipe, alone),
-            batches(toy_samples(9), recipe, start, recipe.steps),
-            start=0,
-            checkpoint_every=2,
-            report=Recorded(),
-            team=Alone(),
-        )
+        run_loop(trainer, data, start=0, checkpoint_every=2, report=Recorded(), group=SingleWorker())
+
+
+def _member(rank: int, place: str) -> None:
+    store = f"file://{place}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    group = DistributedGroup(torch.device("cpu"))
+    assert group.first == (rank == 0)
+    both, one, none = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    both.grad = torch.full((2, 3), 1.0 + rank)
+    if rank == 0:
+        one.grad = torch.full((2, 3), 4.0)
+    group.reduce([both, none, one])
+    assert both.grad.unique().tolist() == [1.5]
+    assert one.grad is not None and one.grad.unique().tolist() == [2.0] and none.grad is None
+    assert group.mean({"loss": 1.0 + 2 * rank, "a": 0.0}) == {"loss": 2.0, "a": 0.0}
+    if rank == 0:
+        with pytest.raises(WorkerLost, match="a training worker was lost"):
+            group.mean({"loss": 1.0})
+    os._exit(0)  # at a usual end gloo's threads may still wait for the lost worker, and the process would abort
+
+
+def test_gradients_and_metrics_are_averaged_and_a_lost_worker_is_an_error(tmp_path: Path) -> None:
+    mp.spawn(_member, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from shortv.learned.saisa.recipe import SaisaRecipe
 from shortv.learned.training import alone
 from shortv.plan import PartsKind
 from shortv.sample import Sample
-from shortv.workers.training.loop import Alone, StepSamples, run_loop
+from shortv.workers.training.loop import SingleWorker, StepSamples, run_loop
 from tests.tiny_model import bundled, calibration
 from tests.workers.training.test_loop import Recorded
 
@@ -35,9 +35,9 @@ def unusable(kind: PartsKind, recipe: Any, bad: Sample) -> list[tuple[str, str]]
     batch, report = (*calibration()[:3], bad), Recorded()
     trainer = SYSTEMS[kind].trainer(bundled(), recipe, alone)
     data = [StepSamples(step=step, samples=batch) for step in range(recipe.steps)]
-    run_loop(trainer, data, start=0, checkpoint_every=2, report=report, team=Alone())
-    assert report.told == [1, 2] and list(report.kept) == [2]
-    return [(error.sample_id, error.error) for error in report.bad]
+    run_loop(trainer, data, start=0, checkpoint_every=2, report=report, group=SingleWorker())
+    assert report.steps == [1, 2] and list(report.states) == [2]
+    return [(error.sample_id, error.error) for error in report.errors]
 
 
 @pytest.mark.parametrize("kind", RECIPES)

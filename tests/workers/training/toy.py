@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ WIDTH = 8
 
 
 class ToyRecipe(Spec):
-    """`dies_at` names a step before which the process kills itself, once: a file then marks it."""
+    """`dies_at` names a step before which the process kills itself: once, if it can write the file `marker`."""
 
     steps: int = 7
     batch_size: int = 4
     learning_rate: float = 0.1
     seed: int = 0
     nan_at: int | None = None
+    raises_at: int | None = None
     dies_at: int | None = None
     marker: str = ""
 
@@ -64,8 +66,11 @@ class ToyTrainer(Trainer[ToyParts]):
         recipe = self._recipe
         for sample in samples:
             self.check(sample)
+        if step == recipe.raises_at:
+            raise MemoryError("toy")
         if step == recipe.dies_at and not Path(recipe.marker).exists():
-            Path(recipe.marker).touch()
+            with suppress(OSError):
+                Path(recipe.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         rate = learning_rate(step, steps=self.steps, peak=recipe.learning_rate, warmup_steps=2)
         set_learning_rate(self._optimizer, rate)

@@ -1,0 +1,133 @@
+"""Each step's samples depend on the seed alone, and a data set of any size passes through bounded memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+from reports.calibration import read_calibration
+from reports.store import Folder
+from shortv.errors import Refused, ShortVError
+from shortv.workers.samples import calibration_digest
+from shortv.workers.training import data
+from shortv.workers.training.data import Order, Shards, Source, sample_of, scan, sources_of, write_shards
+from tests.tiny_model import TINY
+
+ROOT = Path(__file__).resolve().parents[3]
+CALIBRATION = str(TINY / "calibration.parquet")
+
+
+def file_of(path: Path, names: list[str], images: list[list[bytes]] | None = None) -> Source:
+    table = {
+        "sample_id": names,
+        "images": pa.array(images or [[b"image"]] * len(names), pa.list_(pa.binary())),
+        "prompt": ["a prompt"] * len(names),
+    }
+    pq.write_table(pa.table(table), path)
+    return Source(path=str(path))
+
+
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
+    order = Order(samples=10, batch_size=4, seed=1)
+    stream = [row for step in range(10) for row in order.rows(step)]
+    epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert order.rows(7) == tuple(stream[28:32])
+    assert replace(order, seed=2).rows(0) != order.rows(0)
+    assert order.rows(0) == (8, 5, 9, 6), "the order of a seed is a promise to runs that continue"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_shares_of_the_workers_make_up_the_batch(workers: int) -> None:
+    order = Order(samples=9, batch_size=4, seed=0)
+    shares = [order.share(5, worker, workers) for worker in range(workers)]
+    assert tuple(row for share in shares for row in share) == order.rows(5)
+
+
+def test_a_scan_gives_the_digest_of_all_samples_and_names_what_cannot_be_used(tmp_path: Path) -> None:
+    source = file_of(tmp_path / "a.parquet", ["a", "b", "c"], [[b"1"], [], [b"2", b"3"]])
+    found = scan([source, Source(path=CALIBRATION, rows=2)], needs_images=True)
+    samples = [*read_calibration(source.path), *read_calibration(CALIBRATION)[:2]]
+    assert (found.samples, found.digest) == (5, calibration_digest(samples))
+    assert [(error.sample_id, error.error) for error in found.unusable] == [("b", "no-image")]
+    assert found.unanswered == ("a", "b", "c")
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    first, second = file_of(tmp_path / "a.parquet", ["a", "b"]), file_of(tmp_path / "b.parquet", ["c", "b"])
+    with pytest.raises(Refused, match=r"'b' occurs twice in .*a.parquet and .*b.parquet"):
+        scan([first, second], needs_images=False)
+    with pytest.raises(Refused, match="'a' occurs twice"):
+        scan([file_of(tmp_path / "c.parquet", ["a", "a"])], needs_images=False)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, [None]), (3.0, [3]), (0.25, [2])])
+def test_a_limit_is_a_number_or_a_share_of_each_file(limit: float | None, expected: list[int | None]) -> None:
+    found = sources_of([CALIBRATION], limit=limit, seed=0, include_path=None, scratch=Path())
+    rows = len(read_calibration(CALIBRATION))
+    assert [source.rows for source in found] == ([-(-rows // 4)] if limit == 0.25 else expected)
+
+
+def test_shards_give_each_usable_sample_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_SHARD_BYTES", 4096)  # some samples in each
+    text = file_of(tmp_path / "a.parquet", ["text"], [[]])
+    sources, folder = [text, Source(path=CALIBRATION)], Folder(tmp_path / "out")
+    contents = scan(sources, needs_images=True)
+    write_shards(folder, sources, contents, needs_images=True)
+    assert len(folder.list(data.SHARDS)) > 3
+    samples, shards = read_calibration(CALIBRATION), Shards(str(tmp_path / "out"))
+    rows = [5, 0, len(samples) - 1, 5]
+    assert [sample_of(row) for row in shards.read(rows)] == [samples[row] for row in rows]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    write_shards(folder, sources, contents, needs_images=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_samples_that_change_between_the_passes_end_the_run(tmp_path: Path) -> None:
+    source = file_of(tmp_path / "a.parquet", ["a", "b"])
+    contents = scan([source], needs_images=False)
+    file_of(tmp_path / "a.parquet", ["a", "c"])
+    with pytest.raises(ShortVError, match="changed"):
+        write_shards(Folder(tmp_path / "out"), [source], contents, needs_images=False)
+    with pytest.raises(ShortVError, match="shares"):
+        Shards(str(tmp_path / "out"))
+
+
+_MEASURED = """
+import resource, sys
+from pathlib import Path
+from reports.store import Folder
+from shortv.workers.training.data import Shards, Source, scan, write_shards
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, sources, folder = peak(), [Source(path=sys.argv[1])], Folder(sys.argv[2])
+contents = scan(sources, needs_images=True)
+write_shards(folder, sources, contents, needs_images=True)
+shards = Shards(sys.argv[2])
+assert sum(len(shards.read([row])[0]["images"][0]) for row in range(0, contents.samples, 16)) > 0
+print(contents.samples, peak() - before)
+"""
+
+
+def test_a_data_set_larger_than_memory_passes_through_the_driver(tmp_path: Path) -> None:
+    """1,600 images of 250 kB are 400 MB; the driver may grow by 160 MB while it checks and copies them."""
+    schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
+    image, path, total = os.urandom(250_000), tmp_path / "large.parquet", 0
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for first in range(0, 1600, 100):
+            images = [[f"{first + row}".encode() + image] for row in range(100)]
+            total += sum(len(each) for row in images for each in row)
+            rows = {"sample_id": [f"s{first + row}" for row in range(100)], "images": images, "prompt": ["?"] * 100}
+            writer.write_table(pa.table(rows, schema=schema))
+    command = [sys.executable, "-c", _MEASURED, str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    samples, growth = map(int, done.stdout.split())
+    assert samples == 1600 and growth < 160e6 < total / 2, f"{growth / 1e6:.0f} MB"
