@@ -16,8 +16,8 @@ def is_leftover(name: str) -> bool:
     return bool(_LEFTOVER.match(name))
 
 
-def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write chunks to a file of a temporary name in its folder, force it to disk, then rename it into place.
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write bytes or chunks of them under a temporary name in the folder, force them to disk, then rename into place.
 
     Raises:
         OSError: the disk is full or the folder not writable; no temporary file is left and an old file stays.
@@ -29,7 +29,7 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
             # The lock tells remove_leftovers that this writer lives; not every file system has locks.
             with contextlib.suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for chunk in chunks:
+            for chunk in [data] if isinstance(data, bytes) else data:
                 _write_all(stream.fileno(), chunk)
             os.fsync(stream.fileno())
             os.replace(temporary, path)

@@ -164,7 +164,7 @@ def test_leftovers_of_killed_writers_are_ignored_and_cleared(tmp_path: Path) -> 
 def test_a_living_writer_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: removed.extend(remove_leftovers(tmp_path)))
-    replace_file(tmp_path / "a.json", [b"whole"])
+    replace_file(tmp_path / "a.json", b"whole")
     assert removed == [] and (tmp_path / "a.json").read_bytes() == b"whole"
 
 
