@@ -1,22 +1,23 @@
 """The fast executor: what a mode leaves out is not computed.
 
-Shapes: B batch, T positions of this forward, S updated rows of a sample and N of all, K keys, D width, E width of all
-heads.
+Shapes: B batch, T positions of this forward, S updated rows of a sample and N of all samples, K keys, H heads,
+C width of a head, E width of all heads, D width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shortv.families import Decoder
-from shortv.layers.attention import attend, project, rotate
 from shortv.layers.cache import shortened_layer
 from shortv.layers.progress import Progress
-from shortv.layers.streams import Split
+from shortv.layers.rows import Split
 from shortv.plan import Tokens, Work
 
 
@@ -32,34 +33,34 @@ class PlannedLayer:
     """The model's own forward of this layer."""
     progress: Progress
     first: bool
-    """Whether the run begins here: the two streams part."""
+    """Whether a run begins here: the rows that it updates are taken out of all rows."""
     last: bool
-    """Whether the run ends here: they join."""
+    """Whether a run ends here: the updated rows are put back among all rows."""
 
     @property
     def starts(self) -> bool:
-        """Whether this layer is given all rows."""
+        """Whether this layer receives all rows."""
         return self.first or self.progress.joined
 
     @property
     def ends(self) -> bool:
-        """Whether this layer gives all rows."""
+        """Whether this layer returns all rows."""
         return self.last or self.progress.joined
 
-    def given(self, take: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """The updated rows of what this layer is given: taken out of all rows, or inside a run what comes in."""
+    def updated_rows(self, split: Split, hidden: Tensor) -> Tensor:
+        """Return the rows (1, N, D) that this layer updates, from all rows or inside a run as they come in."""
         if self.starts:
             self.progress.rows_BTD = hidden
-            return take(hidden)
+            return split.flat(hidden)
         self.progress.rows_BTD = self.progress.rows_BTD.to(hidden.device)
         return hidden
 
 
 def execute(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
-    """A decoder layer's forward under its mode.
+    """Run a decoder layer's forward under its mode.
 
-    Where a forward brings no visual tokens (decoding, prompts without an image) the layer works on all that it brings
-    unless its mode leaves out text.
+    In a forward without visual tokens (decoding, prompts without an image) a layer whose mode leaves out visual tokens
+    alone is the model's own.
     """
     progress = planned.progress
     present = Tokens.ALL if progress.has_visual else Tokens.TEXT
@@ -82,7 +83,7 @@ def execute(planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
 
 
 def _shorten(planned: PlannedLayer, work: Work, hidden: Tensor, arguments: dict[str, Any]) -> None:
-    """Let the cache of a layer count positions that it keeps no K and V of, and fit the mask of later ones to it."""
+    """Let a layer's cache count positions whose K and V it does not keep, and narrow the mask to those it keeps."""
     progress, keys = planned.progress, planned.work.keys
     if Tokens.TEXT in keys and (Tokens.VISUAL in keys or not progress.history.has_visual):
         return
@@ -97,13 +98,13 @@ def _shorten(planned: PlannedLayer, work: Work, hidden: Tensor, arguments: dict[
 def frozen(
     planned: PlannedLayer, split: Split, hidden: Tensor, visual_1ND: Tensor | None = None, **arguments: Any
 ) -> Tensor:
-    """The rows of `split` attend to all rows and pass the FFN; the others give K and V alone.
+    """Let the rows of `split` attend to all rows and pass the FFN; the others give K and V alone.
 
     Args:
-        visual_1ND: what stands in the visual rows from this layer on, in place of what they held.
+        visual_1ND: rows that replace the visual rows in this layer and all later ones.
     """
     decoder, layer, progress = planned.decoder, planned.layer, planned.progress
-    updated_1ND = planned.given(split.flat, hidden)
+    updated_1ND = planned.updated_rows(split, hidden)
     ours = not planned.starts
     if visual_1ND is not None:
         progress.rows_BTD = progress.split(Tokens.VISUAL).put(progress.rows_BTD, visual_1ND, in_place=ours)
@@ -111,14 +112,14 @@ def frozen(
     normed_BTD = decoder.attention_norm(layer)(progress.rows_BTD)
     output_1ND = _attended(planned, split, normed_BTD, **arguments)
     updated_1ND = decoder.ffn_half(layer, decoder.add_attention(layer, updated_1ND, output_1ND))
-    # Kept up to date in every layer, so that keys and values of all rows are one product each, in order. A run's
-    # first layer makes the copy that the others write into: what it was given is the model's own.
+    # All rows are up to date in every layer, so that keys and values of all rows are one product each, in order. The
+    # first layer of a run makes the copy that the others write into: its input belongs to the model.
     progress.rows_BTD = split.put(progress.rows_BTD, updated_1ND, in_place=ours)
     return progress.rows_BTD if planned.ends else updated_1ND
 
 
 def _attended(planned: PlannedLayer, split: Split, normed_BTD: Tensor, **arguments: Any) -> Tensor:
-    """Attention output (1, N, D) of the updated rows over all rows."""
+    """Return the attention output (1, N, D) of the updated rows over all rows."""
     attention: Any = planned.decoder.attention(planned.layer)
     mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
     if not split.is_less_work(mask, normed_BTD.shape[-1]):
@@ -136,13 +137,13 @@ def _attended(planned: PlannedLayer, split: Split, normed_BTD: Tensor, **argumen
 
 
 def _bypassed(planned: PlannedLayer, split: Split, hidden: Tensor, **arguments: Any) -> Tensor:
-    """The rows of `split` attend to each other and pass the FFN; the others pass unchanged, without K and V."""
-    updated_1ND = layer_among(planned, split, planned.given(split.flat, hidden), **arguments)
+    """Let the rows of `split` attend to each other and pass the FFN; the others pass unchanged, without K and V."""
+    updated_1ND = layer_among(planned, split, planned.updated_rows(split, hidden), **arguments)
     return split.put(planned.progress.rows_BTD, updated_1ND) if planned.ends else updated_1ND
 
 
 def layer_among(planned: PlannedLayer, split: Split, rows_1ND: Tensor, **arguments: Any) -> Tensor:
-    """A dense layer over some rows of each sample, which attend to each other alone."""
+    """Run a dense layer over some rows of each sample, which attend to each other alone."""
     decoder, layer = planned.decoder, planned.layer
     attention: Any = decoder.attention(layer)
     normed_1ND = decoder.attention_norm(layer)(rows_1ND)
@@ -159,7 +160,7 @@ def layer_among(planned: PlannedLayer, split: Split, rows_1ND: Tensor, **argumen
 
 
 def _attention_half(planned: PlannedLayer, work: Work, present: Tokens, hidden: Tensor, **arguments: Any) -> Tensor:
-    """The residual stream behind the attention half, where FFN and attention work on different tokens."""
+    """Return the residual stream after the attention half of a layer whose FFN works on other tokens."""
     decoder, layer, progress = planned.decoder, planned.layer, planned.progress
     if not work.keys:
         return hidden
@@ -176,7 +177,7 @@ def _attention_half(planned: PlannedLayer, work: Work, present: Tokens, hidden: 
 
 
 def _store(planned: PlannedLayer, work: Work, present: Tokens, normed_BTD: Tensor, **arguments: Any) -> None:
-    """Keep keys and values of tokens for later ones, where no token of this forward attends to them."""
+    """Store keys and values for later forwards where no token of this forward attends."""
     cache = arguments.get("past_key_values")
     if cache is None:
         return
@@ -186,3 +187,46 @@ def _store(planned: PlannedLayer, work: Work, present: Tokens, normed_BTD: Tenso
         normed_BTD, cos, sin = rows.rows(normed_BTD), rows.rows(cos), rows.rows(sin)
     key, value = rotate(project(attention, "k", normed_BTD), cos, sin), project(attention, "v", normed_BTD)
     cache.update(key, value, planned.index)
+
+
+def project(attention: Any, part: str, normed_BTD: Tensor) -> Tensor:
+    """Return queries, keys or values per head, (B, H, T, C), normalised where the family does so.
+
+    Args:
+        part: "q", "k" or "v".
+    """
+    heads_BTHC = getattr(attention, f"{part}_proj")(normed_BTD).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{part}_norm", None)
+    if norm is not None:
+        heads_BTHC = norm(heads_BTHC)
+    return cast(Tensor, heads_BTHC.transpose(1, 2))
+
+
+def rotate(heads_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
+    """Apply rotary position embeddings in place, in the half-split layout that all supported backbones use.
+
+    Keys of all positions are the largest tensor of a frozen layer: a second one of that size costs more than the
+    arithmetic.
+    """
+    half = heads_BHTC.shape[-1] // 2
+    first, second = heads_BHTC[..., :half], heads_BHTC[..., half:]
+    (cos_first, cos_second), (sin_first, sin_second) = (
+        values.unsqueeze(1).chunk(2, dim=-1) for values in (cos_BTC, sin_BTC)
+    )
+    turned = first * sin_second
+    first.mul_(cos_first).addcmul_(second, sin_first, value=-1)
+    second.mul_(cos_second).add_(turned)
+    return heads_BHTC
+
+
+def attend(attention: Any, query_BHSC: Tensor, key_BHKC: Tensor, value_BHKC: Tensor, mask_BHSK: Tensor) -> Tensor:
+    """Return each query's weighted values, (B, S, E), before the output projection, by the model's own kernel."""
+    module = sys.modules[type(attention).__module__]
+    function = cast(
+        Callable[..., tuple[Tensor, Any]],
+        ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, module.eager_attention_forward),
+    )
+    mixed_BSHC, _ = function(
+        attention, query_BHSC, key_BHKC, value_BHKC, mask_BHSK, dropout=0.0, scaling=attention.scaling
+    )
+    return mixed_BSHC.flatten(2)

@@ -1,4 +1,4 @@
-"""What the planned layers of one model share: where the sequences stand, and the streams of the current forward."""
+"""What the planned layers of one model share during a forward: token types, rows and masks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from transformers import StaticCache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.families.tokens import Selection, may_attend
+from shortv.layers.rows import Selection, Split, may_attend
 from shortv.layers.run import LearnedRun
 from shortv.layers.sequence import SequenceState
-from shortv.layers.streams import Split
 from shortv.plan import Mode, Tokens
 
 
@@ -40,14 +39,14 @@ class Progress(SequenceState):
         """Begin a forward with these arguments."""
         if isinstance(call.get("past_key_values"), StaticCache):
             raise ShortVError("a static cache has no room for layers of different lengths; use the dynamic cache")
-        if self._asked_for("output_attentions", call):
+        if self._is_requested("output_attentions", call):
             raise ShortVError("a plan does not compute the attention of every row; leave output_attentions off")
         super().observe(call)
         self.length = self.types.text_BT.shape[1]
-        self.joined = self._asked_for("output_hidden_states", call)
+        self.joined = self._is_requested("output_hidden_states", call)
         self._forget()
 
-    def _asked_for(self, output: str, call: dict[str, Any]) -> bool:
+    def _is_requested(self, output: str, call: dict[str, Any]) -> bool:
         return bool(call.get(output) or any(getattr(config, output, False) for config in self._configs))
 
     def _release(self) -> None:
@@ -55,7 +54,7 @@ class Progress(SequenceState):
         super()._release()
 
     def split(self, tokens: Tokens) -> Split:
-        """These tokens updated, everything else resting."""
+        """Return the rows of these tokens; layers of one forward share it."""
         if tokens not in self._splits:
             self._splits[tokens] = Split(self.types.among(tokens))
         return self._splits[tokens]
@@ -63,10 +62,12 @@ class Progress(SequenceState):
     def kept_columns(
         self, attention: nn.Module, mask: Tensor | None, device: torch.device, prompt: Selection | None = None
     ) -> Tensor:
-        """Columns of the model's own mask that are left in a layer without visual tokens: (B, 1, T, kept).
+        """Return the columns of the model's own mask for a layer that keeps some positions: (B, 1, T, kept).
 
-        `prompt` are the positions that such a layer keeps of the prompt where these are not its text alone.
-        Layers of one kind are given the same mask, and what was made of it serves them all.
+        Layers of one kind receive the same mask and share the result.
+
+        Args:
+            prompt: positions of the prompt that the layer keeps; its text by default.
         """
         prompt = self.history.prompt if prompt is None else prompt
         key = (id(mask), getattr(attention, "sliding_window", None), id(prompt))
@@ -89,7 +90,7 @@ class Progress(SequenceState):
         return columns.masked_fill(~allowed, torch.finfo(columns.dtype).min)
 
     def _kept(self, device: torch.device, prompt: Selection) -> tuple[Tensor, Tensor]:
-        """Original positions of the K and V that such a layer keeps, in the order it keeps them, and which are real."""
+        """Return the original positions of a layer's K and V in their order, and which of them are not padding."""
         index_BS, valid_BS = prompt.index_BS.to(device), prompt.valid_BS.to(device)
         batch, keys = self.visual_BK.shape
         generated = torch.arange(self.history.prompt_length, keys, device=device).expand(batch, -1)

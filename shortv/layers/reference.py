@@ -13,7 +13,7 @@ from torch import nn
 
 from shortv.errors import Refused
 from shortv.families import decoder_of
-from shortv.families.tokens import hide_keys
+from shortv.layers.rows import hide_keys
 from shortv.layers.run import LearnedRun
 from shortv.layers.sequence import SequenceState
 from shortv.plan import Mode, Tokens, works_of

@@ -18,8 +18,9 @@ from transformers import Cache
 
 from shortv.errors import ShortVError
 from shortv.families import Decoder
-from shortv.families.tokens import Selection, TokenTypes, explicit_mask, may_attend, token_types
+from shortv.families.tokens import TokenTypes, token_types
 from shortv.layers.prompted import is_prompted, prompt_rows
+from shortv.layers.rows import Selection, explicit_mask, may_attend
 from shortv.layers.run import LearnedRun
 from shortv.plan import Mode, Tokens, works_of
 

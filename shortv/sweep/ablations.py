@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from shortv.costs import STACK_SHARE, activation_bytes
 from shortv.families import Batch, Decoder, LoadedModel
-from shortv.families.tokens import Selection, TokenTypes, explicit_mask, last_true
+from shortv.families.tokens import TokenTypes, last_true
+from shortv.layers.rows import Selection, explicit_mask
 from shortv.plan import WORK, Mode, Tokens
 
 CPU_BUDGET = 256 * 2**20

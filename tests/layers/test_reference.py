@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shortv.errors import Refused, ShortVError
 from shortv.families import Batch, Decoder, LoadedModel
-from shortv.families.tokens import Selection, explicit_mask, hide_keys
 from shortv.layers.reference import reference
+from shortv.layers.rows import Selection, explicit_mask, hide_keys
 from shortv.plan import Mode, modes_of_ablation
 from shortv.sweep.ablations import run_clean
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
@@ -123,18 +123,6 @@ def test_freezing_the_last_layer_leaves_text_logits_and_v_0_leaves_everything() 
             torch.testing.assert_close(logits(model, text_only), before, atol=1e-6, rtol=0)
 
 
-def test_text_rows_of_the_models_mask_have_the_papers_count() -> None:
-    """Prefix 35, 576 visual tokens, suffix 29: 64 rows, 640 columns and 18,784 open cells."""
-    prefix, visual, suffix = 35, 576, 29
-    length = prefix + visual + suffix
-    text = torch.ones(1, length, dtype=torch.bool)
-    text[:, prefix : prefix + visual] = False
-    mask = explicit_mask(None, batch=1, queries=length, keys=length, device=torch.device("cpu"))
-    rows = mask[0, 0][text[0]]
-    assert rows.shape == (prefix + suffix, length)
-    assert int(rows.sum()) == 18_784
-
-
 def test_text_between_two_images_is_still_updated_and_causal() -> None:
     model = loaded(random_model())
     batch = batch_of("llava", [[2, "I", 3, "I", 2]])
@@ -183,15 +171,6 @@ def test_generation_equals_prefilling_again_for_every_token(mode: Mode, kind: st
             single = make_batch(kind, [prompt])
             again = model.generate(**single.inputs, **options, use_cache=False)
             assert again[0, single.types.text_BT.shape[1] :].tolist() == cached[number].tolist()
-
-
-def test_a_prefilled_cache_holds_every_position_in_every_layer() -> None:
-    model = random_model()
-    batch = batch_of("llava", SPECS)
-    for mode in MODES:
-        with torch.inference_mode(), reference(model, modes_of_ablation(mode, 1, LAYERS)):
-            cache = model(**batch.inputs, use_cache=True).past_key_values
-        assert {cache.get_seq_length(layer) for layer in range(LAYERS)} == {batch.types.text_BT.shape[1]}
 
 
 def test_hidden_keys_leave_no_row_empty() -> None:

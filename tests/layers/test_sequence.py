@@ -16,6 +16,7 @@ from shortv.errors import Refused, ShortVError
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
 from shortv.plan import Mode
+from tests.law import assert_law
 from tests.models import KINDS, LAYERS, Spec, batch_of, random_model
 
 Modes = tuple[Mode, ...]
@@ -23,10 +24,6 @@ FROZEN: Modes = (Mode.FREEZE_VISUAL,) * LAYERS
 DROPPED: Modes = (Mode.DROP_VISUAL,) * LAYERS
 LATE: Modes = (Mode.FULL, Mode.FREEZE_VISUAL, Mode.DROP_VISUAL, Mode.DROP_VISUAL)
 PAIR: list[Spec] = [[1, "I", 6], ["I", 2, "I", 1]]
-
-
-def same(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 @torch.inference_mode()
@@ -135,7 +132,7 @@ def test_a_mask_of_four_dimensions_tells_padding_as_well(modes: Modes) -> None:
     with executing(model, modes), torch.inference_mode():
         expected = model(**batch.inputs).logits[batch.types.text_BT]
         found = model(**{**batch.inputs, "attention_mask": sees}).logits[batch.types.text_BT]
-    assert same(found, expected)
+    assert_law(found, expected)
 
 
 def test_what_cannot_be_honoured_is_refused_by_name() -> None:
@@ -161,14 +158,14 @@ def test_what_cannot_be_honoured_is_refused_by_name() -> None:
         found = model(**ends.inputs).logits
     with reference(model, FROZEN), torch.inference_mode():
         expected = model(**ends.inputs).logits
-    assert same(found[ends.types.text_BT], expected[ends.types.text_BT])
+    assert_law(found[ends.types.text_BT], expected[ends.types.text_BT])
 
 
 def test_the_full_plan_refuses_nothing() -> None:
     model, batch = random_model(), batch_of("llava", [[3, "I", 2]])
     with torch.inference_mode(), executing(model, (Mode.FULL,) * LAYERS):
         static = StaticCache(config=model.config.text_config, max_cache_len=32)
-        assert same(model(**batch.inputs, past_key_values=static).logits, model(**batch.inputs).logits)
+        assert_law(model(**batch.inputs, past_key_values=static).logits, model(**batch.inputs).logits)
         assert torch.equal(model.forward(**batch.inputs).logits, model(**batch.inputs).logits)
 
 
@@ -197,7 +194,7 @@ def test_a_generated_placeholder_is_text(modes: Modes) -> None:
     with reference(model, modes):
         expected = answer(model, batch.inputs, *turns)
     with executing(model, modes):
-        assert same(answer(model, batch.inputs, *turns), expected)
+        assert_law(answer(model, batch.inputs, *turns), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +205,7 @@ def test_long_texts_attend_with_the_models_own_kernel(kind: str) -> None:
         with reference(model, (mode,) * LAYERS), torch.inference_mode():
             expected = model(**batch.inputs).logits[batch.types.text_BT]
         with executing(model, (mode,) * LAYERS), torch.inference_mode():
-            assert same(model(**batch.inputs).logits[batch.types.text_BT], expected)
+            assert_law(model(**batch.inputs).logits[batch.types.text_BT], expected)
 
 
 def test_gradients_equal_those_of_the_reference() -> None:
@@ -238,3 +235,19 @@ def test_hooks_that_come_or_go_inside_leave_the_models_own_forward(inside: Any) 
     remove_hook_from_module(layer)
     assert torch.equal(answer(model, batch.inputs), expected)
     assert layer.forward.__func__ is type(layer).forward
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2-vl", "gemma3"])
+def test_text_after_the_images_may_be_prefilled_in_chunks(kind: str) -> None:
+    model, batch = random_model(kind), batch_of(kind, [[1, "I", 12]])
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    for modes in (
+        LATE,
+        (Mode.BYPASS_VISUAL, Mode.FULL, Mode.FULL, Mode.BYPASS_VISUAL),
+        (Mode.SKIP_ATTENTION, Mode.FREEZE_VISUAL, Mode.BYPASS_VISUAL, Mode.FULL),
+    ):
+        with executing(model, modes):
+            whole = model.generate(**batch.inputs, **options, return_dict_in_generate=True)
+            chunked = model.generate(**batch.inputs, **options, return_dict_in_generate=True, prefill_chunk_size=7)
+        for found, expected in zip(chunked.logits, whole.logits, strict=True):
+            assert_law(found, expected)

@@ -14,7 +14,8 @@ from torch.nn.functional import gelu, linear
 
 from shortv.errors import Refused
 from shortv.families.decoder import Decoder
-from shortv.families.tokens import Selection, TokenTypes, last_true
+from shortv.families.tokens import TokenTypes, last_true
+from shortv.layers.rows import Selection
 from shortv.learned.base import DecidingLinear, Parts
 from shortv.learned.dyvte.recipe import MeanOver, RouterSettings
 from shortv.plan import PartsKind

@@ -20,12 +20,12 @@ from transformers import Cache
 
 from shortv.errors import Refused
 from shortv.families import Decoder
-from shortv.families.tokens import Selection, TokenTypes, hide_keys
+from shortv.families.tokens import TokenTypes
 from shortv.layers.cache import shortened_layer
 from shortv.layers.fast import PlannedLayer, layer_among
 from shortv.layers.progress import Progress
+from shortv.layers.rows import Selection, Split, hide_keys
 from shortv.layers.sequence import History, SequenceState, history_of
-from shortv.layers.streams import Split
 from shortv.learned.base import PartsRun
 from shortv.learned.dyvte.parts import ExitRouters, TextRows, averaged, check_can_exit
 from shortv.plan import Mode
