@@ -19,16 +19,14 @@ import shortv
 from shortv.architecture import Architecture
 from shortv.costs import plan_flops
 from shortv.errors import Refused
-from shortv.families import Batch
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
 from shortv.plan import WORK, Mode, Plan, Tokens, modes_of_ablation, modes_of_layers
-from tests.law import assert_law, text_logits
+from tests.law import SPECS, assert_law, generated, in_dtype, some_specs, text_logits
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, random_model
 
 Modes = tuple[Mode, ...]
 FULL: Modes = (Mode.FULL,) * LAYERS
-SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
 
 
 def drawn(seed: int) -> Modes:
@@ -73,19 +71,11 @@ def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None
     """Plans with layer 0 skipped and layer 0 dropped among them: its cache tells transformers the sequence length."""
     model = random_model(kind)
     batch = batch_of(kind, SPECS)
-    fixed = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    fixed["suppress_tokens"] = [IMAGE_TOKEN, IMAGE_TOKEN + 1, VISION_START]
-
-    def generate() -> list[list[int]]:
-        torch.manual_seed(0)
-        tokens: list[list[int]] = model.generate(**batch.inputs, **{**fixed, **options}).tolist()
-        return tokens
-
     for modes in PLANS[1:8] + PLANS[-4:]:
         with reference(model, modes):
-            expected = generate()
+            expected = generated(model, batch, **options)
         with executing(model, modes):
-            assert generate() == expected
+            assert generated(model, batch, **options) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,8 +83,7 @@ def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None
 def test_half_precision_is_as_near_to_the_truth_as_the_reference(kind: str, dtype: torch.dtype) -> None:
     truth, half = random_model(kind), random_model(kind).to(dtype)
     batch = batch_of(kind, SPECS)
-    inputs = {name: value.to(dtype if value.is_floating_point() else None) for name, value in batch.inputs.items()}
-    halved = Batch(inputs=inputs, types=batch.types)
+    halved = in_dtype(batch, dtype)
     for modes in PLANS[1:8] + PLANS[-2:]:
         with reference(truth, modes):
             exact = text_logits(truth, batch)
@@ -103,19 +92,6 @@ def test_half_precision_is_as_near_to_the_truth_as_the_reference(kind: str, dtyp
         with executing(half, modes):
             fast = (text_logits(half, halved).float() - exact).abs().mean()
         assert fast <= 2 * slow
-
-
-def apart(spec: Spec) -> Spec:
-    """Text between images, as every template of these families has it, and at the end."""
-    pieces: Spec = []
-    for piece in spec:
-        pieces += [1, piece] if pieces and pieces[-1] == piece == "I" else [piece]
-    return [*pieces, 2]
-
-
-some_specs = st.lists(
-    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4).map(apart), min_size=1, max_size=3
-)
 
 
 @settings(max_examples=80, deadline=None)
