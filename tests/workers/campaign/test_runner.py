@@ -1,58 +1,75 @@
-"""The runner with replicas that are lost: what one cell went through is nothing to the next."""
+"""The runner on replicas that fail: a failure belongs to its sample, and a later cell does not notice it."""
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
+from ray.exceptions import RayActorError, RayError
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from shortv.evals.benchmark import Benchmark
 from shortv.request import Completion, Request
+from shortv.workers.campaign.cells import CellResult
 from shortv.workers.campaign.runner import ReplicaRunner
 
 
-class LosingReplicas:
-    """A handle whose questions lose their replica three times each, and are answered then."""
+class FailingReplicas:
+    """A handle whose calls raise what `error` returns for the number of a request and that of its attempt."""
 
-    def __init__(self) -> None:
-        self.complete = SimpleNamespace(remote=self._remote)
-        self._asked: Counter[str] = Counter()
+    def __init__(self, error: Callable[[int, int], Exception | None]) -> None:
+        self.complete = SimpleNamespace(remote=lambda request: asyncio.ensure_future(self._complete(request)))
+        self._error = error
+        self._attempts: Counter[str] = Counter()
 
     def options(self, **_: Any) -> Any:
         return self
 
-    def _remote(self, question: Request) -> Any:
-        return asyncio.ensure_future(self._answer(question))
-
-    async def _answer(self, question: Request) -> Completion:
-        self._asked[question.request_id] += 1
+    async def _complete(self, request: Request) -> Completion:
+        self._attempts[request.request_id] += 1
+        number = list(self._attempts).index(request.request_id)
         await asyncio.sleep(0.01)
-        if self._asked[question.request_id] <= 3:
-            raise ray.exceptions.RayActorError()
-        return Completion(
-            text="2",
-            finish_reason="stop",
-            prompt_tokens=40,
-            visual_tokens=36,
-            completion_tokens=1,
-            plan_digest=None,
-            queue_ms=0.0,
-            prefill_ms=1.0,
-            decode_ms=1.0,
-        )
+        error = self._error(number, self._attempts[request.request_id])
+        if error is not None:
+            raise error
+        counts = {"prompt_tokens": 40, "visual_tokens": 36, "completion_tokens": 1}
+        times = {"queue_ms": 0.0, "prefill_ms": 1.0, "decode_ms": 1.0}
+        return Completion(text="2", finish_reason="stop", plan_digest=None, **counts, **times)
 
 
-def test_questions_that_lose_replicas_in_two_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such questions wait for each other, in an event loop that ends with its cell."""
+@pytest.fixture
+def run_cell(monkeypatch: pytest.MonkeyPatch) -> Callable[[FailingReplicas], CellResult]:
+    """Run a cell of four samples on given replicas."""
     for pause in ("_FIRST_PAUSE_S", "_LOSS_PAUSE_S"):
         monkeypatch.setattr(f"shortv.workers.serving.client.{pause}", 0.01)
     runner = ReplicaRunner(Console(quiet=True))
     runner._benchmarks["shapes_vqa"] = Benchmark("shapes_vqa", limit=4)
-    handle: DeploymentHandle[Any] = LosingReplicas()  # type: ignore[assignment]
+
+    def run(replicas: FailingReplicas) -> CellResult:
+        handle: DeploymentHandle[Any] = replicas  # type: ignore[assignment]
+        return runner._run_cell(handle, 4, 1, None, "shapes_vqa")
+
+    return run
+
+
+def test_requests_that_lose_replicas_complete_in_each_of_two_cells(
+    run_cell: Callable[[FailingReplicas], CellResult],
+) -> None:
+    """Such requests wait for each other in an event loop that ends with its cell."""
+    replicas = FailingReplicas(lambda number, attempt: RayActorError() if attempt <= 3 else None)
     for _ in range(2):
-        found = runner._run_cell(handle, 4, 1, None, "shapes_vqa")
-        assert [sample.prediction for sample in found.samples] == ["2"] * 4
+        assert [sample.prediction for sample in run_cell(replicas).samples] == ["2"] * 4
+
+
+@pytest.mark.parametrize("error", [KeyError("score"), RuntimeError("no kernel image"), RayError("lost object")])
+def test_a_stray_exception_is_the_error_of_one_sample(
+    run_cell: Callable[[FailingReplicas], CellResult], error: Exception
+) -> None:
+    found = run_cell(FailingReplicas(lambda number, attempt: error if number == 1 else None))
+    (failed,) = [sample for sample in found.samples if sample.error is not None]
+    assert type(error).__name__ in str(failed.error) and failed.prediction is None and failed.scores == {}
+    assert [sample.prediction for sample in found.samples].count("2") == 3
+    assert found.problem is None and found.metrics[0].n == 3
