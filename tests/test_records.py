@@ -5,16 +5,9 @@ import dataclasses
 
 import pytest
 
-from shortv.errors import Refused, SampleError, ShortVError
-from shortv.plan import Mode
+from shortv.errors import SampleError
 from shortv.records import KlDirection, LcRecord
 from shortv.sample import CALIBRATION_COLUMNS, Sample
-
-
-def test_errors_carry_their_exit_status() -> None:
-    assert (ShortVError.exit_status, Refused.exit_status) == (1, 2)
-    assert issubclass(Refused, ShortVError)
-    assert issubclass(SampleError, ShortVError)
 
 
 def test_sample_errors_survive_a_process_boundary() -> None:
@@ -47,11 +40,3 @@ def test_calibration_columns_are_the_fields_of_a_sample() -> None:
 @pytest.mark.parametrize("direction", list(KlDirection))
 def test_kl_directions_name_their_columns(direction: KlDirection) -> None:
     assert direction.column in {field.name for field in dataclasses.fields(LcRecord)}
-
-
-def test_records_are_frozen() -> None:
-    record = LcRecord(
-        sample_id="a", mode=Mode.FREEZE_VISUAL, layer=0, kl_full_ablated=0.1, kl_ablated_full=0.2, top1_changed=False
-    )
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        record.layer = 1  # type: ignore[misc]

@@ -19,12 +19,12 @@ from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
 from shortv.sample import Sample
 from shortv.sweep import engine
 from shortv.sweep.ablations import Ablation, ablate, run_clean
-from shortv.sweep.divergence import divergence, kl_divergence, log_probabilities
+from shortv.sweep.divergence import Divergence, divergence, kl_divergence, log_probabilities
+from tests.law import SPECS, some_specs
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import TINY, bundled, calibration
 
 MODES = tuple(mode for mode in Mode if mode is not Mode.FULL)
-MIXED: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
 
 
 def naive(model: LoadedModel, batch: Batch, mode: Mode, layer: int) -> torch.Tensor:
@@ -45,26 +45,30 @@ def ablated(model: LoadedModel, batch: Batch, modes: Sequence[Mode]) -> dict[Any
         return {ablation: log_probabilities(logits_BV) for ablation, logits_BV in found}
 
 
+def assert_close(found: Divergence, expected: Divergence) -> None:
+    """Within the tolerance that the demo's LC values keep."""
+    torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-3)
+
+
 def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
     assert first.values.keys() == second.values.keys()
     for ablation, value in first.values.items():
-        torch.testing.assert_close(value[0], second.values[ablation][0], atol=1e-7, rtol=1e-3)
-        torch.testing.assert_close(value[1], second.values[ablation][1], atol=1e-7, rtol=1e-3)
+        assert_close(value, second.values[ablation])
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
     model = loaded(random_model(kind, attn=attn))
-    batch = batch_of(kind, MIXED)
+    batch = batch_of(kind, SPECS)
     full_BV = log_probabilities(model.model(**batch.inputs).logits[:, -1])
     measured = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
         naive_BV = naive(model, batch, ablation.mode, ablation.layer)
         torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
         expected, found = divergence(full_BV, naive_BV), measured.values[ablation]
-        torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
-        torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-3)
+        assert_close(found, expected)
         assert found[2].tolist() == expected[2].tolist()
 
 
@@ -79,13 +83,12 @@ def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
         naive_BV = naive(model, batch, ablation.mode, ablation.layer)
         torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
         expected = divergence(stacked.full_BV, naive_BV)
-        torch.testing.assert_close(stacked.values[ablation][0], expected[0], atol=1e-7, rtol=1e-3)
-        torch.testing.assert_close(stacked.values[ablation][1], expected[1], atol=1e-7, rtol=1e-3)
+        assert_close(stacked.values[ablation], expected)
 
 
 def test_engine_equals_the_released_algorithm() -> None:
     model = loaded(random_model())
-    batch = batch_of("llava", MIXED)
+    batch = batch_of("llava", SPECS)
     measured = engine.measure(model, batch, layers=range(LAYERS), modes=[Mode.FREEZE_VISUAL])
     for layer, expected in enumerate(measure_released(model, batch)):
         found = measured.values[Ablation(layer, Mode.FREEZE_VISUAL)]
@@ -118,11 +121,6 @@ def test_the_noise_floor_is_the_largest_over_the_samples() -> None:
         assert engine.noise_floor(model, alone, encoded.batch, noisy_BV) > 1e-7
 
 
-some_specs = st.lists(
-    st.lists(st.one_of(st.integers(1, 6), st.just("I")), min_size=1, max_size=4), min_size=1, max_size=3
-).map(lambda specs: [[*spec, 2] for spec in specs])
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     specs=some_specs,
@@ -141,20 +139,19 @@ def test_any_image_place_and_padding_equals_naive(specs: list[Spec], padding: st
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padded_batch_of_eight_equals_eight_single_samples(padding: str) -> None:
     model = loaded(random_model())
-    specs: list[Spec] = [*MIXED, [2, "I", "I", 3], [1, "I", 1], [12, "I", 4], ["I", 2]]
+    specs: list[Spec] = [*SPECS, [2, "I", "I", 3], [1, "I", 1], [12, "I", 4], ["I", 2]]
     together = engine.measure(model, batch_of("llava", specs, padding=padding), layers=range(LAYERS), modes=MODES)
     prompts = prompts_of("llava", specs)
     for number in range(len(specs)):
         alone = engine.measure(model, make_batch("llava", [prompts[number]]), layers=range(LAYERS), modes=MODES)
         for ablation, value in alone.values.items():
-            row = together.values[ablation]
-            torch.testing.assert_close(value[0], row[0][number : number + 1], atol=1e-7, rtol=1e-3)
-            torch.testing.assert_close(value[1], row[1][number : number + 1], atol=1e-7, rtol=1e-3)
+            row = Divergence(*(column[number : number + 1] for column in together.values[ablation]))
+            assert_close(value, row)
 
 
 def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> None:
     model = loaded(random_model())
-    mixed = engine.measure(model, batch_of("llava", MIXED), layers=range(LAYERS), modes=MODES)
+    mixed = engine.measure(model, batch_of("llava", SPECS), layers=range(LAYERS), modes=MODES)
     text_only = engine.measure(model, batch_of("llava", [[4], [7]]), layers=range(LAYERS), modes=MODES)
     for layer in range(LAYERS):
         for mode in VISUAL_MODES:
@@ -232,15 +229,14 @@ def test_lc_of_bypass_visual_equals_an_oracle_by_hooks(kind: str) -> None:
         batch = encode(model, calibration()[:3]).batch
         assert batch is not None
     else:
-        model, batch = loaded(random_model(kind, attn="eager")), batch_of(kind, MIXED)
+        model, batch = loaded(random_model(kind, attn="eager")), batch_of(kind, SPECS)
     measured = engine.measure(
         model, batch, layers=range(len(model.decoder.layers)), modes=[Mode.BYPASS_VISUAL, Mode.FREEZE_VISUAL]
     )
     for index, layer in enumerate(model.decoder.layers):
         expected = divergence(measured.full_BV, bypassed_by_hooks(model, batch, layer))
         found = measured.values[Ablation(index, Mode.BYPASS_VISUAL)]
-        torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
-        torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-3)
+        assert_close(found, expected)
         with_images = batch.types.visual_BT.any(1)
         assert (found[0][with_images] > 1e-7).all()
 
@@ -248,30 +244,24 @@ def test_lc_of_bypass_visual_equals_an_oracle_by_hooks(kind: str) -> None:
 @pytest.mark.parametrize("stack", [1, 2, 7])
 def test_stacking_changes_nothing(stack: int) -> None:
     model = loaded(random_model())
-    batch = batch_of("llava", MIXED)
+    batch = batch_of("llava", SPECS)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     assert_same(whole, engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=stack))
 
 
 def test_layer_ranges_add_up_to_the_whole() -> None:
     model = loaded(random_model())
-    batch = batch_of("llava", MIXED)
+    batch = batch_of("llava", SPECS)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     parts = [engine.measure(model, batch, layers=range(a, b), modes=MODES) for a, b in [(0, 1), (1, LAYERS)]]
-    merged = replace_values(whole, {**parts[0].values, **parts[1].values})
-    assert_same(replace_values(whole, {key: merged.values[key] for key in whole.values}), whole)
-    assert len(merged.values) == len(whole.values)
-
-
-def replace_values(result: engine.BatchLC, values: dict[Any, Any]) -> engine.BatchLC:
-    return replace(result, values=values)
+    assert_same(whole, replace(whole, values={**parts[0].values, **parts[1].values}))
 
 
 def test_running_out_of_memory_halves_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(random_model())
-    batch = batch_of("llava", MIXED)
+    batch = batch_of("llava", SPECS)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
-    limit = 6 * len(MIXED)
+    limit = 6 * len(SPECS)
     layer = model.decoder.layers[2]
     forward = layer.forward
 
@@ -282,9 +272,9 @@ def test_running_out_of_memory_halves_the_stack(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(layer, "forward", small_device)
     assert_same(engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64), whole)
-    limit = len(MIXED)
+    limit = len(SPECS)
     assert_same(engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64), whole)
-    limit = len(MIXED) - 1
+    limit = len(SPECS) - 1
     with pytest.raises(torch.OutOfMemoryError):
         engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=64)
 
@@ -297,12 +287,12 @@ def test_failed_cpu_allocation_counts_as_out_of_memory(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model.decoder.layers[0], "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
-        engine.measure(model, batch_of("llava", MIXED), layers=range(LAYERS), modes=MODES)
+        engine.measure(model, batch_of("llava", SPECS), layers=range(LAYERS), modes=MODES)
 
 
 def test_non_finite_logits_name_their_sample_alone() -> None:
     model = loaded(random_model())
-    batch = batch_of("llava", MIXED)
+    batch = batch_of("llava", SPECS)
     batch.inputs["pixel_values"][1] = float("nan")  # the first image of the second prompt
     result = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
     assert result.non_finite == (1,)

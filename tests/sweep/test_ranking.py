@@ -104,11 +104,6 @@ def test_sets_are_stable_where_the_gap_is_wide() -> None:
     assert set_stability(kl_SL, 1, **arguments | {"noise_floor": 10.0})[0.25] == 1.0
 
 
-def test_a_large_sweep_takes_seconds() -> None:
-    kl_SL = np.random.default_rng(0).random((10_000, 32))
-    assert len(statistics(kl_SL, resamples=1000)) == 32
-
-
 def test_without_samples_or_numbers_there_is_no_ranking() -> None:
     with pytest.raises(ShortVError, match="no sample counts"):
         rank_layers(np.empty((0, 3)), 0.0)
