@@ -41,7 +41,7 @@ def plan_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count) ->
 
 
 def count_of(tokens: Tokens, t: Count, v: Count) -> Count:
-    """Return how many of `t` text and `v` visual tokens are meant."""
+    """Return the number of these tokens among `t` text and `v` visual tokens."""
     return (Tokens.TEXT in tokens) * t + (Tokens.VISUAL in tokens) * v
 
 
@@ -66,9 +66,9 @@ def flops_ratio(arch: Architecture, modes: Sequence[Mode], t: float, v: float) -
 def ablation_passes(num_layers: int, mode: Mode, layer: int) -> Passes:
     """Return what one ablation costs when it restarts from the clean pass's states at `layer`.
 
-    The clean pass already holds what every token gets out of this layer's attention and FFN, so freezing is free
-    there. Tokens that pass the FFN without attending run it again, and where a query loses keys the layer runs again
-    over the text alone. Dropping visual tokens leaves nothing to share from `layer` on.
+    The clean pass holds every token's output of this layer's attention and FFN, so leaving tokens out costs nothing
+    there. Tokens that pass the FFN without attending need another FFN pass; where queries lose keys, the layer runs
+    again over the text alone. An ablation that drops visual tokens shares no pass from `layer` on.
     """
     if mode is Mode.FULL:
         return Passes()
@@ -117,7 +117,7 @@ def kv_cache_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
 def activation_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
     """Return the bytes that one layer works in: six tensors of the model's width and three of the FFN's.
 
-    This is what the sweep engine reckons with when it decides how many ablations it stacks.
+    From this the sweep engine decides how many ablations it stacks.
     """
     return tokens * (6 * arch.hidden_size + 3 * arch.intermediate_size) * itemsize
 

@@ -46,8 +46,8 @@ class Tokens(Flag):
 class Mode(StrEnum):
     """What a decoder layer leaves out; `WORK` says which tokens it still works on.
 
-    A layer after a `drop-visual` layer has no visual tokens, whatever its own mode: `drop-visual` means
-    `bypass-visual` in this layer and all later ones.
+    `drop-visual` means `bypass-visual` in its layer and all later ones: after it, every mode applies to the text
+    alone, so that `full` then works as `bypass-visual`, and `skip-attention` skips that of the text.
     """
 
     FULL = "full"
@@ -240,7 +240,11 @@ class Plan:
         return tuple(layer for layer, found in enumerate(self.modes) if found is mode)
 
     def check_fits(self, *, config_digest: str, num_layers: int, model: str, revision: str | None) -> list[str]:
-        """Raise Refused unless the plan fits this architecture; return warnings, one line each."""
+        """Return warnings, one line each, about another checkpoint or revision than the plan was made for.
+
+        Raises:
+            Refused: the architecture is not the plan's.
+        """
         made_for, model_shown = f"plan {self.name!r} was made for {_shown(self.model)}", _shown(model)
         if num_layers != self.num_layers:
             raise Refused(
@@ -331,7 +335,7 @@ class Plan:
             raise Refused(f"{_shown(os.fspath(path))}: {error}{hint}") from error
 
     def _with_parts_from(self, folder: Path) -> "Plan":
-        """The plan as a file in this folder says it: parts in the same result folder are named from the file."""
+        """Return the plan as a file in this folder has it: the path to parts of the same result folder is relative."""
         if self.parts is None:
             return self
         path, folder = Path(self.parts.path).resolve(), folder.resolve()
@@ -369,7 +373,7 @@ def _check_layers(layers: Collection[int], num_layers: int) -> None:
     seen: set[int] = set()
     for layer in layers:
         if layer in seen:
-            raise Refused(f"layer {layer} is listed twice; list each layer once")
+            raise Refused(f"layer {layer} is listed twice; list it once")
         seen.add(layer)
 
 

@@ -1,4 +1,4 @@
-"""The rows of a sweep folder's tables, as plain values without any table library."""
+"""The rows of a sweep folder's tables as plain values."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,7 +7,7 @@ from shortv.plan import Mode
 
 
 class KlDirection(StrEnum):
-    """Which distribution stands first in the KL divergence (ShortV section 1 gives FULL_ABLATED)."""
+    """Which distribution comes first in the KL divergence (FULL_ABLATED in ShortV, section 1)."""
 
     FULL_ABLATED = "full-ablated"
     ABLATED_FULL = "ablated-full"
@@ -20,7 +20,7 @@ class KlDirection(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LcRecord:
-    """What one ablation changed for one sample: a row of lc_samples.
+    """The effect of one ablation on one sample: a row of lc_samples.
 
     KL divergences are in nats, between next-token distributions at the last prompt position.
     """

@@ -13,7 +13,7 @@ from shortv.plan import Mode, Plan, modes_of_layers
 
 
 class Control(StrEnum):
-    """An order of layers that knows nothing of their LC, to compare a plan with (ShortV table 6)."""
+    """An order of layers that does not depend on their LC: the control of a plan (ShortV table 6)."""
 
     RANDOM = "random"
     FIRST = "first"
@@ -22,10 +22,10 @@ class Control(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a sweep found out about one mode.
+    """What a sweep measured for one mode.
 
-    `ranking` holds every layer by ascending LC, `mean_lc` their means in nats; `t` and `v` are the mean text and
-    visual tokens of the samples that count.
+    `ranking` holds every layer by ascending LC and `mean_lc` their means in nats. `t` and `v` are the mean numbers of
+    text and visual tokens of the samples that count for the mode.
     """
 
     architecture: Architecture
@@ -38,9 +38,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """How many layers, at most one of the three (else `default_count`), and in which order (else by LC).
+    """How many layers to replace, and in which order.
 
-    `layers` is a count, `flops_ratio` the largest share of the full model's FLOPs, `max_lc` the largest LC in nats.
+    At most one of `layers` (a count), `flops_ratio` (the largest share of the full model's FLOPs) and `max_lc` (the
+    largest LC, in nats) is given; without any it is `default_count`. Without a control the order is by LC.
     """
 
     layers: int | None = None
@@ -52,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The order in which layers would be replaced, and those that are."""
+    """The order of all layers, the first to replace first, and the layers that are replaced."""
 
     order: tuple[int, ...]
     layers: tuple[int, ...]
@@ -109,9 +110,9 @@ def replacement_order(
 ) -> tuple[int, ...]:
     """Return all layers, the first to replace first.
 
-    `ranking` holds every layer by ascending LC. A drop-visual plan has to reach the last layer, so its
-    order starts there whatever the LC says, and other controls of it are refused. With one `seed` the
-    random control's smaller sets lie inside its larger ones.
+    `ranking` holds every layer by ascending LC. A drop-visual plan reaches the last layer, so its order starts there
+    whatever the LC, and controls with another order are refused. With the same seed, a smaller set of random layers
+    is part of a larger one.
     """
     num_layers = len(ranking)
     if sorted(ranking) != list(range(num_layers)):
@@ -162,9 +163,8 @@ def layers_for_max_lc(
 ) -> tuple[int, ...]:
     """Return the layers whose mean LC, in nats, is at most `largest`, in the order of `order`.
 
-    LC(drop-visual, i) is already the price of dropping from i to the last layer, so there the layers are
-    those from the earliest one within the limit on, as VTW searches its exit. Raises Refused, naming the
-    lowest LC, when no layer qualifies.
+    LC(drop-visual, i) measures dropping from i to the last layer, so a drop-visual plan starts at the earliest layer
+    within the limit, as VTW searches its exit. Raises Refused, naming the lowest LC, when no layer qualifies.
     """
     within = {layer for layer, mean in mean_lc.items() if mean <= largest}
     if not within:

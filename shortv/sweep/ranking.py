@@ -1,8 +1,7 @@
-"""From per-sample divergences to a ranking of layers, and how sure it is.
+"""From per-sample divergences to a ranking of layers, with bootstrap intervals.
 
-Matrices are [S samples, L layers], in nats. The order of the rows matters, as a bootstrap resample picks
-rows by number; `kl_matrix` sorts them by sample id, so a sweep's numbers do not depend on which worker
-finished first.
+Matrices are [S samples, L layers], in nats. A bootstrap resample picks rows by number, so their order matters:
+`kl_matrix` sorts them by sample id, and a sweep's numbers do not depend on which worker finished first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +39,7 @@ def kl_matrix(
 ) -> Matrix:
     """Arrange measurements, one per sample and layer in any order, as [S, L] with rows sorted by sample id.
 
-    Raises ShortVError when a measurement is missing, stands twice, or names a layer outside the model.
+    Raises ShortVError when a measurement is missing or repeated, or names a layer outside the model.
     """
     ids, row = np.unique(np.asarray(sample_ids, dtype=object).astype(str), return_inverse=True)
     column = np.asarray(layers, dtype=np.int64)
@@ -66,9 +65,9 @@ def kl_matrix(
 def rank_layers(kl_SL: Matrix, noise_floor: float) -> tuple[int, ...]:
     """Return all layers by ascending mean LC, the first to replace first (ShortV section 3.1).
 
-    Layers closer together than the noise floor, in nats, are ties, and the deeper of them ranks first.
-    A group of ties starts at its lowest mean and takes every layer nearer to that start than the noise
-    floor: a chain of near neighbours never makes a group wider than the noise. Equal means always tie.
+    Layers closer together than the noise floor, in nats, are ties, and the deepest of them ranks first. A group of
+    ties starts at its lowest mean and holds every layer within the noise floor of that mean, so a chain of close
+    means does not become one group. Equal means always tie.
     """
     _check(kl_SL)
     return _order(kl_SL.mean(axis=0), noise_floor)
@@ -85,7 +84,7 @@ def layer_statistics(
 ) -> list[LayerRecord]:
     """Return mean LC and rank of every layer with 95 % percentile intervals, in the order of the layers.
 
-    Both intervals come from the same bootstrap over samples; that of a single sample is the point itself.
+    Both intervals come from the same bootstrap over samples; with a single sample they are points.
     Raises ShortVError without any sample and for divergences that are not finite.
     """
     _check(kl_SL)
@@ -94,7 +93,7 @@ def layer_statistics(
     boot = _bootstrap(kl_SL, len(kl_SL), noise_floor, np.random.default_rng(seed), resamples)
     low, high = INTERVAL
     ci_low_L, ci_high_L = np.percentile(boot.mean_RL, INTERVAL, axis=0)
-    # Ranks are whole: step outwards to an observed one.
+    # Ranks are whole numbers, so a bound between two of them moves outwards.
     rank_low_L = np.percentile(boot.rank_RL, low, axis=0, method="lower")
     rank_high_L = np.percentile(boot.rank_RL, high, axis=0, method="higher")
     return [
@@ -119,8 +118,8 @@ def set_stability(
 ) -> dict[float, float]:
     """Return how often a bootstrap resample chooses the same `n_layers` layers as all samples do.
 
-    Keys are shares of the samples that a resample draws (one at least), values shares of the resamples.
-    Layers are compared as sets; their order inside does not matter.
+    Keys are shares of the samples that a resample draws (at least one), values are shares of the resamples. Layers
+    are compared as sets: their order does not matter.
     """
     _check(kl_SL)
     chosen_L = _ranks(kl_SL.mean(axis=0), noise_floor) <= n_layers
@@ -142,7 +141,7 @@ def _check(kl_SL: Matrix) -> None:
         sample, layer = np.argwhere(~np.isfinite(kl_SL))[0]
         raise ShortVError(
             f"the divergence of sample {sample} at layer {layer} is {kl_SL[sample, layer]}, "
-            "no finite number; leave that sample out or measure in float32"
+            "which is not finite; leave that sample out or measure in float32"
         )
 
 
