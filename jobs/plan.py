@@ -26,7 +26,7 @@ from shortv.spec import Seed, Spec, flag_of, load_spec
 from shortv.sweep.planning import Choice, Control, Request, choose_layers
 from shortv.sweep.ranking import set_stability
 from shortv.workers.run import check_output
-from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
+from shortv.workers.sweep.result import SweepResult, make_plan, read_sweep
 
 _MODES = ", ".join(mode for mode in Mode if mode is not Mode.FULL)
 _DIRECTIONS = ", ".join(KlDirection)

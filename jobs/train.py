@@ -28,8 +28,7 @@ import click
 from jobs.common import bundled, option, run
 from shortv.errors import Refused
 from shortv.plan import PartsKind
-from shortv.spec import ModelSpec, Spec, read_chat_template, validate
-from shortv.workers.request import parse_workers
+from shortv.spec import ModelSpec, Spec, WorkerRange, read_chat_template, validate
 
 _COMMON = (
     option("--model", help="Hub id, or a folder with config.json and safetensors. [default: the bundled model]"),
@@ -245,6 +244,13 @@ def saisa_checkpoint(
     return 0
 
 
+def _workers(text: str) -> WorkerRange:
+    try:
+        return WorkerRange.parse(text)
+    except ValueError as error:
+        raise Refused(f"--workers is {text!r}; {error}") from None
+
+
 def _layers(text: str) -> tuple[int, ...]:
     try:
         return () if text == "none" else tuple(sorted({int(layer) for layer in text.split(",")}))
@@ -275,7 +281,7 @@ def _train(kind: PartsKind, recipe: type[Spec], given: dict[str, Any], flags: di
         data=data,
         generated_samples=flags.pop("samples"),
         questions=tuple(name.strip() for name in flags.pop("kinds").split(",") if name.strip()),
-        workers=parse_workers(workers) if workers else None,
+        workers=_workers(workers) if workers else None,
         **more,
         **flags,
     )

@@ -115,9 +115,17 @@ class Folder:
         """
         schema = schema_of(name)
         table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else table_of(name, rows)
+        self.write_parquet(name, table)
+
+    def write_parquet(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file of any schema."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         self.write_bytes(_parquet(name), sink.getvalue().to_pybytes())
+
+    def read_parquet(self, name: str) -> pa.Table:
+        """Read a Parquet file of any schema. Raises ShortVError when it is missing, damaged or too large."""
+        return read_parquet(self.read_bytes(_parquet(name)), what=self._shown(_parquet(name)))
 
     def read_table(self, name: str) -> pa.Table:
         """Read one Parquet table; nullable columns that an older release did not write hold nulls.
@@ -125,7 +133,7 @@ class Folder:
         Raises ShortVError when it is missing, damaged, or of another schema.
         """
         shown = self._shown(_parquet(name))
-        table = read_parquet(self.read_bytes(_parquet(name)), what=shown)
+        table = self.read_parquet(name)
         reason = difference(table.schema, name)
         if reason is not None:
             raise ShortVError(f"{shown} {reason}")

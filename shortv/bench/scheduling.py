@@ -24,10 +24,9 @@ from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
 from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.cluster import start
-from shortv.workers.engine import SweepEngine
-from shortv.workers.outcome import Measured
-from shortv.workers.request import SweepRequest
-from shortv.workers.sweep import run_sweep
+from shortv.workers.sweep.driver import run_sweep
+from shortv.workers.sweep.measure import Measured, SweepEngine
+from shortv.workers.sweep.spec import SweepSpec
 
 
 class Scheduling(NamedTuple):
@@ -62,8 +61,23 @@ class SleepEngine(SweepEngine):
         """Load nothing."""
         return "nothing"
 
+    def load_preprocessor(self, spec: ModelSpec) -> str:
+        """Load nothing."""
+        return "nothing"
+
+    def preprocess(self, preprocessor: Any, samples: Sequence[Sample], *, alone: bool) -> bytes:
+        """Prepare nothing."""
+        return b""
+
     def measure(
-        self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
+        self,
+        loaded: Any,
+        samples: Sequence[Sample],
+        inputs: bytes,
+        *,
+        layers: range,
+        modes: Sequence[Mode],
+        stack: int | None,
     ) -> Measured:
         """Sleep, and return a divergence for every sample, mode and layer."""
         started = time.monotonic()
@@ -109,13 +123,13 @@ def bench_scheduling(model: str, workers: int, *, units_each: int, unit_seconds:
     return _scheduling(workers, spans)
 
 
-def _request(folder: Path, workers: int, units: int) -> SweepRequest:
+def _request(folder: Path, workers: int, units: int) -> SweepSpec:
     calibration = folder / "calibration.parquet"
     rows = [{"sample_id": f"s{number:04d}", "images": [b"-"], "prompt": "?"} for number in range(units)]
     schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), calibration)
-    return SweepRequest(
-        model=ModelSpec(name="sleep"),
+    return SweepSpec(
+        model="sleep",
         calibration=(str(calibration),),
         output_path=str(folder / "out"),
         modes=(Mode.FREEZE_VISUAL,),

@@ -136,3 +136,8 @@ def remote_model(loader: ModelLoader, spec: ModelSpec) -> RemoteModel:
     """Return a model for the workers of the connected cluster."""
     found = model_folder(spec.name)
     return RemoteModel(loader=loader, spec=spec, folder=offer(*found) if found else None, environment=hub_environment())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that fewer samples at a time may help."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -29,7 +29,6 @@ from reports.manifest import (
     arguments_digest,
     utc_now,
 )
-from reports.page import PAGE_NAME, write_page
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.terminal import printable, say
@@ -220,6 +219,9 @@ def write_report(folder: Folder, console: Console, *, anew: bool) -> None:
 
     A page that cannot be written is a warning: the tables are whole without it, and jobs/report.py writes it later.
     """
+    # The charts of the page take a second to import, and most commands draw none.
+    from reports.page import PAGE_NAME, write_page
+
     if anew or not folder.exists(PAGE_NAME):
         try:
             write_page(folder)

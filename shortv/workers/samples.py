@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
 
 from reports.calibration import read_calibration
 from reports.manifest import digest_of
 from shortv.errors import Refused
 from shortv.sample import Sample
+
+SAMPLES_TYPE = pa.list_(
+    pa.struct(
+        [
+            pa.field("sample_id", pa.string()),
+            pa.field("images", pa.list_(pa.large_binary())),
+            pa.field("prompt", pa.string()),
+            pa.field("answer", pa.string()),
+            pa.field("dataset", pa.string()),
+        ]
+    )
+)
+"""Samples on their way to workers."""
 
 
 def resolve_calibration(
@@ -41,6 +58,16 @@ def resolve_calibration(
             "give each sample one id, and each source once"
         )
     return samples
+
+
+def rows_of(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Return samples as values of `SAMPLES_TYPE`."""
+    return [{**asdict(sample), "images": list(sample.images)} for sample in samples]
+
+
+def samples_of(rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """Rebuild samples from values of `SAMPLES_TYPE`."""
+    return [Sample(**{**row, "images": tuple(row["images"])}) for row in rows]
 
 
 def calibration_digest(samples: Sequence[Sample]) -> str:

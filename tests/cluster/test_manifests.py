@@ -17,12 +17,13 @@ import yaml
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
 from shortv.spec import load_spec
-from shortv.workers import running
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.spec import read_arguments
-from shortv.workers.sweep import run_sweep, sweep_submission_id
+from shortv.workers.sweep import driver
+from shortv.workers.sweep.driver import run_sweep
+from shortv.workers.sweep.spec import SweepSpec, sweep_submission_id
 from tests.cluster.rules import KINDS, RAY_VERSION, SECRETS, cluster_of, cross_problems, pods_of, problems
-from tests.workers.fakes import FakeEngine, make_request
+from tests.workers.fakes import FakeEngine, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -161,6 +162,9 @@ def accept(line: str) -> None:
     assert (ROOT / "jobs" / f"{name}.py").is_file()
     command = importlib.import_module(f"jobs.{name}").main
     context = command.make_context(name, words[words.index(script) + 1 :])
+    if name == "lc_sweep":
+        given = {key: value for key, value in context.params.items() if key != "print_submission_id"}
+        load_spec(SweepSpec, flags=given, defaults={"model": "bundled", "calibration": ("bundled",)})
     if name == "campaign":
         given = {key: value for key, value in context.params.items() if value not in (None, (), False)}
         given.pop("print_submission_id", None)
@@ -179,7 +183,7 @@ def test_entrypoints_are_command_lines_of_the_jobs(name: str) -> None:
 def test_what_the_jobs_refuse_is_found() -> None:
     with pytest.raises(click.UsageError, match="No such option"):
         accept("python jobs/lc_sweep.py --output-path /x --modus all")
-    with pytest.raises(click.UsageError, match="Missing parameter: output_path"):
+    with pytest.raises(Refused, match="--output-path is missing"):
         accept("python jobs/lc_sweep.py --modes all")
     with pytest.raises(click.UsageError, match="No such option"):
         accept("python jobs/serve.py --plans a")
@@ -276,7 +280,7 @@ def mounts(key: str) -> dict[str, str]:
 
 
 def test_an_id_that_a_refused_driver_used_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_request(tmp_path, samples=4)
+    request = make_spec(tmp_path, samples=4)
     ids = []
 
     def submit_again_and_die(*_: object) -> None:
@@ -285,7 +289,7 @@ def test_an_id_that_a_refused_driver_used_comes_again(tmp_path: Path, monkeypatc
             run_sweep(request, engine=FakeEngine())
         raise ShortVError("the driver died")
 
-    monkeypatch.setattr(running, "run_units", submit_again_and_die)
+    monkeypatch.setattr(driver, "run_units", submit_again_and_die)
     with pytest.raises(ShortVError, match="died"):
         run_sweep(request, engine=FakeEngine())
     assert [sweep_submission_id(request)] == ids

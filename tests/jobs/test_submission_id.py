@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from jobs import campaign, common, lc_sweep
 from reports.manifest import CampaignManifest, Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.workers import running
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.spec import campaign_submission_id
-from shortv.workers.outcome import UnitResult
 from shortv.workers.run import LOCK_NAME, one_driver
-from shortv.workers.sweep import run_sweep, sweep_submission_id
-from shortv.workers.units import plan_units
+from shortv.workers.sweep import driver
+from shortv.workers.sweep.driver import run_sweep
+from shortv.workers.sweep.measure import UnitResult
+from shortv.workers.sweep.spec import sweep_submission_id
+from shortv.workers.sweep.units import plan_units
 from tests.workers.campaign.fakes import FakeRunner, recipe
-from tests.workers.fakes import FakeEngine, make_request
+from tests.workers.fakes import FakeEngine, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ("jobs/lc_sweep.py", "--model", "a/b", "--calibration", "gqa:20")
@@ -80,22 +80,23 @@ def test_the_hash_is_of_what_decides_the_result(
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     arguments = (*SWEEP[1:], "--output-path", out)
-    assert "--batch-size is 0" in printed(capsys, monkeypatch, lc_sweep, *arguments, "-b", 0, status=2)
+    assert "--batch-size is '0'" in printed(capsys, monkeypatch, lc_sweep, *arguments, "-b", 0, status=2)
     assert run_campaign(recipe(out), runner=FakeRunner()) == 0
     assert "of kind 'campaign'" in printed(capsys, monkeypatch, lc_sweep, *arguments, status=2)
     assert not printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "new").endswith("2")
 
 
-def measure_here(prepared: Any, journal: Any, scratch: Path, console: Any) -> dict[str, Any]:
+def measure_here(prepared: Any, parts: Any, scratch: Path, console: Any) -> dict[str, Any]:
     """Measure every unit in this process."""
-    request = prepared.request
+    engine, modes = prepared.engine, prepared.spec.modes
     layers = prepared.architecture.num_layers
     for unit in plan_units(
-        n_batches=len(prepared.batches), num_layers=layers, modes=request.modes, workers=1, finished=journal.finished()
+        n_batches=len(prepared.batches), num_layers=layers, modes=modes, workers=1, finished=parts.finished()
     ):
         batch = prepared.batches[unit.batch]
-        found = prepared.engine.measure("loaded", batch, layers=unit.layers, modes=request.modes, stack=None)
-        journal.save(UnitResult(unit_id=unit.unit_id, measured=found).to_json(), unit.unit_id)
+        inputs = engine.preprocess("preprocessor", batch, alone=True)
+        found = engine.measure("loaded", batch, inputs, layers=unit.layers, modes=modes, stack=None)
+        parts.save(unit, UnitResult(unit_id=unit.unit_id, measured=found).to_table())
     return {}
 
 
@@ -104,17 +105,17 @@ def fail(*_: Any) -> dict[str, Any]:
 
 
 def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_request(tmp_path, samples=4)
+    request = make_spec(tmp_path, samples=4)
     first = sweep_submission_id(request)
     assert first.endswith("-1")
-    monkeypatch.setattr(running, "run_units", fail)
+    monkeypatch.setattr(driver, "run_units", fail)
     for attempt in (2, 3):
         with pytest.raises(ShortVError, match="on Ray failed"):
             run_sweep(request, engine=FakeEngine())
         assert sweep_submission_id(request) == f"{first[:-2]}-{attempt}"
-    monkeypatch.setattr(running, "run_units", measure_here)
+    monkeypatch.setattr(driver, "run_units", measure_here)
     assert run_sweep(request, engine=FakeEngine()) == 0
-    assert sweep_submission_id(replace(request, workers=None)) == f"{first[:-2]}-4"
+    assert sweep_submission_id(request.model_copy(update={"workers": None})) == f"{first[:-2]}-4"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert run_sweep(request, engine=FakeEngine()) == 0, "a finished sweep is shown"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -135,14 +136,14 @@ def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
 
 
 def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_request(tmp_path, samples=4)
+    request = make_spec(tmp_path, samples=4)
 
     def run_another(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(Refused, match=r"out is in use by process \d+ on .*; wait until it has ended"):
             run_sweep(request, engine=FakeEngine())
         return measure_here(*arguments)
 
-    monkeypatch.setattr(running, "run_units", run_another)
+    monkeypatch.setattr(driver, "run_units", run_another)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert Manifest.load(Folder(request.output_path)).attempts == 1
 
@@ -150,30 +151,28 @@ def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch:
 def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shortv.workers import sweep
-
-    request = make_request(tmp_path, samples=4)
-    monkeypatch.setattr(running, "run_units", measure_here)
-    prepare = sweep.prepare
+    request = make_spec(tmp_path, samples=4)
+    monkeypatch.setattr(driver, "run_units", measure_here)
+    prepare = driver.prepare
 
     def prepare_slowly(*arguments: Any) -> Any:
         prepared = prepare(*arguments)
-        monkeypatch.setattr(sweep, "prepare", prepare)
+        monkeypatch.setattr(driver, "prepare", prepare)
         assert run_sweep(request, engine=FakeEngine()) == 0
-        monkeypatch.setattr(running, "run_units", fail)
+        monkeypatch.setattr(driver, "run_units", fail)
         return prepared
 
-    monkeypatch.setattr(sweep, "prepare", prepare_slowly)
+    monkeypatch.setattr(driver, "prepare", prepare_slowly)
     assert run_sweep(request, engine=FakeEngine()) == 0
     manifest = Manifest.load(Folder(request.output_path))
     assert manifest.state is State.COMPLETE and manifest.attempts == 1
 
 
 def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_request(tmp_path, samples=4)
+    request = make_spec(tmp_path, samples=4)
     with one_driver(Folder(request.output_path)):
         pass
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
-    monkeypatch.setattr(running, "run_units", measure_here)
+    monkeypatch.setattr(driver, "run_units", measure_here)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["attempts"] == 1

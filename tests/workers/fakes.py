@@ -20,9 +20,8 @@ from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord, UsedSample
 from shortv.sample import Sample
 from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.engine import SweepEngine
-from shortv.workers.outcome import Measured
-from shortv.workers.request import SweepRequest
+from shortv.workers.sweep.measure import Measured, SweepEngine
+from shortv.workers.sweep.spec import SweepSpec
 from tests.architectures import architecture
 
 LAYERS = 6
@@ -37,6 +36,7 @@ class FakeEngine(SweepEngine):
     raises: frozenset[str] = frozenset()
     unusable: frozenset[str] = frozenset()
     most_samples: int = 10**6
+    preparing_kills: frozenset[str] = frozenset()
     broken: bool = False
     dies_loading: bool = False
 
@@ -53,10 +53,31 @@ class FakeEngine(SweepEngine):
             raise OSError("no file named model.safetensors")
         return "loaded"
 
+    def load_preprocessor(self, spec: ModelSpec) -> str:
+        return "preprocessor"
+
+    def preprocess(self, preprocessor: Any, samples: Sequence[Sample], *, alone: bool) -> bytes:
+        if {sample.sample_id for sample in samples} & self.preparing_kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return " ".join(sample.sample_id for sample in samples).encode()
+
+    def noise_floor(self, loaded: Any, samples: Sequence[Sample]) -> float:
+        """The floor of a batch depends on what is in it."""
+        if len(samples) > self.most_samples:
+            raise MemoryError
+        return 1e-9 * len(samples)
+
     def measure(
-        self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
+        self,
+        loaded: Any,
+        samples: Sequence[Sample],
+        inputs: bytes,
+        *,
+        layers: range,
+        modes: Sequence[Mode],
+        stack: int | None,
     ) -> Measured:
-        assert loaded == "loaded"
+        assert loaded == "loaded" and inputs.decode().split() == [sample.sample_id for sample in samples]
         time.sleep(self.seconds)
         names = {sample.sample_id for sample in samples}
         if names & self.kills:
@@ -74,7 +95,7 @@ class FakeEngine(SweepEngine):
                 for sample in samples
                 if sample.sample_id in self.unusable
             ),
-            noise_floor=1e-9 if 0 in layers else None,
+            noise_floor=self.noise_floor(loaded, good) if 0 in layers and good else None,
         )
 
 
@@ -118,12 +139,12 @@ def write_calibration(path: Path, samples: Sequence[Sample]) -> str:
     return str(path)
 
 
-def make_request(folder: Path, *, samples: int = 12, workers: int = 2, **fields: Any) -> SweepRequest:
-    """A request for a fake sweep into `folder / "out"`."""
+def make_spec(folder: Path, *, samples: int = 12, workers: int = 2, **fields: Any) -> SweepSpec:
+    """A fake sweep into `folder / "out"`."""
     folder.mkdir(exist_ok=True)
     calibration = write_calibration(folder / "calibration.parquet", make_samples(samples))
-    return SweepRequest(
-        model=ModelSpec(name="fake/model"),
+    return SweepSpec(
+        model="fake/model",
         calibration=(calibration,),
         output_path=str(folder / "out"),
         batch_size=fields.pop("batch_size", 2),

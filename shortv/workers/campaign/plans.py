@@ -17,7 +17,7 @@ from shortv.learned.header import check_parts
 from shortv.plan import Mode, Plan, parse_mode
 from shortv.sweep.planning import Control, Request, check_count, choose_layers, replacement_order
 from shortv.terminal import printable
-from shortv.workers.sweep_result import SweepResult, make_plan, read_sweep
+from shortv.workers.sweep.result import SweepResult, make_plan, read_sweep
 
 FULL: Final = "full"
 _SWEEP = re.compile(r"sweep:(?P<folder>.+)@(?P<amount>\d{1,6}|\d{0,6}\.\d{1,20})(?:/(?P<mode>[a-z-]+))?")

@@ -22,12 +22,11 @@ from shortv.learned.system import System
 from shortv.learned.training import Trainer, alone
 from shortv.records import ErrorRecord
 from shortv.workers.cluster import first_line
-from shortv.workers.models import RemoteModel
+from shortv.workers.models import RemoteModel, is_out_of_memory
 from shortv.workers.training.checkpoint import RESULT, checkpoint_at, read_state, write_record, write_state
 from shortv.workers.training.data import Order, steps_of_worker
 from shortv.workers.training.loop import DistributedGroup, SingleWorker, WorkerLost, run_loop
 from shortv.workers.training.result import write_result
-from shortv.workers.worker import is_out_of_memory
 
 SECONDS_BETWEEN_EVENTS = 0.5
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import ray
+
+from shortv.workers.cluster import driver_actor
 
 LOADING = "loading the model"
 WHOLE = "the whole batch"
@@ -20,7 +24,7 @@ MAX_WHOLE_DEATHS = MAX_DEATHS - 1
 
 
 @dataclass(slots=True)
-class Attempts:
+class Attempted:
     """What is known of a unit: deaths of its processes by what they were doing, and what is being done now."""
 
     deaths: dict[str, int] = field(default_factory=dict)
@@ -28,17 +32,17 @@ class Attempts:
     worker: str | None = None
 
 
-class Ledger:
+class Attempts:
     """The counts of one sweep; `path` keeps them over a restart of the process that holds them."""
 
     def __init__(self, path: str) -> None:
-        """Open the ledger, with what an earlier process wrote there."""
+        """Read what an earlier process wrote there, if any."""
         self._path = Path(path)
-        self._units: dict[str, Attempts] = {}
+        self._units: dict[str, Attempted] = {}
         self._loading_deaths = 0
         if self._path.exists():
             stored = json.loads(self._path.read_text())
-            self._units = {name: Attempts(**value) for name, value in stored["units"].items()}
+            self._units = {name: Attempted(**value) for name, value in stored["units"].items()}
             self._loading_deaths = stored["loading_deaths"]
 
     def begin(self, unit_id: str, worker: str) -> dict[str, int]:
@@ -47,16 +51,16 @@ class Ledger:
         An attempt that is still open belongs to a process that died. `worker` names this one: its process id, an `@`,
         and something that no other process has.
         """
-        attempts = self._units.setdefault(unit_id, Attempts())
-        # A call that is repeated after the ledger's own restart comes from the same living process.
-        if attempts.doing is not None and attempts.worker != worker:
-            if attempts.doing == LOADING:
+        attempted = self._units.setdefault(unit_id, Attempted())
+        # A call that is repeated after the restart of this actor comes from the same living process.
+        if attempted.doing is not None and attempted.worker != worker:
+            if attempted.doing == LOADING:
                 self._loading_deaths += 1
             else:
-                attempts.deaths[attempts.doing] = attempts.deaths.get(attempts.doing, 0) + 1
-        attempts.doing, attempts.worker = None, worker
+                attempted.deaths[attempted.doing] = attempted.deaths.get(attempted.doing, 0) + 1
+        attempted.doing, attempted.worker = None, worker
         self._keep()
-        return {**attempts.deaths, LOADING: self._loading_deaths}
+        return {**attempted.deaths, LOADING: self._loading_deaths}
 
     def enter(self, unit_id: str, doing: str) -> None:
         """Note what the open attempt does from now on."""
@@ -83,7 +87,7 @@ class Ledger:
 
     def _keep(self) -> None:
         value: dict[str, Any] = {
-            "units": {name: asdict(attempts) for name, attempts in self._units.items()},
+            "units": {name: asdict(attempted) for name, attempted in self._units.items()},
             "loading_deaths": self._loading_deaths,
         }
         temporary = self._path.with_suffix(".new")
@@ -91,55 +95,31 @@ class Ledger:
         temporary.replace(self._path)
 
 
-class Attempter(Protocol):
-    """The ledger as a worker sees it."""
-
-    def begin(self, unit_id: str, worker: str) -> dict[str, int]:
-        """See `Ledger.begin`."""
-
-    def enter(self, unit_id: str, doing: str) -> None:
-        """See `Ledger.enter`."""
-
-    def loaded(self) -> None:
-        """See `Ledger.loaded`."""
-
-    def end(self, unit_id: str) -> None:
-        """See `Ledger.end`."""
-
-
-class RemoteLedger:
-    """The ledger's actor, called and waited for."""
+class RemoteAttempts:
+    """The actor that holds the counts, called and waited for."""
 
     def __init__(self, actor: Any) -> None:
         """Wrap the actor's handle."""
         self.actor = actor
 
     def begin(self, unit_id: str, worker: str) -> dict[str, int]:
-        """See `Ledger.begin`."""
-        deaths: dict[str, int] = self._wait(self.actor.begin.remote(unit_id, worker))
+        """See `Attempts.begin`."""
+        deaths: dict[str, int] = ray.get(self.actor.begin.remote(unit_id, worker))
         return deaths
 
     def enter(self, unit_id: str, doing: str) -> None:
-        """See `Ledger.enter`."""
-        self._wait(self.actor.enter.remote(unit_id, doing))
+        """See `Attempts.enter`."""
+        ray.get(self.actor.enter.remote(unit_id, doing))
 
     def loaded(self) -> None:
-        """See `Ledger.loaded`."""
-        self._wait(self.actor.loaded.remote())
+        """See `Attempts.loaded`."""
+        ray.get(self.actor.loaded.remote())
 
     def end(self, unit_id: str) -> None:
-        """See `Ledger.end`."""
-        self._wait(self.actor.end.remote(unit_id))
-
-    @staticmethod
-    def _wait(reference: Any) -> Any:
-        import ray
-
-        return ray.get(reference)
+        """See `Attempts.end`."""
+        ray.get(self.actor.end.remote(unit_id))
 
 
-def start_ledger(path: Path) -> RemoteLedger:
-    """Start the ledger's actor on the driver's node; it takes no CPU and restarts with its counts."""
-    from shortv.workers.cluster import driver_actor
-
-    return RemoteLedger(driver_actor(Ledger).remote(str(path)))
+def start_attempts(path: Path) -> RemoteAttempts:
+    """Start the actor on the driver's node; it takes no CPU and restarts with its counts."""
+    return RemoteAttempts(driver_actor(Attempts).remote(str(path)))

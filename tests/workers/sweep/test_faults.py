@@ -21,11 +21,11 @@ import ray
 from reports.manifest import Manifest, State
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.workers.ledger import RemoteLedger, start_ledger
 from shortv.workers.shipping import CHUNK, folder_digest, ship
-from shortv.workers.stream import stream_results
-from shortv.workers.sweep import run_sweep
-from tests.workers.fakes import FakeEngine, make_request, tables
+from shortv.workers.sweep.attempts import RemoteAttempts, start_attempts
+from shortv.workers.sweep.driver import run_sweep
+from shortv.workers.sweep.pipeline import stream_results
+from tests.workers.fakes import FakeEngine, make_spec, tables
 
 pytestmark = pytest.mark.ray
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    assert run_sweep(make_request(folder, workers=1), engine=FakeEngine()) == 0
+    assert run_sweep(make_spec(folder, workers=1), engine=FakeEngine()) == 0
     return folder / "out"
 
 
@@ -41,22 +41,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path
 def test_a_killed_worker_leaves_the_same_tables(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = make_request(tmp_path)
+    request = make_spec(tmp_path)
     killed: list[int] = []
 
-    def start_and_kill(path: Path) -> RemoteLedger:
-        ledger = start_ledger(path)
+    def start_and_kill(path: Path) -> RemoteAttempts:
+        attempts = start_attempts(path)
 
         def watch() -> None:
-            while not (pids := ray.get(ledger.actor.running.remote())):
+            while not (pids := ray.get(attempts.actor.running.remote())):
                 time.sleep(0.05)
             os.kill(next(iter(pids.values())), signal.SIGKILL)
             killed.append(1)
 
         threading.Thread(target=watch, daemon=True).start()
-        return ledger
+        return attempts
 
-    monkeypatch.setattr("shortv.workers.running.start_ledger", start_and_kill)
+    monkeypatch.setattr("shortv.workers.sweep.driver.start_attempts", start_and_kill)
     assert run_sweep(request, engine=FakeEngine(seconds=0.5)) == 0
     assert killed
     assert tables(request.output_path) == tables(reference)
@@ -65,7 +65,7 @@ def test_a_killed_worker_leaves_the_same_tables(
 @pytest.mark.usefixtures("local_ray")
 def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, reference: Path) -> None:
     engine = FakeEngine(kills=frozenset({"s03"}), raises=frozenset({"s06"}), unusable=frozenset({"s08"}))
-    request = make_request(tmp_path, batch_size=4)
+    request = make_spec(tmp_path, batch_size=4)
     assert run_sweep(request, engine=engine) == 3
     found, whole = tables(request.output_path), tables(reference)
     bad = {"s03": "process-died", "s06": "RuntimeError", "s08": "fake"}
@@ -76,9 +76,9 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
     assert Manifest.load(Folder(request.output_path)).state is State.PARTIAL
     # A finished command does nothing and repeats its status; a tolerated share counts as success.
     assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
-    assert run_sweep(make_request(tmp_path, batch_size=4, fail_on_error=0.3), engine=engine) == 0
+    assert run_sweep(make_spec(tmp_path, batch_size=4, fail_on_error=0.3), engine=engine) == 0
     with pytest.raises(Refused, match=r"another sweep \(batch-size 4 there, 3 here\)"):
-        run_sweep(make_request(tmp_path, batch_size=3), engine=engine)
+        run_sweep(make_spec(tmp_path, batch_size=3), engine=engine)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -104,14 +104,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
 ) -> None:
     closed = []
 
-    def watched(*arguments: Any) -> Iterator[str]:
+    def watched(*arguments: Any, **more: Any) -> Iterator[Any]:
         try:
-            yield from stream_results(*arguments)
+            yield from stream_results(*arguments, **more)
         finally:
             closed.append(True)
 
-    monkeypatch.setattr("shortv.workers.running.stream_results", watched)
-    request = make_request(tmp_path, samples=4)
+    monkeypatch.setattr("shortv.workers.sweep.driver.stream_results", watched)
+    request = make_spec(tmp_path, samples=4)
     with pytest.raises(ShortVError, match=reason) as caught:
         run_sweep(request, engine=engine)
     assert closed, "Ray Data is left to the garbage collector, after Ray"
@@ -122,14 +122,16 @@ def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
 DRIVER = """
 import json, sys
 from pathlib import Path
-from tests.workers.fakes import FakeEngine, make_request
+from shortv.workers.sweep.attempts import RemoteAttempts, start_attempts
+from shortv.workers.sweep.pipeline import stream_results
+from tests.workers.fakes import FakeEngine, make_spec
 from shortv.errors import ShortVError
 from shortv.workers.cluster import start
-from shortv.workers.sweep import run_sweep
+from shortv.workers.sweep.driver import run_sweep
 folder, workers, seconds = sys.argv[1:]
 start(num_cpus=4, log_to_driver=False, logging_level="ERROR")
 try:
-    run_sweep(make_request(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds)))
+    run_sweep(make_spec(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds)))
 except ShortVError as error:
     sys.exit(error.exit_status)
 """
@@ -145,14 +147,14 @@ def test_a_killed_driver_is_continued_with_other_workers(
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     progress = tmp_path / "out" / "progress"
     deadline = time.monotonic() + 100
-    while not (progress.is_dir() and list(progress.glob("*.json"))):
+    while not (progress.is_dir() and list(progress.glob("*.parquet"))):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     driver.send_signal(number)
     assert driver.wait(timeout=60) == status
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["state"] == "running"
-    assert len(list(progress.glob("*.json"))) < 6
-    request = make_request(tmp_path, workers=3)
+    assert len(list(progress.glob("*.parquet"))) < 6
+    request = make_spec(tmp_path, workers=3)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert not progress.exists()
     assert tables(request.output_path) == tables(reference)

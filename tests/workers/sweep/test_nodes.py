@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from shortv.plan import Mode
 from shortv.sample import Sample
 from shortv.spec import WorkerRange
-from shortv.workers.outcome import Measured
-from shortv.workers.request import SweepRequest
-from shortv.workers.sweep import run_sweep
-from tests.workers.fakes import FakeEngine, make_request, tables
+from shortv.workers.sweep.driver import run_sweep
+from shortv.workers.sweep.measure import Measured
+from shortv.workers.sweep.spec import SweepSpec
+from tests.workers.fakes import FakeEngine, make_spec, tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -30,10 +29,8 @@ class TracedEngine(FakeEngine):
 
     trace: Path
 
-    def measure(
-        self, loaded: Any, samples: Sequence[Sample], *, layers: range, modes: Sequence[Mode], stack: int | None
-    ) -> Measured:
-        measured = FakeEngine.measure(self, loaded, samples, layers=layers, modes=modes, stack=stack)
+    def measure(self, loaded: Any, samples: Sequence[Sample], inputs: bytes, **how: Any) -> Measured:
+        measured = FakeEngine.measure(self, loaded, samples, inputs, **how)
         node = ray.get_runtime_context().get_node_id()
         (self.trace / f"{node}.{time.monotonic_ns()}").touch()
         return measured
@@ -57,7 +54,7 @@ def nodes_in(trace: Path) -> set[str]:
     return {path.name.split(".")[0] for path in trace.iterdir()}
 
 
-def sweep_while(request: SweepRequest, engine: TracedEngine, condition: Callable[[], bool], act: Any) -> None:
+def sweep_while(request: SweepSpec, engine: TracedEngine, condition: Callable[[], bool], act: Any) -> None:
     """Sweep, and act in mid-run, once, as soon as the condition holds; nodes are made in the main thread alone."""
     with ThreadPoolExecutor(1) as pool:
         status = pool.submit(run_sweep, request, engine=engine)
@@ -77,12 +74,12 @@ def test_a_sweep_uses_all_nodes_and_survives_one_that_goes_and_uses_one_that_com
     )
     for engine in (plain, goes, comes):
         engine.trace.mkdir()
-    undisturbed = make_request(tmp_path / "undisturbed", samples=24, workers=3)
+    undisturbed = make_spec(tmp_path / "undisturbed", samples=24, workers=3)
     assert run_sweep(undisturbed, engine=plain) == 0
     assert len(nodes_in(plain.trace)) == 3
 
     victim = cluster.list_all_nodes()[-1]
-    request = make_request(tmp_path / "shrinks", samples=24, workers=3)
+    request = make_spec(tmp_path / "shrinks", samples=24, workers=3)
     sweep_while(
         request,
         goes,
@@ -91,7 +88,7 @@ def test_a_sweep_uses_all_nodes_and_survives_one_that_goes_and_uses_one_that_com
     )
     assert tables(request.output_path) == tables(undisturbed.output_path)
 
-    request = replace(make_request(tmp_path / "grows", samples=60), workers=WorkerRange(2, 3))
+    request = make_spec(tmp_path / "grows", samples=60).model_copy(update={"workers": WorkerRange(2, 3)})
     sweep_while(
         request,
         comes,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shortv.plan import Mode
-from shortv.workers.units import Unit, layer_costs, plan_units
+from shortv.workers.sweep.units import Unit, layer_costs, plan_units
 
 MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
 

@@ -10,10 +10,9 @@ from reports.store import Folder
 from shortv.errors import ShortVError
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, KlDirection
-from shortv.workers.assemble import Tables, assemble, layer_records
-from shortv.workers.journal import Journal
-from shortv.workers.outcome import Measured, UnitResult
-from shortv.workers.units import Unit
+from shortv.workers.sweep.measure import Measured, UnitResult
+from shortv.workers.sweep.tables import Parts, Tables, assemble, layer_records
+from shortv.workers.sweep.units import Unit
 from tests.workers.fakes import LAYERS, make_samples, record, used
 
 MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
@@ -29,13 +28,13 @@ def keep(folder: Folder, unit: Unit, *, errors: tuple[str, ...] = (), lost: str 
         noise_floor=0.5 if unit.first == 0 else None,
     )
     result = UnitResult(unit_id=unit.unit_id, measured=measured)
-    Journal(folder).save(result.to_json(), unit.unit_id)
+    Parts(folder).save(unit, result.to_table())
 
 
 def run(folder: Folder) -> Tables:
     return assemble(
         folder,
-        Journal(folder),
+        Parts(folder),
         [SAMPLES],
         modes=MODES,
         num_layers=LAYERS,
@@ -47,7 +46,7 @@ def test_an_error_in_one_unit_takes_the_sample_out_of_all(tmp_path: Path) -> Non
     folder = Folder(tmp_path)
     keep(folder, Unit(0, 0, 2))
     keep(folder, Unit(0, 2, LAYERS), errors=("s01",))
-    assert Journal(folder).finished() == {0: frozenset(range(LAYERS))}
+    assert Parts(folder).finished() == {0: frozenset(range(LAYERS))}
     tables = run(folder)
     assert [row.sample_id for row in tables.used] == ["s00", "s02", "s03", "s04"]
     assert [row.sample_id for row in tables.errors] == ["s01"] and tables.noise_floor == 0.5
