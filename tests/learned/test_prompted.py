@@ -14,12 +14,12 @@ from shortv.layers.apply import executing
 from shortv.layers.prompted import prompted
 from shortv.layers.reference import reference
 from shortv.learned.dyvte.run import exit_layers
-from tests.law import SPECS, generated
-from tests.learned.dyvte.test_run import FULL, MEANS, prefill, random_routers
-from tests.learned.dyvte.test_run import SPECS as PROMPTS
-from tests.learned.eas.test_run import MODES, adapters, logits
+from tests.law import SPECS, generated, text_logits
+from tests.learned.cases import FULL, MEANS, adapters, routers, skipping
 from tests.models import batch_of, random_model
 from tests.parts import running
+
+MODES = skipping((1, 2))
 
 
 @pytest.mark.parametrize("executor", [executing, reference])
@@ -34,12 +34,12 @@ def test_answer_tokens_leak_into_nothing(executor: Any) -> None:
     other = Batch(inputs={**batch.inputs, "input_ids": ids_BT}, types=batch.types)
     with running(executor, model, MODES, learned):
         with prompted(decoder_of(model), prompt_BT):
-            found, changed = logits(model, batch), logits(model, other)
+            found, changed = text_logits(model, batch), text_logits(model, other)
         assert torch.equal(found[:-2], changed[:-2])
         assert not torch.allclose(found[-2:], changed[-2:], atol=1e-3)
-        assert not torch.allclose(logits(model, batch)[:-2], logits(model, other)[:-2], atol=1e-4)
+        assert not torch.allclose(text_logits(model, batch)[:-2], text_logits(model, other)[:-2], atol=1e-4)
         with pytest.raises(ShortVError, match="given for"), prompted(decoder_of(model), prompt_BT[:, :-1].repeat(2, 1)):
-            logits(model, batch)
+            text_logits(model, batch)
 
 
 @pytest.mark.parametrize("executor", [executing, reference])
@@ -56,20 +56,20 @@ def test_without_a_cache_tokens_are_generated_where_the_prompt_is_known_and_only
         # One token needs the prompt alone, and prompts that are no continuation are prompts.
         assert generated(model, batch, use_cache=False, max_new_tokens=1) == [row[:-3] for row in with_cache]
         for specs in ([[3, "I", 2]], [["I", 6]], [[3, "I", 3]], [[3, "I", 3]]):
-            logits(model, batch_of("llava", specs, seed=len(specs[0])), use_cache=False)
+            text_logits(model, batch_of("llava", specs, seed=len(specs[0])), use_cache=False)
 
 
 @pytest.mark.parametrize("executor", [executing, reference])
 @pytest.mark.parametrize("mean_over", MEANS)
 def test_answers_decide_nothing(executor: Any, mean_over: str) -> None:
-    model, batch = random_model(), batch_of("llava", PROMPTS)
+    model, batch = random_model(), batch_of("llava", SPECS)
     differ = 0
     for seed in range(4):
         with (
             torch.inference_mode(),
-            running(executor, model, FULL, random_routers(model, seed=seed, mean_over=mean_over)),
+            running(executor, model, FULL, routers(model, seed=seed, mean_over=mean_over)),
         ):
-            tokens, exits = generated(model, batch), exit_layers(prefill(model, batch).past_key_values)
+            tokens, exits = generated(model, batch), exit_layers(model(**batch.inputs, use_cache=True).past_key_values)
             with prompted(decoder_of(model), batch.types.real_BT):
                 assert generated(model, batch, use_cache=False) == tokens
                 ids_BT = torch.tensor(tokens)

@@ -1,10 +1,8 @@
-"""DyVTE: dropping = masking, sample by sample; a constant router = the drop-visual plan; never = the model."""
+"""DyVTE: each sample leaves at its own layer; a constant router is the drop-visual plan; never is the model."""
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,28 +13,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-import shortv
-from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
 from shortv.families import Batch, decoder_of
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
-from shortv.layers.sequence import keep_rows
 from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
 from shortv.learned.dyvte.run import exit_layers
-from shortv.learned.files import save_parts
-from shortv.plan import LearnedParts, Mode, PartsKind, Plan, modes_of_exit
+from shortv.plan import Mode, modes_of_exit
 from tests.law import assert_law, generated, in_dtype, some_specs, text_logits
-from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, make_batch, prompts_of, random_model
+from tests.learned.cases import CASES, FULL, MEANS, routers
+from tests.models import IMAGE_TOKEN, LAYERS, Spec, batch_of, make_batch, prompts_of, random_model
 from tests.parts import Trained, running
 
-FULL = (Mode.FULL,) * LAYERS
 SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 4], [6], [1, "I", 9], [2, "I", 1]]
-REFUSED_KINDS = {"gemma3": "sliding windows", "qwen3-vl": "DeepStack"}
-RUNNING = [kind for kind in KINDS if kind not in REFUSED_KINDS]
-SUPPRESSED = [IMAGE_TOKEN, IMAGE_TOKEN + 1, VISION_START]
-MEANS = ("after-image", "all-text")
 
 
 class Constant(ExitRouters):
@@ -54,40 +44,26 @@ def constant(model: Any, layer: int) -> Trained:
     return Trained(parts=parts, threshold=0.5)
 
 
-def random_routers(model: Any, *, seed: int = 0, mean_over: str = "after-image", threshold: float = 0.8) -> Trained:
-    """Routers that are sure of one thing or the other, which depends on the sample."""
-    torch.manual_seed(seed)
-    parts = ExitRouters.build(decoder_of(model), RouterSettings(width=32, mean_over=mean_over))  # type: ignore[arg-type]
-    for parameter in parts.parameters():
-        parameter.data *= 6
-    return Trained(parts=parts, threshold=threshold)
-
-
 @torch.inference_mode()
 def prefill(model: Any, batch: Batch) -> Any:
     return model(**batch.inputs, use_cache=True)
 
 
-@pytest.mark.parametrize(("attn", "padding"), [("sdpa", "left"), ("sdpa", "right"), ("eager", "left")])
-@pytest.mark.parametrize("kind", RUNNING)
-def test_dropping_equals_masking_where_each_sample_leaves_at_its_own_layer(kind: str, attn: str, padding: str) -> None:
-    model, batch = random_model(kind, attn=attn), batch_of(kind, SPECS, padding=padding)
+@pytest.mark.parametrize("kind", CASES["dyvte"].families)
+def test_each_sample_leaves_at_its_own_layer_and_the_reference_agrees(kind: str) -> None:
+    model, batch = random_model(kind), batch_of(kind, SPECS)
     seen: set[tuple[int, ...]] = set()
-    for seed in range(6):
-        learned = random_routers(model, seed=seed, mean_over=MEANS[seed % 2])
-        with running(reference, model, FULL, learned):
-            expected = text_logits(model, batch)
-            exits = exit_layers(prefill(model, batch).past_key_values)
-        with running(executing, model, FULL, learned):
-            assert_law(text_logits(model, batch, use_cache=False), expected)
-            assert_law(text_logits(model, batch, use_cache=True), expected)
-            assert exit_layers(prefill(model, batch).past_key_values) == exits
-        assert exits is not None and exits[2] == LAYERS
-        seen.add(tuple(exits))
+    for modes, learned in CASES["dyvte"].plans(model):
+        exits = []
+        for executor in (reference, executing):
+            with running(executor, model, modes, learned):
+                exits.append(exit_layers(prefill(model, batch).past_key_values) or [])
+        assert exits[0] == exits[1] and exits[0][2] == LAYERS
+        seen.add(tuple(exits[0]))
     assert len(seen) > 3 and {layer for exits in seen for layer in exits} >= {0, 1, 2, LAYERS}
 
 
-@pytest.mark.parametrize("kind", RUNNING)
+@pytest.mark.parametrize("kind", CASES["dyvte"].families)
 def test_constant_routers_are_the_drop_visual_plan(kind: str) -> None:
     model, batch = random_model(kind), batch_of(kind, SPECS)
     untouched = text_logits(model, batch)
@@ -103,10 +79,10 @@ def test_constant_routers_are_the_drop_visual_plan(kind: str) -> None:
     assert torch.equal(text_logits(model, batch), untouched)
 
 
-@pytest.mark.parametrize("kind", RUNNING)
+@pytest.mark.parametrize("kind", CASES["dyvte"].families)
 def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str) -> None:
     model, batch = random_model(kind), batch_of(kind, SPECS)
-    learned = random_routers(model, seed=3)
+    learned = routers(model, seed=3)
     with running(executing, model, FULL, learned):
         output, tokens = prefill(model, batch), generated(model, batch)
     exits = exit_layers(output.past_key_values)
@@ -122,27 +98,9 @@ def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str)
             assert generated(model, single)[0][-4:] == tokens[row][-4:]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}],
-    ids=["greedy", "beams", "sampling"],
-)
-@pytest.mark.parametrize("kind", RUNNING)
-def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None:
-    model, batch = random_model(kind), batch_of(kind, SPECS)
-    for seed in (1, 3):
-        learned = random_routers(model, seed=seed)
-        torch.manual_seed(0)
-        with running(reference, model, FULL, learned):
-            expected = generated(model, batch, **options)
-        torch.manual_seed(0)
-        with running(executing, model, FULL, learned):
-            assert generated(model, batch, **options) == expected
-
-
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(RUNNING),
+    kind=st.sampled_from(CASES["dyvte"].families),
     specs=some_specs,
     padding=st.sampled_from(["left", "right"]),
     mean_over=st.sampled_from(MEANS),
@@ -150,7 +108,7 @@ def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None
 )
 def test_any_routers_on_any_prompt(kind: str, specs: list[Spec], padding: str, mean_over: str, seed: int) -> None:
     model, batch = random_model(kind), batch_of(kind, specs, padding=padding, seed=seed)
-    learned = random_routers(model, seed=seed, mean_over=mean_over)
+    learned = routers(model, seed=seed, mean_over=mean_over)
     with running(reference, model, FULL, learned):
         expected = text_logits(model, batch)
     with running(executing, model, FULL, learned):
@@ -159,7 +117,7 @@ def test_any_routers_on_any_prompt(kind: str, specs: list[Spec], padding: str, m
 
 def test_rows_that_left_are_in_no_product_and_in_no_cache() -> None:
     model = random_model()
-    learned = random_routers(model, seed=3)
+    learned = routers(model, seed=3)
     batch = batch_of("llava", SPECS)
     rows: list[int] = []
     for layer in model.model.language_model.layers:
@@ -177,27 +135,10 @@ def test_rows_that_left_are_in_no_product_and_in_no_cache() -> None:
         assert layer.get_seq_length() == width
 
 
-def test_rows_that_stay_in_a_batch_go_on_as_before() -> None:
-    model, batch = random_model(), batch_of("llava", SPECS)
-    learned = random_routers(model, seed=3)
-    mask = batch.inputs["attention_mask"]
-    rows = torch.tensor([1, 2, 4])
-    turn = {"input_ids": torch.tensor([[7], [8], [9], [10], [11]]), "position_ids": mask.sum(1, keepdim=True)}
-    longer = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
-    with torch.inference_mode(), running(executing, model, FULL, learned):
-        cache = prefill(model, batch).past_key_values
-        narrowed = copy.deepcopy(cache)
-        keep_rows(narrowed, rows)
-        assert exit_layers(narrowed) == [(exit_layers(cache) or [])[row] for row in rows]
-        expected = model(**turn, attention_mask=longer, past_key_values=cache).logits[rows]
-        kept = {name: value[rows] for name, value in turn.items()}
-        assert_law(model(**kept, attention_mask=longer[rows], past_key_values=narrowed).logits, expected)
-
-
 @pytest.mark.parametrize("kind", ["llava", "internvl"])
 def test_a_later_turn_reads_what_each_layer_has_kept(kind: str) -> None:
     model, batch = random_model(kind), batch_of(kind, SPECS)
-    learned = random_routers(model, seed=3)
+    learned = routers(model, seed=3)
     mask = batch.inputs["attention_mask"]
     ids = torch.randint(3, IMAGE_TOKEN, (len(SPECS), 3), generator=torch.Generator().manual_seed(0))
     turn = {"input_ids": ids, "attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1)}
@@ -237,40 +178,6 @@ def test_the_host_waits_once_a_layer_until_everybody_has_left() -> None:
         assert waits.count == expected
 
 
-def test_a_plan_names_routers_and_their_threshold(tmp_path: Path) -> None:
-    model, batch = random_model(), batch_of("llava", SPECS)
-    learned = random_routers(model, seed=3)
-    digest = Architecture.from_config_dict(model.config.to_dict()).config_digest
-    header = save_parts(tmp_path, learned.parts, model="m", revision=None, config_digest=digest, training={})
-    named = LearnedParts(kind=PartsKind.DYVTE, path=str(tmp_path), digest=header.digest, threshold=0.8)
-    plan = Plan.full(num_layers=LAYERS, name="exits", model="m", config_digest=digest, parts=named)
-    with running(executing, model, FULL, learned):
-        expected = text_logits(model, batch)
-    with shortv.apply(model, plan):
-        assert torch.equal(text_logits(model, batch), expected)
-
-
-def test_a_prompt_without_images_is_the_models_own_work() -> None:
-    model, batch = random_model(), batch_of("llava", [[3], [5]])
-    untouched, tokens = text_logits(model, batch), generated(model, batch)
-    with running(executing, model, FULL, constant(model, 0)):
-        assert torch.equal(text_logits(model, batch), untouched)
-        assert generated(model, batch) == tokens
-        assert exit_layers(prefill(model, batch).past_key_values) == [LAYERS, LAYERS]
-    assert exit_layers(prefill(model, batch).past_key_values) is None
-
-
-def test_hidden_states_have_every_row_and_the_same_text() -> None:
-    model, batch = random_model(), batch_of("llava", SPECS)
-    learned = random_routers(model, seed=3)
-    found = []
-    for executor in (reference, executing):
-        with torch.inference_mode(), running(executor, model, FULL, learned):
-            found.append(model(**batch.inputs, output_hidden_states=True).hidden_states)
-    for expected, state in zip(*found, strict=True):
-        assert_law(state[batch.types.text_BT], expected[batch.types.text_BT])
-
-
 def test_the_threshold_sets_how_early_samples_leave() -> None:
     model, batch = random_model(), batch_of("llava", SPECS)
     found = []
@@ -292,15 +199,11 @@ def test_half_precision_runs_as_the_drop_visual_plan_does(dtype: torch.dtype) ->
     with running(executing, model, FULL, constant(model, 1)):
         found = text_logits(model, halved).float()
     assert (found - expected).abs().mean() <= 0.02 * expected.abs().mean()
-    parts = random_routers(model).parts.to(dtype)
+    parts = routers(model).parts.to(dtype)
     assert parts.exit_probability(0, torch.randn(2, 64)).dtype == torch.float32  # type: ignore[operator]
 
 
 def test_refusals() -> None:
-    for kind, why in REFUSED_KINDS.items():
-        model = random_model(kind)
-        with pytest.raises(Refused, match=why):
-            constant(model, 0)
     model = random_model()
     learned = constant(model, 0)
     with (

@@ -1,4 +1,4 @@
-"""EAS: folded equals unfolded, on every family, in batches, with a cache; only the prompt gives information."""
+"""EAS: the fold is exact and follows the weights; only the prompt gives information."""
 
 from __future__ import annotations
 
@@ -7,95 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from shortv.errors import Refused
 from shortv.evals.generation import likelihoods
-from shortv.families import Batch, decoder_of
+from shortv.families import decoder_of
 from shortv.families.preprocessing import batch_of as batch_of_prompts
 from shortv.families.preprocessing import message_of, prompt_of
 from shortv.families.supervised import continuation_ids
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
-from shortv.layers.sequence import keep_rows
 from shortv.learned.eas.parts import Adapters
 from shortv.learned.eas.recipe import EasSettings
 from shortv.learned.eas.run import fold
-from shortv.plan import Mode, modes_of_layers
-from tests.law import SPECS, assert_law, in_dtype
-from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, batch_of, make_batch, prompts_of, random_model
+from shortv.plan import Mode
+from tests.law import SPECS, assert_law, text_logits
+from tests.learned.cases import adapters, skipping
+from tests.models import LAYERS, batch_of, random_model
 from tests.parts import Trained, running, shuffled
 from tests.tiny_model import bundled, calibration
 
 SKIPPED = (1, 2)
-MODES = modes_of_layers(Mode.SKIP_ATTENTION, SKIPPED, LAYERS)
-FAMILIES = [kind for kind in KINDS if kind != "gemma3"]
-SUPPRESSED = [IMAGE_TOKEN, IMAGE_TOKEN + 1, VISION_START]
-
-
-def adapters(model: Any, *, skipped: tuple[int, ...] = SKIPPED, **options: Any) -> Trained:
-    """Random adapters, a PIA in `skipped` layers."""
-    kept = tuple(layer for layer in range(LAYERS) if layer not in skipped)
-    settings = EasSettings(kept=kept, skipped=skipped, kept_rank=4, pia_rank=6, **options)
-    return Trained(parts=shuffled(Adapters.build(decoder_of(model), settings)))
-
-
-def logits(model: Any, batch: Batch, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        output: Tensor = model(**batch.inputs, **options).logits
-    return output[batch.types.text_BT]
-
-
-def generate(model: Any, batch: Batch, **options: Any) -> Any:
-    fixed = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": SUPPRESSED}
-    with torch.inference_mode():
-        return model.generate(**batch.inputs, **{**fixed, **options})
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_fast_equals_reference(kind: str, padding: str) -> None:
-    model = random_model(kind)
-    batch = batch_of(kind, SPECS, padding=padding)
-    before = logits(model, batch)
-    for skipped in (SKIPPED, (0, 3), (), tuple(range(LAYERS))):
-        learned, modes = adapters(model, skipped=skipped), modes_of_layers(Mode.SKIP_ATTENTION, skipped, LAYERS)
-        with running(reference, model, modes, learned):
-            expected = logits(model, batch)
-        with running(executing, model, modes, learned):
-            assert_law(logits(model, batch, use_cache=False), expected)
-            assert_law(logits(model, batch, use_cache=True), expected)
-        assert not torch.allclose(expected, before, atol=1e-2)
-    assert torch.equal(logits(model, batch), before)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_generation_equals_reference(kind: str, options: dict[str, Any]) -> None:
-    """Skipped layers may come first: layer 0's cache tells transformers how long the sequence is."""
-    model = random_model(kind)
-    batch = batch_of(kind, SPECS)
-    for skipped in (SKIPPED, (0, 3)):
-        learned, modes = adapters(model, skipped=skipped), modes_of_layers(Mode.SKIP_ATTENTION, skipped, LAYERS)
-        with running(reference, model, modes, learned):
-            expected = generate(model, batch, **options)
-        with running(executing, model, modes, learned):
-            assert torch.equal(generate(model, batch, **options), expected)
-
-
-def test_a_batch_equals_single_prompts_and_they_generate_alike() -> None:
-    """Padding gives no information, and each sample has its own; several images are nothing special."""
-    model = random_model()
-    learned, batch = adapters(model), batch_of("llava", SPECS)
-    length = batch.types.text_BT.shape[1]
-    with running(executing, model, MODES, learned):
-        found = generate(model, batch, output_logits=True, return_dict_in_generate=True)
-        for number, prompt in enumerate(prompts_of("llava", SPECS)):
-            single = make_batch("llava", [prompt])
-            alone = generate(model, single, output_logits=True, return_dict_in_generate=True)
-            assert torch.equal(alone.sequences[0, len(prompt.ids_T) :], found.sequences[number, length:])
-            for step_BV, alone_BV in zip(found.logits, alone.logits, strict=True):
-                assert_law(step_BV[number], alone_BV[0])
+MODES = skipping(SKIPPED)
 
 
 def test_the_fold_equals_the_unfolded_ffn_input_and_the_released_one_does_not() -> None:
@@ -128,70 +60,42 @@ def test_a_fresh_skipped_layer_is_the_ffn_of_the_normed_input() -> None:
     decoder, batch = decoder_of(model), batch_of("llava", SPECS)
     settings = EasSettings(kept=(0, 2, 3), skipped=(1,))
     learned = Trained(parts=Adapters.build(decoder, settings).requires_grad_(False))
-    modes = modes_of_layers(Mode.SKIP_ATTENTION, (1,), LAYERS)
-    with running(executing, model, modes, learned), torch.inference_mode():
+    with running(executing, model, skipping((1,)), learned), torch.inference_mode():
         states = model(**batch.inputs, output_hidden_states=True).hidden_states
     layer: Any = decoder.layers[1]
     expected = states[1] + layer.mlp(layer.post_attention_layernorm.weight * layer.input_layernorm(states[1]))
     assert_law(states[2], expected)
-    before = logits(model, batch)
+    before = text_logits(model, batch)
     fresh = Trained(parts=Adapters.build(decoder, EasSettings(kept=(0, 1, 2, 3), skipped=())).requires_grad_(False))
     with running(executing, model, (Mode.FULL,) * LAYERS, fresh):
-        assert_law(logits(model, batch), before)
+        assert_law(text_logits(model, batch), before)
 
 
-def test_skipped_layers_keep_no_keys_and_rows_take_their_information_along() -> None:
+def test_skipped_layers_keep_no_keys() -> None:
     model = random_model()
-    learned, batch = adapters(model), batch_of("llava", SPECS)
+    batch = batch_of("llava", SPECS)
     length = batch.types.text_BT.shape[1]
-    rows = torch.tensor([3, 1])
-    positions = batch.inputs["position_ids"].amax(1, keepdim=True) + 1
-    mask = torch.cat([batch.inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
-    token = torch.full((4, 1), 5)
-    with torch.inference_mode(), running(executing, model, MODES, learned):
-        caches = [model(**batch.inputs, use_cache=True).past_key_values for _ in range(2)]
-        assert [layer.keys.shape[2] for layer in caches[0].layers] == [length, 0, 0, length]
-        assert {layer.get_seq_length() for layer in caches[0].layers} == {length}
-        every = model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=caches[0]).logits
-        keep_rows(caches[1], rows)
-        some = model(
-            input_ids=token[rows],
-            attention_mask=mask[rows],
-            position_ids=positions[rows],
-            past_key_values=caches[1],
-        ).logits
-    assert_law(some, every[rows])
-
-
-def test_training_reaches_adapters_through_the_fast_executor_as_through_the_reference() -> None:
-    model = random_model()
-    learned, batch = adapters(model), batch_of("llava", SPECS)
-    learned.parts.requires_grad_(True)
-    gradients = []
-    for executor in (executing, reference):
-        learned.parts.zero_grad()
-        with running(executor, model, MODES, learned):
-            model(**batch.inputs, use_cache=False).logits[batch.types.text_BT].square().mean().backward()
-        gradients.append([weight.grad.clone() for weight in learned.parts.parameters()])
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    with torch.inference_mode(), running(executing, model, MODES, adapters(model)):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [length, 0, 0, length]
+    assert {layer.get_seq_length() for layer in cache.layers} == {length}
 
 
 def test_a_fold_is_made_once_and_again_when_the_weights_change() -> None:
     model = random_model()
     learned, batch = adapters(model), batch_of("llava", SPECS)
     with running(executing, model, MODES, learned):
-        logits(model, batch)
+        text_logits(model, batch)
     made = {layer: kept[1].gate_MC for layer, kept in learned.parts.derived.items()}
     with running(executing, model, MODES, learned):
-        logits(model, batch)
+        text_logits(model, batch)
     assert all(learned.parts.derived[layer][1].gate_MC is value for layer, value in made.items())
     assert set(made) == set(SKIPPED)
     shuffled(learned.parts, seed=1)
     with running(reference, model, MODES, learned):
-        expected = logits(model, batch)
+        expected = text_logits(model, batch)
     with running(executing, model, MODES, learned):
-        assert_law(logits(model, batch), expected)
+        assert_law(text_logits(model, batch), expected)
 
 
 @pytest.mark.parametrize("changed", ["mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"])
@@ -199,29 +103,13 @@ def test_a_fold_follows_the_models_weights(changed: str) -> None:
     model = random_model()
     learned, batch = adapters(model), batch_of("llava", SPECS)
     with running(executing, model, MODES, learned):
-        before = logits(model, batch)
+        before = text_logits(model, batch)
     decoder_of(model).layers[SKIPPED[0]].get_parameter(f"{changed}.weight").mul_(1.5)
     with running(reference, model, MODES, learned):
-        expected = logits(model, batch)
+        expected = text_logits(model, batch)
     with running(executing, model, MODES, learned):
-        assert_law(logits(model, batch), expected)
+        assert_law(text_logits(model, batch), expected)
     assert not torch.allclose(before, expected, atol=1e-2)
-
-
-@pytest.mark.parametrize("kind", ["llava", "llava-qwen2"])
-def test_half_precision_is_as_near_to_the_truth_as_the_reference(kind: str) -> None:
-    truth, half = random_model(kind), random_model(kind).to(torch.bfloat16)
-    exact, rough = adapters(truth), adapters(half)
-    rough.parts.lower(torch.bfloat16)
-    batch = batch_of(kind, SPECS)
-    halved = in_dtype(batch, torch.bfloat16)
-    with running(reference, truth, MODES, exact):
-        expected = logits(truth, batch)
-    with running(reference, half, MODES, rough):
-        slow = (logits(half, halved).float() - expected).abs().mean()
-    with running(executing, half, MODES, rough):
-        fast = (logits(half, halved).float() - expected).abs().mean()
-    assert fast <= 2 * slow
 
 
 def test_likelihoods_of_answers_are_those_of_decoding_them_with_a_cache() -> None:
