@@ -1,4 +1,4 @@
-"""One view of every supported model: its decoder layers, their two halves, its final norm and head."""
+"""One view of every supported model: its decoder layers, their attention and FFN halves, its final norm and head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shortv.families.table import FAMILIES, REFUSED, TEXT_BACKBONES, Family, Lay
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The text decoder inside a multimodal model; holds references, copies nothing."""
+    """The text decoder of a multimodal model, by references to its modules."""
 
     family: Family
     config: Any
@@ -55,10 +55,10 @@ class Decoder:
 
     @property
     def projector(self) -> nn.Module:
-        """The module that makes visual rows of vision features.
+        """The module whose output rows become the visual rows.
 
         Raises:
-            Refused: visual rows are not the rows of such a module in this family.
+            Refused: this family has no such module.
         """
         if self.family.projector is None:
             known = ", ".join(family.label for family in FAMILIES.values() if family.projector)
@@ -70,7 +70,7 @@ class Decoder:
 
     @property
     def num_deepstack(self) -> int:
-        """After so many first layers the model adds vision features to visual rows (Qwen3-VL's DeepStack)."""
+        """Number of first layers after which the model adds vision features to visual rows (Qwen3-VL's DeepStack)."""
         vision = getattr(self.config, "vision_config", None)
         return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
@@ -82,7 +82,7 @@ class Decoder:
         return logits_BV
 
     def device(self, layer: nn.Module) -> torch.device:
-        """Where a layer's weights live (layers of one model may be spread over several devices)."""
+        """Return the device of a layer's weights (a model may be spread over several devices)."""
         return _device(layer)
 
 
@@ -90,7 +90,7 @@ def decoder_of(model: nn.Module) -> Decoder:
     """Find the decoder of a transformers model.
 
     Raises:
-        Refused: the model's family or its text backbone is not supported; names what was found and what is supported.
+        Refused: the model's family or its text backbone is not supported.
     """
     config: Any = model.config
     family = family_of(config.model_type)
@@ -126,7 +126,7 @@ def visual_ids_of(config: Any, family: Family) -> frozenset[int]:
 
 
 def family_of(model_type: str) -> Family:
-    """Look a transformers `model_type` up among the supported families, or refuse it with their list."""
+    """Return the family of a transformers `model_type`. Raises Refused for one that is not supported."""
     if model_type in REFUSED:
         raise Refused(f"model type {model_type!r} cannot be supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:

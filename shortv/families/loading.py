@@ -1,4 +1,4 @@
-"""Load a supported model and its processor, or refuse it in one sentence."""
+"""Loading of supported models, of their processors, and of their architectures alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_architecture(name: str, *, revision: str | None = None, trust_remote_co
 
 
 def commit_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
-    """The commit on the hub that a revision names at present; a folder has none, and keeps the revision it is given.
+    """Return the commit on the hub that a revision names now; for a folder, the revision itself.
 
     Raises:
         Refused: no such model.

@@ -1,4 +1,16 @@
-"""The supported model families, one row each: everything the project knows about their internals."""
+"""The supported model families, one row each: everything the project knows about their internals.
+
+To add a family:
+1. Add its row to `FAMILIES` under the `model_type` of its config. The paths lead to the text decoder (the module with
+   `layers` and `norm`), the backbone and the head; the visual ids are the placeholders in the prompt that vision
+   features replace; `pixels` is the layout of `pixel_values`, which `vision.LAYOUTS` reads.
+2. If its text decoder is of a new type, add that type to `TEXT_BACKBONES`. Its layers must be pre-norm
+   (x + attention(norm(x)), then x + ffn(norm(x))), each with its own K and V, and its attention must take a mask.
+3. Add a random model to `tests/models.py` (`KINDS`) and a checkpoint with the family's processor to
+   `tests/processors.py` (`CHECKPOINTS`). The tests of layers, sweeps, preprocessing, vision features and generation
+   then cover it: fast equals reference equals masked, padded equals single, cached vision features equal the tower's.
+A family whose tokens are read in another way (cross-attention, recurrent layers) goes into `REFUSED` with the reason.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +55,15 @@ TEXT_BACKBONES: dict[str, LayerParts] = {
     "qwen3_vl_text": LLAMA_PARTS,
     "gemma3_text": GEMMA_PARTS,
 }
-"""Text model types that may stand under a family, and where the parts of their layers are."""
+"""Supported types of text decoders, and where the parts of their layers are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Where a transformers model of one `model_type` keeps what the sweep and the executors need."""
+    """Where a transformers model of one `model_type` has the parts that the sweep and the executors need."""
 
     label: str
-    """Name people know the family by."""
+    """Common name of the family."""
     decoder: str
     """Dotted path from the model to the text decoder that owns `layers` and `norm`."""
     backbone: str
@@ -59,17 +71,17 @@ class Family:
     head: str
     """Dotted path to the LM head."""
     visual_id_fields: tuple[str, ...]
-    """Config fields that hold the ids of the placeholders which vision features replace."""
+    """Config fields with the ids of the placeholders that vision features replace."""
     positions_from_mask: bool
-    """Whether positions are one per token, counted over the attention mask (else the model makes its own)."""
+    """Whether positions count the tokens of the attention mask; otherwise the model computes its own."""
     pixels: Literal["rows", "tiles", "grid", "nested"]
-    """How the images of a batch lie in `pixel_values` (`vision.LAYOUTS`)."""
+    """Layout of a batch's images in `pixel_values`, a key of `vision.LAYOUTS`."""
     projector: str | None
-    """Dotted path, from `backbone`, to the module whose rows become the visual rows, one for one."""
+    """Dotted path, from `backbone`, to the module whose output rows become the visual rows, one for one."""
     unprojected: str = ""
     """Why there is no such module."""
     reorders: str | None = None
-    """Dotted path, from `backbone`, to the module around the projector that gives its rows in another order."""
+    """Dotted path, from `backbone`, to the module around the projector that reorders its rows."""
 
 
 _LLAVA = Family(
@@ -127,9 +139,9 @@ REFUSED: dict[str, str] = {
     "gemma3n": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
     "gemma4": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
 }
-"""Families that were looked at and cannot be supported, with the reason."""
+"""Families that cannot be supported, with the reason."""
 
 
 def supported() -> str:
-    """The supported families as one phrase for error messages."""
+    """Return the supported families as one phrase for error messages."""
     return ", ".join(f"{family.label} ({model_type})" for model_type, family in FAMILIES.items())

@@ -1,7 +1,7 @@
-"""A bounded cache of vision features: a replica runs the tower once per distinct image, whatever is asked about it.
+"""A bounded cache of vision features: a replica runs the vision tower once per distinct image.
 
-Plans change decoder layers and the tower runs before them, so one cache serves every plan of a model. It knows an
-image by a digest of what the processor made of it: equal digests are equal inputs of the tower.
+Plans change decoder layers and the tower runs before them, so one cache serves every plan of a model. The key of an
+image is a digest of its processed pixels: equal digests are equal inputs of the tower.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from shortv.errors import Refused
 from shortv.families.loading import LoadedModel
 from shortv.families.preprocessing import Batch
 
-_MARK = "_shortv_cached"
+_CACHED = "_shortv_cached"
 _INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
 
-# An image's visual tokens, then its rows of each DeepStack layer; and what makes an output of the model's from such.
+# An image's visual tokens, then its rows of each DeepStack layer; and a function from such to the model's own output.
 Features = tuple[Tensor, ...]
 Form = Callable[[Sequence[Features]], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pixels:
-    """What a tower sees as one image (where processors cut images into rows of pixels: one of those rows)."""
+    """One image as the tower gets it (one row of pixels where the processor cuts images into several)."""
 
     key: bytes
     where: Mapping[str, tuple[slice, ...]]
-    """Its place in each tensor of the batch that has a part of its own for it."""
+    """Its index in each tensor of the batch that has a part for it."""
     tiled: bool = True
-    """False where LLaVA-OneVision takes an image whole, as it stands in one prompt with others."""
+    """False where LLaVA-OneVision does not tile an image, because its prompt has several."""
 
 
 class VisionCache:
-    """Vision features of the images seen last, on the device where the tower leaves them.
+    """Vision features of the most recent images, on the device where the tower computes them.
 
-    `hits` and `misses` count images that were served and that the tower ran for; where a processor cuts an image into
-    several rows of pixels (InternVL, Idefics3, SmolVLM, Gemma 3's crops), each row counts. `bytes` are held now.
-    For one thread at a time, and for weights that don't change; no gradient reaches the tower from what is reused.
+    `hits` and `misses` count images from the cache and images that the tower ran for; where a processor cuts an image
+    into several rows of pixels (InternVL, Idefics3, SmolVLM, Gemma 3's crops), each row counts. `bytes` is the present
+    size. For one thread at a time, and for weights that do not change; reused features carry no gradient.
     """
 
     def __init__(self, loaded: LoadedModel, *, max_bytes: int = 1 << 30) -> None:
@@ -59,14 +59,20 @@ class VisionCache:
 
     @contextmanager
     def reusing(self, batch: Batch) -> Iterator[None]:
-        """Inside, the model takes features of images it has seen from the cache, and runs the tower for the others.
+        """Make the model take features of known images from the cache, and run the tower for the others.
 
-        Call the model with `batch` (in CPU memory, as `prompts.batch_of` returns it) moved to its device, and nothing
-        else: images are known by their places in it. Where tensors of other shapes arrive, or pixels lie as no
-        processor of the family puts them, the model's own method runs, uncounted. Refused inside such a context.
+        Inside the context, call the model only with `batch` moved to its device: images are known by their index in
+        it. With tensors of other shapes, or a layout that no processor of the family produces, the model's own method
+        runs and nothing is counted.
+
+        Args:
+            batch: in CPU memory, as `preprocessing.batch_of` returns it.
+
+        Raises:
+            Refused: inside another such context.
         """
         own, held = self._backbone.get_image_features, vars(self._backbone).get("get_image_features")
-        if hasattr(own, _MARK):
+        if hasattr(own, _CACHED):
             raise Refused("this model is already reusing vision features; leave that context first")
         images = self._layout(batch.inputs) if "pixel_values" in batch.inputs else []
         shapes = {name: batch.inputs[name].shape for name in _INPUTS if name in batch.inputs}
@@ -80,7 +86,7 @@ class VisionCache:
                 return own(*args, **kwargs)
             return self._served(images, lambda missing: own(**_arguments(given, missing), **further))
 
-        setattr(cached, _MARK, True)
+        setattr(cached, _CACHED, True)
         self._backbone.get_image_features = cached
         try:
             yield
@@ -155,7 +161,7 @@ def _rows(inputs: Mapping[str, Tensor]) -> list[Pixels]:
 
 
 def _nested(inputs: Mapping[str, Tensor]) -> list[Pixels]:
-    """Lists of images filled up to the longest with zeros, as the model tells them: (B, most images, C, H, W)."""
+    """Lists of images, padded to the longest with zeros, by which the model knows them: (B, most images, C, H, W)."""
     names = [name for name in ("pixel_values", "pixel_attention_mask") if name in inputs]
     real = inputs["pixel_values"].flatten(2).any(-1).nonzero()
     places = [tuple(slice(at, at + 1) for at in indices) for indices in real.tolist()]
@@ -163,13 +169,13 @@ def _nested(inputs: Mapping[str, Tensor]) -> list[Pixels]:
 
 
 def _tiles(inputs: Mapping[str, Tensor]) -> list[Pixels]:
-    """Tiles of each image, filled up to the largest with zeros: (images, most tiles, C, H, W)."""
+    """Tiles of each image, padded with zeros to the largest number: (images, most tiles, C, H, W)."""
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
     if pixels.dim() != 5:
         return []
     images, counts = [], inputs.get("batch_num_images", torch.ones(len(pixels), dtype=torch.long)).tolist()
     for row, tiled in enumerate(count == 1 for count in counts for _ in range(count)):
-        # The size tells how many tiles there are, so that zeros at the end say nothing, be they filling or content.
+        # The image's size decides the number of tiles, so zeros at the end add nothing, padding or content.
         count = max([1, *(pixels[row].flatten(1).any(-1).nonzero().flatten() + 1).tolist()]) if tiled else 1
         key = _digest(pixels[row, :count], sizes[row], torch.tensor(tiled))
         where = dict.fromkeys(("pixel_values", "image_sizes"), (slice(row, row + 1),))
@@ -178,7 +184,7 @@ def _tiles(inputs: Mapping[str, Tensor]) -> list[Pixels]:
 
 
 def _grid(inputs: Mapping[str, Tensor]) -> list[Pixels]:
-    """Patches of all images, one after the other: (patches, values of a patch); the grid tells how many each has."""
+    """Patches of all images in a row: (patches, values of a patch); the grid has the number for each image."""
     ends = inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()
     spans = zip([0, *ends], ends, strict=False)
     return [
@@ -189,7 +195,7 @@ def _grid(inputs: Mapping[str, Tensor]) -> list[Pixels]:
 
 Layout = Callable[[Mapping[str, Tensor]], list[Pixels]]
 LAYOUTS: dict[str, Layout] = {"rows": _rows, "tiles": _tiles, "grid": _grid, "nested": _nested}
-"""`Family.pixels` to what finds the images of a batch, in the order of their visual tokens."""
+"""From `Family.pixels` to a function that finds the images of a batch, in the order of their visual tokens."""
 
 
 def _digest(*parts: Tensor) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pyarrow import parquet as pq
 
 from shortv.errors import Refused, ShortVError
@@ -15,6 +15,7 @@ from shortv.evals.samples import TaskSpec, parse_spec, samples_of_tasks, task_sa
 
 TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
 N_DOCS = 30
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
 
 TASK = """
 task: {name}
@@ -67,7 +68,7 @@ def png(shade: int) -> bytes:
 def tasks(tmp_path: Path) -> Path:
     """A folder of three tasks: whose images show what their questions say, one damaged, one without data."""
     pictures = [png(shade) for shade in range(N_DOCS)]
-    for name, images in {"shades": pictures, "damaged": [b"not an image", *pictures[1:]]}.items():
+    for name, images in {"shades": pictures, "damaged": [b"not an image", EPS, *pictures[2:]]}.items():
         data = tmp_path / f"{name}.parquet"
         table = pa.table(
             {
@@ -104,10 +105,19 @@ def test_the_draw_is_fixed_by_the_seed(tasks: Path) -> None:
     assert {sample.sample_id for sample in first} < more
 
 
-def test_a_damaged_document_is_kept_for_its_error_row(tasks: Path) -> None:
+def test_a_damaged_document_is_kept_for_its_error_row_and_starts_no_program(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     samples = samples_of_tasks([f"damaged:{N_DOCS}", "shades:1"], seed=0, include_path=tasks)
     assert len(samples) == N_DOCS + 1
-    assert [sample.sample_id for sample in samples if sample.images == (b"",)] == ["damaged/q0"]
+    assert [sample.sample_id for sample in samples if sample.images == (b"",)] == ["damaged/q0", "damaged/q1"]
+    assert not (tmp_path / "started").exists() and EpsImagePlugin.gs_binary is None
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tasks: Path) -> None:
