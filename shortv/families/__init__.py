@@ -7,7 +7,6 @@ from shortv.families.loading import (
     load,
     load_architecture,
     load_preprocessor,
-    load_processor,
     quiet_transformers,
     wrap,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "load",
     "load_architecture",
     "load_preprocessor",
-    "load_processor",
     "preprocess",
     "quiet_transformers",
     "supported",

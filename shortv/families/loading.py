@@ -92,9 +92,7 @@ def load(
         )
     config = _config(name, revision, trust_remote_code)
     _architecture(config)
-    processor = load_processor(
-        name, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
-    )
+    processor = _processor(name, revision, trust_remote_code, chat_template)
     model = _weights(
         name,
         config=config,
@@ -144,9 +142,7 @@ def load_preprocessor(
     """
     config = _config(name, revision, trust_remote_code)
     _architecture(config)
-    processor = load_processor(
-        name, revision=revision, trust_remote_code=trust_remote_code, chat_template=chat_template
-    )
+    processor = _processor(name, revision, trust_remote_code, chat_template)
     return Preprocessor(**_preprocessing(config, processor, chat_template))
 
 
@@ -161,18 +157,7 @@ def _preprocessing(config: Any, processor: Any, chat_template: str | None) -> di
     }
 
 
-def load_processor(
-    name: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    chat_template: str | None = None,
-) -> Any:
-    """Load the processor of a model and check that it can build a prompt.
-
-    Raises:
-        Refused: the processor cannot be loaded, or it has no chat template and none is given.
-    """
+def _processor(name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None) -> Any:
     from transformers import AutoProcessor
 
     try:

@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_benchmark_for_any_batch_size(full: ShortV, har
     assert ask(with_batch_size(1, folder / "harsh.json")) == planned
 
 
-def test_the_simple_form_asks_the_same(full: ShortV) -> None:
+def test_the_simple_form_gives_the_same(full: ShortV) -> None:
     model = SimpleShortV(device="cpu", batch_size=8)
     model.task_dict = full.task_dict
     requests = [
@@ -124,17 +124,6 @@ def test_token_counts_are_reported(full: ShortV) -> None:
     assert answer.token_counts.input_tokens > 36
     (cut,) = full.generate_until([instance("generate_until", 0, "", messages, {**GREEDY, "max_new_tokens": 1})])
     assert cut.token_counts.output_tokens == 1
-
-
-def test_prompts_with_and_without_images_run_together(full: ShortV) -> None:
-    def every_second(question: Question) -> Any:
-        if QUESTIONS.index(question) % 2:
-            return messages(question)
-        return [{"role": "user", "content": question.prompt}]
-
-    mixed = ask(full, doc_to_messages=every_second)
-    assert mixed[1::2] == ask(full)[1::2]
-    assert mixed[0::2] == ask(full, doc_to_messages=every_second, documents=range(0, len(QUESTIONS), 2))
 
 
 def test_sampling_follows_its_settings(full: ShortV) -> None:
@@ -394,7 +383,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
         run_in_batches(items, never, batch_size=5, **options)
 
 
-def test_the_backend_loads_no_ray() -> None:
+def test_the_model_loads_no_ray() -> None:
     script = "import sys, shortv.evals.local; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 

@@ -24,7 +24,7 @@ from shortv.evals.remote import Connection, RemoteClient, connect_url, open_endp
 from shortv.evals.served import ServedModel
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.workers.lmms_served import ShortVServe
-from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, lost, write_tasks
+from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, write_tasks
 
 DIGEST = "ab" * 32
 MODELS = [
@@ -157,27 +157,6 @@ def test_completions_come_in_order_with_their_token_counts() -> None:
     seeds = [body["seed"] for body in bodies[-4:]]
     assert sorted(seeds[:2]) == sorted(seeds[2:]) and len(set(seeds)) == 2
     assert bodies[-1]["shortv"] == {"top_k": 5, "min_tokens": 2}
-
-
-def test_rounds_are_held_as_the_model_in_one_process_holds_them() -> None:
-    def rounds(number: int, round_idx: int = 0, previous_output: Any = None, previous_round_info: Any = None) -> Any:
-        if round_idx == 0:
-            return messages(number)
-        assert len(previous_output) == round_idx and previous_round_info == (round_idx - 1 or None)
-        return (
-            (None if round_idx > number else messages(10 * round_idx)),
-            round_idx > number,
-            previous_output,
-            round_idx,
-        )
-
-    with served() as model:
-        found = model.generate_until_multi_round(
-            [instance(at, "generate_until_multi_round", rounds) for at in range(3)]
-        )
-    first = [answer_to(f"What is {at}?") for at in range(3)]
-    later = [answer_to(f"What is {10 * at}?") for at in (1, 2)]
-    assert found == [[first[0]], [first[1], later[0]], [first[2], *later]]
 
 
 def test_a_request_that_fails_ends_the_run_and_names_its_document() -> None:
@@ -365,15 +344,3 @@ async def _responses(benchmark: Benchmark, url: str) -> Any:
         return await benchmark.run(connection.client, plan=connection.plan, concurrency=4)
     finally:
         await connection.client.aclose()
-
-
-def test_lost_replicas_end_the_run_that_a_handle_reaches() -> None:
-    class Handle(ServedModel):
-        async def connect(self, spec: ServedSpec) -> Connection:
-            return Connection(FakeClient({"is 1?": lost(), "is 2?": "no"}), "", None)
-
-    model = Handle(app="shortv")
-    model.task_dict = {"pictures": {"test": list(range(3))}}
-    assert [result.text for result in model.generate_until([instance(2)])] == ["no"]
-    with pytest.raises(ShortVError, match=r"document 1 of task 'pictures' has no answer \(lost\): it went away"):
-        model.generate_until([instance(at) for at in range(3)])
