@@ -20,7 +20,7 @@ from shortv.workers.sweep.driver import run_sweep
 from shortv.workers.sweep.measure import UnitResult
 from shortv.workers.sweep.spec import sweep_submission_id
 from shortv.workers.sweep.units import plan_units
-from tests.workers.campaign.fakes import FakeRunner, recipe
+from tests.workers.campaign.fakes import FakeRunner, campaign_spec
 from tests.workers.fakes import FakeEngine, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     out = tmp_path / "out"
     arguments = (*SWEEP[1:], "--output-path", out)
     assert "--batch-size is '0'" in printed(capsys, monkeypatch, lc_sweep, *arguments, "-b", 0, status=2)
-    assert run_campaign(recipe(out), runner=FakeRunner()) == 0
+    assert run_campaign(campaign_spec(out), runner=FakeRunner()) == 0
     assert "of kind 'campaign'" in printed(capsys, monkeypatch, lc_sweep, *arguments, status=2)
     assert not printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "new").endswith("2")
 
@@ -123,7 +123,7 @@ def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
-    asked = recipe(tmp_path / "out")
+    asked = campaign_spec(tmp_path / "out")
     first = campaign_submission_id(asked)
     assert first.endswith("-1")
     assert run_campaign(asked, runner=FakeRunner()) == 0

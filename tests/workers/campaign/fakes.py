@@ -1,15 +1,17 @@
-"""A runner without a model: answers from names, and every way in which a real one fails."""
+"""Campaigns without a model: a runner that scores by the layers of a plan, and what its campaigns print and write."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from reports.manifest import Manifest
 from reports.store import Folder
@@ -20,31 +22,60 @@ from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
+from shortv.workers.campaign.driver import run_campaign
+from shortv.workers.campaign.folder import TABLES
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.architectures import architecture
 
+TIMES = {"started", "finished", "wall_seconds"}
 LAYERS = 8
 ARCH = architecture(num_layers=LAYERS)
 
 
-def recipe(output: Path, **changes: Any) -> CampaignSpec:
+def campaign_spec(output: Path, **changes: Any) -> CampaignSpec:
+    """Settings of a campaign with six plans on one model and one task."""
     plans = ("random:0..2@3", "first@3", "last@3")
     return CampaignSpec(
         **{"models": ("tiny",), "output_path": str(output), "plans": plans, "tasks": ("shapes",)} | changes
     )
 
 
+def campaign(spec: CampaignSpec, runner: FakeRunner | None = None, status: int = 0) -> str:
+    """Run the campaign and return its output."""
+    console = Console(file=io.StringIO(), width=160)
+    assert run_campaign(spec, runner=runner or FakeRunner(), console=console) == status
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def last_table(output: str) -> str:
+    """The tables at the end of what a campaign printed."""
+    return output[output.index("tiny on shapes") :]
+
+
+def tables(output: Path) -> Mapping[str, list[dict[str, Any]]]:
+    """All tables of a campaign, and its answers in one order, without times of the clock."""
+    folder = Folder(output)
+    found = {name: folder.read_table(name).to_pylist() for name in TABLES}
+    answers = folder.read_tables("answers").to_pylist()
+    found["answers"] = sorted(answers, key=lambda row: (row["cell"], row["sample_id"]))
+    return {
+        name: [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+        for name, rows in found.items()
+    }
+
+
 @dataclasses.dataclass(kw_only=True)
 class FakeRunner:
-    """Gets a question wrong the more often, the earlier the layers that a plan changes.
+    """Returns a wrong answer the more often, the earlier the layers that a plan changes.
 
-    `before` is called before every cell with the plan's name and the task; `failing` names samples that fail.
+    `before` is called before every cell with the plan's name and the task; the samples in `failing` fail.
     """
 
     samples: int = 60
     failing: frozenset[str] = frozenset()
     before: Callable[[str, str], None] = lambda plan, task: None
     reverse: bool = False
+    repeated: bool = False
     broken: bool = False
     unscored: bool = False
     nan: bool = False
@@ -53,24 +84,24 @@ class FakeRunner:
     revisions: list[str | None] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
 
-    def pin(self, model: str, recipe: CampaignSpec) -> str | None:
-        return self.commits.get(recipe.revision, recipe.revision)
+    def pin(self, model: str, spec: CampaignSpec) -> str | None:
+        return self.commits.get(spec.revision, spec.revision)
 
-    def describe(self, model: str, recipe: CampaignSpec) -> Architecture:
+    def describe(self, model: str, spec: CampaignSpec) -> Architecture:
         if model == "nothing":
-            raise Refused("nothing is no model")
+            raise Refused("nothing is not a model")
         return architecture(num_layers=int(model[1:])) if model[0] == "L" else ARCH
 
-    def task(self, name: str, recipe: CampaignSpec) -> TaskFacts:
+    def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
         if name == "nothing":
             raise Refused("lmms-eval knows no task 'nothing'")
         return TaskFacts(name, hashlib.sha256(name.encode()).hexdigest(), self.samples, "exact_match")
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], recipe: CampaignSpec) -> Iterator[RunCell]:
+    def open(self, model: str, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
         if self.broken:
             raise ShortVError("no replica started")
-        self.revisions.append(recipe.revision)
+        self.revisions.append(spec.revision)
         self.opened.append(f"{model}: {', '.join(plan.name for plan in plans)}")
 
         def run_cell(plan: Plan | None, task: str) -> CellResult:
@@ -78,7 +109,8 @@ class FakeRunner:
             assert plan in (None, *plans)
             self.before(name, task)
             self.ran.append(f"{model} {name} {task}")
-            samples = [self._sample(model, plan, index) for index in range(self.samples)]
+            indices = [index // 2 if self.repeated else index for index in range(self.samples)]
+            samples = [self._sample(model, plan, index) for index in indices]
             if self.reverse:
                 samples.reverse()
             scores = [sample.scores["exact_match"] for sample in samples if not sample.error]
@@ -115,7 +147,7 @@ class FakeRunner:
 
 
 def make_sweep(path: Path, arch: Architecture = ARCH) -> Path:
-    """A finished sweep folder that ranks the last layer first: the deeper, the less a layer matters."""
+    """A finished sweep folder in which deeper layers have a smaller LC."""
     folder = Folder(path)
     ids = [f"c{index}" for index in range(4)]
     kl_SL = np.arange(arch.num_layers, 0, -1) / 10 * (1 + 0.01 * np.arange(4)[:, None])

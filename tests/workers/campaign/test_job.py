@@ -1,4 +1,4 @@
-"""jobs/campaign.py: what reaches the driver from flags and files, and the exit status."""
+"""jobs/campaign.py: which settings reach the driver from flags and files, and the exit status."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the job with a runner that has no model; returns its status and what it said."""
+    """Run the job with a runner that has no model; returns its status and its output."""
     runner = FakeRunner()
     module = types.SimpleNamespace(ReplicaRunner=lambda: runner)
     monkeypatch.setitem(sys.modules, "shortv.workers.campaign.runner", module)  # type: ignore[arg-type]
@@ -27,8 +27,8 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["campaign.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             run(main)
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
 
     start.runner = runner  # type: ignore[attr-defined]
     return start
@@ -36,8 +36,8 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_flags_and_a_file_start_a_campaign(job: Any, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(f'plans = ["first@2"]\ntasks = ["shapes"]\noutput_path = "{tmp_path}/no"\n')
-    status, said = job("--config", tmp_path / "r.toml", "--plan", "last@1,last@2", "--output_path", tmp_path / "out")
-    assert status == 0 and "last-2" in said and "first-2" not in said
+    status, output = job("--config", tmp_path / "r.toml", "--plan", "last@1,last@2", "--output_path", tmp_path / "out")
+    assert status == 0 and "last-2" in output and "first-2" not in output
     assert not (tmp_path / "no").exists() and (tmp_path / "out" / "comparisons.parquet").exists()
     assert [ran.split()[-2] for ran in job.runner.ran] == ["full", "last-1", "last-2"]
 
@@ -55,13 +55,13 @@ def test_refusals_are_status_2_and_one_line(job: Any, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("modles = []\n")
     for arguments, message in (
         (["--config", tmp_path / "r.toml"], "unknown setting 'modles'; did you mean models"),
-        ([], "--output-path is missing"),
+        ([], "--output-path"),
         (["--output-path", tmp_path / "x", "--plans", "none"], "cannot read plan"),
         (["--output-path", tmp_path / "x", "--batch-size", "0"], "--batch-size is '0'"),
         (["--nothing"], "No such option"),
     ):
-        status, said = job(*arguments)
-        assert status == 2 and message in said
+        status, output = job(*arguments)
+        assert status == 2 and message in output
     assert not (tmp_path / "x").exists()
 
 
@@ -73,6 +73,6 @@ def test_help_needs_neither_torch_nor_ray() -> None:
 
 def test_the_defaults_are_the_bundled_model_and_task(job: Any, tmp_path: Path) -> None:
     seen: list[CampaignSpec] = []
-    job.runner.task = lambda name, recipe: seen.append(recipe) or FakeRunner().task(name, recipe)
+    job.runner.task = lambda name, spec: seen.append(spec) or FakeRunner().task(name, spec)
     assert job("--output-path", tmp_path)[0] == 0
     assert Path(seen[0].models[0]).resolve() == ROOT / "shortv/tiny/model" and seen[0].tasks == ("shapes_vqa",)

@@ -1,4 +1,4 @@
-"""Plan specs: what they mean for a model, and which are refused."""
+"""The plans of a campaign: what each text means for a model, and which texts are refused."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def model(name: str = "tiny", sizes: Architecture = ARCH) -> ModelFacts:
     return ModelFacts(name=name, revision=None, digest=None, architecture=sizes)
 
 
-def resolve(*specs: str) -> dict[str, PlanEntry]:
-    found = resolve_plans(specs, [model()])
+def resolve(*texts: str) -> dict[str, PlanEntry]:
+    found = resolve_plans(texts, [model()])
     assert found.warnings == ()
     return {entry.name: entry for entry in found.entries["tiny"]}
 
@@ -42,29 +42,21 @@ def test_controls() -> None:
     assert [entry.kind for entry in entries.values()][-3:] == [PlanKind.FIRST, PlanKind.LAST, PlanKind.LAST]
 
 
-def test_where_no_layers_are_chosen_a_plan_is_no_control() -> None:
+def test_a_mode_in_all_layers_and_a_fixed_exit_are_not_controls() -> None:
     entries = resolve("all/no-visual-queries", "all", "last@2/drop-visual", "last@5/no-visual-queries")
     assert entries["no-visual-queries-5"].plan.layers(Mode.NO_VISUAL_QUERIES) == (0, 1, 2, 3, 4)
     assert entries["freeze-visual-5"].plan.layers(Mode.FREEZE_VISUAL) == (0, 1, 2, 3, 4)
     assert entries["drop-visual-2"].plan.layers(Mode.DROP_VISUAL) == (3, 4)
-    assert [entry.kind.value for entry in entries.values()] == [
-        "full",
-        "plan",
-        "plan",
-        "plan",
-        "last",
-    ]
+    assert [entry.kind.value for entry in entries.values()] == ["full", "plan", "plan", "plan", "last"]
     assert entries["last-5-no-visual-queries"].same_as == "no-visual-queries-5"
     assert {kind_of_plan({"kind": "plan", "source": e.plan.source}) for e in list(entries.values())[1:4]} == {
         "other plan"
     }
 
 
-def test_a_pattern_names_files_in_alphabetical_order(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        of = {"num_layers": 5, "name": name, "model": "tiny", "config_digest": ARCH.config_digest}
-        Plan.of_layers(Mode.NO_VISUAL_FFN, [len(name)], **of).save(tmp_path / f"{name}.json")  # type: ignore[arg-type]
-    assert list(resolve(f"{tmp_path}/*.json")) == ["full", "a", "b"]
+def plan_file(path: Path, name: str, mode: Mode, layer: int) -> str:
+    plan = Plan.of_layers(mode, [layer], num_layers=5, name=name, model="tiny", config_digest=ARCH.config_digest)
+    return str(plan.save(path))
 
 
 def test_choices_of_a_sweep_and_files(tmp_path: Path) -> None:
@@ -73,29 +65,25 @@ def test_choices_of_a_sweep_and_files(tmp_path: Path) -> None:
     by_ratio = [entry for entry in entries.values() if entry.kind is PlanKind.PLAN][-1]
     assert by_ratio.plan.flops_ratio is not None and by_ratio.plan.flops_ratio <= 0.6
     assert entries["last-2"].same_as == "freeze-visual-2"
-    file = Plan.of_layers(
-        Mode.NO_VISUAL_FFN, [1], num_layers=5, name="mine", model="tiny", config_digest=ARCH.config_digest
-    ).save(tmp_path / "mine.json")
-    assert resolve(str(file))["mine"].plan.layers(Mode.NO_VISUAL_FFN) == (1,)
+    for name in ("b", "a"):
+        plan_file(tmp_path / f"{name}.json", name, Mode.NO_VISUAL_FFN, 1)
+    assert resolve(f"{tmp_path}/b.json")["b"].plan.layers(Mode.NO_VISUAL_FFN) == (1,)
+    assert list(resolve(f"{tmp_path}/*.json")) == ["full", "a", "b"]
 
 
 def test_the_same_plan_twice_is_one_and_two_of_a_name_are_refused(tmp_path: Path) -> None:
     assert list(resolve("first@2", "first@2/freeze-visual")) == ["full", "first-2"]
-    of = {"num_layers": 5, "name": "first-2", "model": "tiny", "config_digest": ARCH.config_digest}
-    file = Plan.of_layers(Mode.FREEZE_VISUAL, [3], **of).save(tmp_path / "other.json")  # type: ignore[arg-type]
-    with pytest.raises(Refused, match="two different plans of tiny are named 'first-2'"):
-        resolve("first@2", str(file))
+    file = plan_file(tmp_path / "other.json", "first-2", Mode.FREEZE_VISUAL, 3)
+    with pytest.raises(Refused, match="first-2"):
+        resolve("first@2", file)
 
 
 def test_plans_go_to_the_models_that_they_fit(tmp_path: Path) -> None:
     models = [model(), model("large", architecture(num_layers=9)), model("tuned")]
     found = resolve_plans([f"sweep:{make_sweep(tmp_path / 's', ARCH)}@2", "last@7"], models)
     names = {name: [entry.name for entry in entries] for name, entries in found.entries.items()}
-    assert names == {
-        "tiny": ["full", "freeze-visual-2"],
-        "large": ["full", "last-7"],
-        "tuned": ["full", "freeze-visual-2"],
-    }
+    chosen = ["full", "freeze-visual-2"]
+    assert names == {"tiny": chosen, "large": ["full", "last-7"], "tuned": chosen}
     assert len(found.warnings) == 5  # two lines for tuned, whose weights may differ, and three left out
     assert sum("is left out for" in line for line in found.warnings) == 3
     with pytest.raises(Refused, match="was made for tiny with 5 layers, but large has 9"):
