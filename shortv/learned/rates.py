@@ -7,8 +7,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-Rate = Annotated[float, Field(gt=0, le=1)]
-"""A learning rate."""
+Rate = Annotated[float, Field(gt=0, le=1, description="Highest learning rate.")]
+Steps = Annotated[int, Field(ge=1, le=2**31 - 1, description="Optimizer steps.")]
+BatchSize = Annotated[
+    int,
+    Field(ge=1, le=2**31 - 1, description="Samples per step, over all workers.", json_schema_extra={"short": "-b"}),
+]
+TrainingSeed = Annotated[int, Field(ge=0, le=2**53 - 1, description="Of weights, order and generated samples.")]
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int = 0, last: float = 0.01) -> float:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from shortv.learned.rates import Rate
-from shortv.spec import Count, Seed, Spec
+from shortv.learned.rates import BatchSize, Rate, Steps, TrainingSeed
+from shortv.spec import Count, Spec
 
 MeanOver = Literal["after-image", "all-text"]
 _MOST = 1 << 20
@@ -32,8 +32,8 @@ class DyvteRecipe(Spec):
         description="Text that routers average: after the image (released code; text before an image cannot have read "
         "it), or all of the prompt (paper).",
     )
-    steps: Count = 416
-    batch_size: Count = 16
+    steps: Steps = 416
+    batch_size: BatchSize = 16
     learning_rate: Rate = 4e-5
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -57,7 +57,7 @@ class DyvteRecipe(Spec):
         "ones, for samples without answers.",
     )
     answer_tokens: Count = Field(default=32, description="Most tokens of the model's own answers.")
-    seed: Seed = 0
+    seed: TrainingSeed = 0
 
     @property
     def settings(self) -> RouterSettings:

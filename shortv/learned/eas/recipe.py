@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shortv.errors import Refused
-from shortv.learned.rates import Rate
+from shortv.learned.rates import BatchSize, Rate, TrainingSeed
 from shortv.plan import Mode, modes_of_layers
-from shortv.spec import Count, Seed, Share, Spec
+from shortv.spec import Count, Share, Spec
 
 Layers = tuple[Annotated[int, Field(ge=0, lt=4096, strict=True)], ...]
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -78,13 +78,13 @@ class EasRecipe(Shape):
     layers: Layers = Field(default=(), description="The layers to skip where they are given.")
     steps: Count = Field(default=1200, description="Optimizer steps, of search and training together.")
     search_steps: int | None = Field(default=None, description="Of the steps, those of the search. [default: a third]")
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     learning_rate: Rate = 4e-4
     search_learning_rate: Rate = 2e-4
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.02, ge=0)
     gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    seed: Seed = 0
+    seed: TrainingSeed = 0
     candidates: int = Field(default=5, ge=2, le=4096, description="Sets of layers per round: LLaVA-EAS 5, LaVIN-EAS 3.")
     every: Count = Field(default=3, description="Steps from round to round: LLaVA-EAS 3, LaVIN-EAS 10.")
     eta: float = Field(default=1.0, gt=0, description="Step of the scores: LLaVA-EAS 1, LaVIN-EAS 2.")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from shortv.learned.rates import Rate, learning_rate
+from shortv.learned.rates import BatchSize, Rate, TrainingSeed, learning_rate
 from shortv.plan import Mode, modes_of_layers
-from shortv.spec import Count, Seed, Spec
+from shortv.spec import Spec
 
 LanguageModel = Literal["none", "attention", "layers", "all"]
 Layer = Annotated[int, Field(ge=0, lt=4096, strict=True)]
@@ -51,11 +51,12 @@ class SaisaRecipe(Spec):
     Rates, warm-up and clipping are those of the LLaVA-1.5 recipe that the paper keeps; a small model needs higher ones.
     """
 
-    seed: Seed = 0
-    batch_size: Count = 16
+    seed: TrainingSeed = 0
+    batch_size: BatchSize = 16
     projector_steps: int = Field(
         default=500,
         ge=0,
+        le=2**31 - 1,
         description="Steps that train the projectors alone.",
         json_schema_extra={"flag": "--stage-1-steps"},
     )
@@ -64,7 +65,9 @@ class SaisaRecipe(Spec):
         description="Learning rate of the steps that train the projectors alone.",
         json_schema_extra={"flag": "--stage-1-learning-rate"},
     )
-    joint_steps: int = Field(default=1000, ge=0, description="Steps that train projectors and language model.")
+    joint_steps: int = Field(
+        default=1000, ge=0, le=2**31 - 1, description="Steps that train projectors and language model."
+    )
     joint_rate: Rate = Field(
         default=2e-5,
         description="Learning rate of the steps that train both.",

@@ -15,11 +15,9 @@ from rich.console import Console
 from reports.locations import locate
 from reports.manifest import State, TrainingManifest, arguments_digest, utc_now, versions
 from reports.store import Folder
-from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
-from shortv.learned.registry import SYSTEMS
 from shortv.learned.system import System
-from shortv.spec import WorkerRange
+from shortv.spec import ModelSpec, Spec, WorkerRange
 from shortv.terminal import say
 from shortv.tiny.training_data import LEARNED_KINDS, training_table
 from shortv.workers.models import ModelLoader, model_folder, remote_model
@@ -28,9 +26,8 @@ from shortv.workers.progress import SampleProgress
 from shortv.workers.run import NOT_DECIDING, check_output, complete, exit_status, open_run, stop_on_signal
 from shortv.workers.training.checkpoint import CHECKPOINTS, RESULT, Checkpoint, latest_checkpoint, remove_before
 from shortv.workers.training.data import SHARDS, Contents, Order, Source, scan, sources_of, write_shards
-from shortv.workers.training.outline import check_trainable
-from shortv.workers.training.request import TrainRequest
 from shortv.workers.training.result import publish_result
+from shortv.workers.training.spec import TrainSpec, check_trainable
 
 DATA_NAME = "data.parquet"
 
@@ -39,9 +36,13 @@ DATA_NAME = "data.parquet"
 class Prepared:
     """A training whose input is checked and whose folder is open."""
 
-    request: TrainRequest
+    spec: TrainSpec
+    recipe: Any
+    """The system's recipe."""
     system: System
     loader: ModelLoader
+    model: ModelSpec
+    """The base model at the commit that was found."""
     folder: Folder
     sources: tuple[Source, ...]
     contents: Contents
@@ -52,13 +53,14 @@ class Prepared:
     def output(self) -> str:
         """The run folder as any process can open it."""
         local = self.folder.local_path
-        return self.request.output_path if local is None else str(local)
+        return self.spec.output_path if local is None else str(local)
 
 
 def run_training(
-    request: TrainRequest,
+    spec: TrainSpec,
+    recipe: Spec,
+    system: System,
     *,
-    system: System | None = None,
     loader: ModelLoader | None = None,
     console: Console | None = None,
 ) -> int:
@@ -70,7 +72,7 @@ def run_training(
     """
     console = console or Console()
     with stop_on_signal(), tempfile.TemporaryDirectory(prefix="shortv-train-", ignore_cleanup_errors=True) as scratch:
-        prepared = prepare(request, system or SYSTEMS[request.kind], loader or ModelLoader(), Path(scratch))
+        prepared = prepare(spec, recipe, system, loader or ModelLoader(), Path(scratch))
         folder = prepared.folder
         manifest = complete(
             folder, prepared.manifest, lambda begun: _finish(replace(prepared, manifest=begun), console)
@@ -79,34 +81,53 @@ def run_training(
             # Nothing needs them any more, and they may be many times larger than the result.
             folder.delete(CHECKPOINTS)
             folder.delete(SHARDS)
-        return _report(request, folder, manifest, console)
+        return _report(spec, folder, manifest, console)
 
 
-def prepare(request: TrainRequest, system: System, loader: ModelLoader, scratch: Path) -> Prepared:
+def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader, scratch: Path) -> Prepared:
     """Check everything that can be checked before work starts, in bounded memory.
 
     Args:
         scratch: a folder for samples that are generated or come from tasks.
 
     Raises:
-        Refused: the request cannot be meant, the data set teaches this system nothing, or the folder is in use.
+        Refused: the model cannot have such parts, the data set teaches this system nothing, or the folder is in use.
     """
-    check_output(request.output_path)
-    request.check_numbers()
-    request = replace(request, model=loader.pin(request.model))
-    architecture = loader.describe(request.model)
-    check_trainable(system, request)
-    sources = _sources(request, system, scratch)
+    check_output(spec.output_path)
+    model = loader.pin(spec.base_model())
+    architecture = loader.describe(model)
+    check_trainable(system, model, recipe, spec.threshold)
+    sources = _sources(spec, recipe.seed, system, scratch)
     contents = scan(sources, needs_images=system.needs_images)
-    _check_contents(contents, needs_answers=system.needs_answers(request.recipe))
-    recipe = request.recipe
+    _check_contents(contents, needs_answers=system.needs_answers(recipe))
     order = Order(samples=contents.samples - len(contents.unusable), batch_size=recipe.batch_size, seed=recipe.seed)
-    folder, model = Folder(request.output_path), model_folder(request.model.name)
-    wanted = _manifest(request, contents, architecture, model[1] if model else None)
+    found, folder = model_folder(model.name), Folder(spec.output_path)
+    arguments = {
+        **spec.arguments(model, system, recipe),
+        "model-digest": found[1] if found else None,
+        "config-digest": architecture.config_digest,
+        "data-digest": contents.digest,
+    }
+    wanted = TrainingManifest(
+        parts=str(system.kind),
+        state=State.RUNNING,
+        arguments=arguments,
+        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
+        versions=versions(),
+        model=model.name,
+        revision=model.revision,
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        data_digest=contents.digest,
+        counts={"steps": recipe.steps, "samples": contents.samples},
+        started=utc_now(),
+    )
     return Prepared(
-        request=request,
+        spec=spec,
+        recipe=recipe,
         system=system,
         loader=loader,
+        model=model,
         folder=folder,
         sources=sources,
         contents=contents,
@@ -115,15 +136,11 @@ def prepare(request: TrainRequest, system: System, loader: ModelLoader, scratch:
     )
 
 
-def _sources(request: TrainRequest, system: System, scratch: Path) -> tuple[Source, ...]:
-    seed = request.recipe.seed
-    if request.data:
-        return tuple(
-            sources_of(request.data, limit=request.limit, seed=seed, include_path=request.include_path, scratch=scratch)
-        )
-    table = training_table(
-        request.questions or system.questions or LEARNED_KINDS, samples=request.generated_samples, seed=seed
-    )
+def _sources(spec: TrainSpec, seed: int, system: System, scratch: Path) -> tuple[Source, ...]:
+    if spec.data:
+        found = sources_of(spec.data, limit=spec.limit, seed=seed, include_path=spec.include_path, scratch=scratch)
+        return tuple(found)
+    table = training_table(spec.kinds or system.questions or LEARNED_KINDS, samples=spec.samples, seed=seed)
     pq.write_table(table, scratch / DATA_NAME, compression="zstd")
     return (Source(path=str(scratch / DATA_NAME)),)
 
@@ -139,36 +156,11 @@ def _check_contents(contents: Contents, *, needs_answers: bool) -> None:
         raise Refused(f"none of {contents.samples} training samples has an image, and this training is about images")
 
 
-def _manifest(
-    request: TrainRequest, contents: Contents, architecture: Architecture, model_digest: str | None
-) -> TrainingManifest:
-    arguments = {
-        **request.arguments(),
-        "model-digest": model_digest,
-        "config-digest": architecture.config_digest,
-        "data-digest": contents.digest,
-    }
-    return TrainingManifest(
-        parts=str(request.kind),
-        state=State.RUNNING,
-        arguments=arguments,
-        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
-        versions=versions(),
-        model=request.model.name,
-        revision=request.model.revision,
-        config_digest=architecture.config_digest,
-        num_layers=architecture.num_layers,
-        data_digest=contents.digest,
-        counts={"steps": request.recipe.steps, "samples": contents.samples},
-        started=utc_now(),
-    )
-
-
 def _finish(prepared: Prepared, console: Console) -> TrainingManifest:
     """Train to the end and write the result; returns the final manifest."""
     folder, identity = prepared.folder, prepared.manifest.arguments_digest
     found = latest_checkpoint(prepared.output, identity)
-    if found is None or found.step < prepared.request.recipe.steps:
+    if found is None or found.step < prepared.recipe.steps:
         prepared = _train(prepared, found, console)
         found = latest_checkpoint(prepared.output, identity)
     if found is None:
@@ -192,15 +184,15 @@ def _train(prepared: Prepared, found: Checkpoint | None, console: Console) -> Pr
     """
     from shortv.workers.cluster import connected, free_nodes
 
-    request, folder = prepared.request, prepared.folder
-    if not request.data and not folder.exists(DATA_NAME):
+    spec, folder = prepared.spec, prepared.folder
+    if not spec.data and not folder.exists(DATA_NAME):
         folder.write_bytes(DATA_NAME, Path(prepared.sources[0].path).read_bytes())
     # Ray's own SIGTERM handler, set when it connects, ends the process with a traceback.
     with connected(), stop_on_signal():
-        placement = place(free_nodes(), workers=request.workers, gpus=1, device=request.device)
+        placement = place(free_nodes(), workers=spec.workers, gpus=1, device=spec.device)
         if placement.note:
             say(console, placement.note)
-        workers = workers_of(placement, request.workers, request.recipe.batch_size)
+        workers = workers_of(placement, spec.workers, prepared.recipe.batch_size)
         details = {**prepared.manifest.details, "device": placement.device, "workers": workers}
         prepared = replace(prepared, manifest=prepared.manifest.updated(details=details))
         prepared.manifest.save(folder)
@@ -214,27 +206,27 @@ def _fit(prepared: Prepared, placement: Placement, workers: int, watcher: Any) -
     from shortv.workers.training.fit import fit
     from shortv.workers.training.worker import WorkerJob
 
-    request, identity = prepared.request, prepared.manifest.arguments_digest
+    spec, recipe, identity = prepared.spec, prepared.recipe, prepared.manifest.arguments_digest
     job = WorkerJob(
-        model=remote_model(prepared.loader, request.model),
+        model=remote_model(prepared.loader, prepared.model),
         device=placement.device,
         threads=placement.threads,
         system=prepared.system,
-        recipe=request.recipe,
+        recipe=recipe,
         order=prepared.order,
-        thresholds=request.thresholds,
-        parts_dtype=request.parts_dtype,
+        thresholds=spec.threshold,
+        parts_dtype=spec.parts_dtype,
         output=prepared.output,
         identity=identity,
-        checkpoint_every=request.checkpoint_every,
+        checkpoint_every=spec.checkpoint_every,
         training={
             "run": identity,
             "samples": prepared.order.samples,
-            "steps": request.recipe.steps,
-            "batch_size": request.recipe.batch_size,
+            "steps": recipe.steps,
+            "batch_size": recipe.batch_size,
         },
     )
-    fit(job, placement, workers=workers, steps=request.recipe.steps, timeout=request.timeout, watcher=watcher)
+    fit(job, placement, workers=workers, steps=recipe.steps, timeout=spec.timeout, watcher=watcher)
 
 
 @contextmanager
@@ -242,8 +234,8 @@ def _watching(prepared: Prepared, found: Checkpoint | None, console: Console) ->
     """Show progress, and keep the tables as far as the last checkpoint."""
     from shortv.workers.training.fit import Watcher
 
-    recipe, done = prepared.request.recipe, found.step if found else 0
-    total, label = recipe.steps * recipe.batch_size, str(prepared.request.kind)
+    recipe, done = prepared.recipe, found.step if found else 0
+    total, label = recipe.steps * recipe.batch_size, str(prepared.system.kind)
     with SampleProgress(total=total, done=done * recipe.batch_size, console=console, label=label) as progress:
 
         def advance(row: Mapping[str, Any]) -> None:
@@ -285,7 +277,7 @@ def workers_of(placement: Placement, wish: WorkerRange | None, batch_size: int) 
     return max(count for count in range(1, most + 1) if batch_size % count == 0)
 
 
-def _report(request: TrainRequest, folder: Folder, manifest: TrainingManifest, console: Console) -> int:
+def _report(spec: TrainSpec, folder: Folder, manifest: TrainingManifest, console: Console) -> int:
     counts, details = manifest.counts, manifest.details
     say(
         console,
@@ -297,4 +289,4 @@ def _report(request: TrainRequest, folder: Folder, manifest: TrainingManifest, c
     errors = counts.get("errors", 0)
     if errors:
         say(console, f"{errors} samples could not be used: {folder.shown}/errors.parquet")
-    return exit_status(errors, counts["samples"], request.fail_on_error)
+    return exit_status(errors, counts["samples"], spec.fail_on_error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.learned.system import System
 from shortv.learned.training import alone
-from shortv.plan import PartsKind, Plan
+from shortv.plan import Plan
 from shortv.records import ErrorRecord
-from shortv.spec import ModelSpec, WorkerRange
+from shortv.spec import ModelSpec, WorkerRange, validate
 from shortv.workers.placement import Placement
 from shortv.workers.run import one_driver
 from shortv.workers.training import driver
 from shortv.workers.training.checkpoint import latest_checkpoint, write_record, write_state
 from shortv.workers.training.data import Shards, sample_of, write_shards
 from shortv.workers.training.loop import SingleWorker, StepSamples, run_loop
-from shortv.workers.training.request import TrainRequest
+from shortv.workers.training.spec import TrainSpec
 from tests.architectures import architecture
 from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
@@ -74,23 +74,20 @@ def data_file(place: Path, number: int = 10, **columns: Any) -> str:
     return str(place / "data.parquet")
 
 
-def request(place: Path, recipe: ToyRecipe | None = None, **more: Any) -> TrainRequest:
+def run(place: Path, recipe: ToyRecipe | None = None, system: System = TOY, **settings: Any) -> tuple[int, str]:
+    """Train into `place`/out; returns the exit status and what was printed."""
+    text = io.StringIO()
     given: dict[str, Any] = {
-        "model": ModelSpec(name=str(TINY / "model")),
-        "kind": PartsKind.SAISA,
-        "recipe": recipe or ToyRecipe(),
+        "model": str(TINY / "model"),
         "output_path": str(place / "out"),
         "checkpoint_every": 2,
-        "workers": WorkerRange(1, 1),
+        "workers": 1,
         "device": "cpu",
+        **settings,
     }
-    given |= more
-    return TrainRequest(data=given.pop("data", None) or (data_file(place),), **given)
-
-
-def run(wanted: TrainRequest, system: System = TOY) -> tuple[int, str]:
-    text = io.StringIO()
-    status = driver.run_training(wanted, system=system, loader=ToyEngine(), console=Console(file=text, width=200))
+    spec = validate(TrainSpec, {"data": (given.pop("data", None) or data_file(place),), **given})
+    console = Console(file=text, width=200)
+    status = driver.run_training(spec, recipe or ToyRecipe(), system, loader=ToyEngine(), console=console)
     return status, text.getvalue()
 
 
@@ -132,7 +129,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def train(prepared: driver.Prepared, found: Any, console: Console) -> driver.Prepared:
         calls.append(found.step if found else 0)
-        recipe, order = prepared.request.recipe, prepared.order
+        recipe, order = prepared.recipe, prepared.order
         write_shards(prepared.folder, prepared.sources, prepared.contents, needs_images=prepared.system.needs_images)
         shards = Shards(prepared.output)
         steps = [
@@ -148,10 +145,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_finished_training_run_again_does_nothing_and_says_the_same(tmp_path: Path, without_ray: list[int]) -> None:
-    status, text = run(request(tmp_path))
+    status, text = run(tmp_path)
     assert status == 0 and "parts after 7 steps, loss" in text and without_ray == [0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    again, same = run(request(tmp_path))
+    again, same = run(tmp_path)
     assert (again, same) == (0, text) and without_ray == [0]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     out = Folder(str(tmp_path / "out"))
@@ -161,19 +158,19 @@ def test_a_finished_training_run_again_does_nothing_and_says_the_same(tmp_path: 
 
 def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: list[int]) -> None:
     prompts = ["bad" if index == 4 else "good" for index in range(10)]
-    wanted = request(tmp_path, data=(data_file(tmp_path, prompt=prompts),))
-    status, text = run(wanted)
+    data = data_file(tmp_path, prompt=prompts)
+    status, text = run(tmp_path, data=data)
     assert status == 3 and "1 samples could not be used" in text
     out = Folder(str(tmp_path / "out"))
     assert [row["sample_id"] for row in out.read_table("errors").to_pylist()] == ["s4"]
     assert TrainingManifest.load(out).state is State.PARTIAL
-    assert run(replace(wanted, fail_on_error=0.1))[0] == 0
+    assert run(tmp_path, data=data, fail_on_error=0.1)[0] == 0
 
 
 def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path, without_ray: list[int]) -> None:
     """A worker's share of a batch may be text alone, and a training must not end of that."""
     images = pa.array([[b"image"] if index % 2 else [] for index in range(10)], pa.list_(pa.binary()))
-    status, _ = run(request(tmp_path, data=(data_file(tmp_path, images=images),)), ToyOfImages())
+    status, _ = run(tmp_path, system=ToyOfImages(), data=data_file(tmp_path, images=images))
     out = Folder(str(tmp_path / "out"))
     assert status == 3 and TrainingManifest.load(out).counts == {"steps": 7, "samples": 10, "errors": 5}
     rows = out.read_table("errors").to_pylist()
@@ -191,55 +188,48 @@ def test_a_driver_killed_after_the_last_step_only_writes_the_result(
     with monkeypatch.context() as patch:
         patch.setattr(driver, "publish_result", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(request(tmp_path))
+            run(tmp_path)
     assert TrainingManifest.load(Folder(str(tmp_path / "out"))).state is State.RUNNING
-    assert run(request(tmp_path))[0] == 0 and without_ray == [0]
+    assert run(tmp_path)[0] == 0 and without_ray == [0]
     assert TrainingManifest.load(Folder(str(tmp_path / "out"))).attempts == 2
 
 
 def test_another_recipe_on_the_same_folder_is_refused_with_what_differs(tmp_path: Path, without_ray: list[int]) -> None:
-    run(request(tmp_path))
+    run(tmp_path)
     with pytest.raises(Refused, match=r"another training \(learning-rate 0.1 there, 0.2 here\)"):
-        run(request(tmp_path, ToyRecipe(learning_rate=0.2)))
+        run(tmp_path, ToyRecipe(learning_rate=0.2))
     with pytest.raises(Refused, match="data-digest"):
-        run(request(tmp_path, data=(data_file(tmp_path, number=11),)))
+        run(tmp_path, data=data_file(tmp_path, number=11))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda place: {"data": (data_file(place, number=3),)}, "3 training samples are fewer than a batch of 4"),
-        (
-            lambda place: {"data": (data_file(place, answer=[None, " "] + ["x"] * 8),)},
-            "2 of 10 .* 's0'.*no answer|no answer",
-        ),
-        (lambda place: {"recipe": ToyRecipe(steps=0)}, "--steps is 0"),
-        (lambda place: {"checkpoint_every": 0}, "--checkpoint-every is 0"),
-        (lambda place: {"thresholds": (0.5, 1.5)}, "--threshold is 1.5; give an exit probability"),
-        (lambda place: {"timeout": 0}, "--timeout is 0"),
-        (lambda place: {"timeout": math.nan}, "--timeout is nan"),
-        (lambda place: {"limit": math.inf}, "--limit is inf"),
-        (lambda place: {"limit": math.nan}, "--limit is nan"),
-        (lambda place: {"limit": 1.5}, "--limit is 1.5"),
-        (lambda place: {"recipe": ToyRecipe(seed=2**63)}, "--seed is 9223372036854775808"),
+        (lambda place: {"data": data_file(place, number=3)}, "3 training samples are fewer than a batch of 4"),
+        (lambda place: {"data": data_file(place, answer=[None, " "] + ["x"] * 8)}, "2 of 10 .* 's0'"),
+        (lambda _: {"checkpoint_every": 0}, "--checkpoint-every is 0"),
+        (lambda _: {"threshold": (0.5, 1.5)}, "--threshold is 1.5"),
+        (lambda _: {"timeout": 0}, "--timeout is 0"),
+        (lambda _: {"timeout": math.nan}, "--timeout is nan"),
+        (lambda _: {"limit": math.inf}, "--limit is inf"),
+        (lambda _: {"limit": 1.5}, "--limit is 1.5"),
     ],
 )
 def test_bad_input_is_refused(
     tmp_path: Path, without_ray: list[int], change: Callable[[Path], dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(Refused, match=message):
-        run(request(tmp_path, **change(tmp_path)))
+        run(tmp_path, **change(tmp_path))
     assert not (tmp_path / "out").exists() and not without_ray
 
 
 def test_folders_of_others_are_refused(tmp_path: Path, without_ray: list[int]) -> None:
-    wanted = request(tmp_path)
-    folder = Folder(wanted.output_path)
+    folder = Folder(tmp_path / "out")
     with one_driver(folder), pytest.raises(Refused, match="in use by process"):
-        run(wanted)
+        run(tmp_path)
     folder.write_bytes("something.txt", b"of mine")
     with pytest.raises(Refused, match=r"1 files \(something.txt\) and no training"):
-        run(wanted)
+        run(tmp_path)
 
 
 def test_workers_share_a_batch_evenly() -> None:
@@ -255,7 +245,7 @@ def test_workers_share_a_batch_evenly() -> None:
 def test_what_ends_a_training_is_one_line(tmp_path: Path, field: str) -> None:
     """The loss is NaN, or the model's library raises, as it does where memory ends."""
     with pytest.raises(ShortVError) as error:
-        run(request(tmp_path, ToyRecipe(**{field: 5})))
+        run(tmp_path, ToyRecipe(**{field: 5}))
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     assert ("loss of step 6 is nan" if field == "nan_at" else "MemoryError: toy; give a smaller") in str(error.value)
     found = latest_checkpoint(str(tmp_path / "out"), TrainingManifest.load(Folder(tmp_path / "out")).arguments_digest)
@@ -267,7 +257,7 @@ def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(driver, "place", lambda *_, **__: Placement(low=1, high=1, cpus=999, gpus=0))
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     with pytest.raises(ShortVError, match="Ray Train could not run 1 workers with 999 CPUs") as error:
-        run(request(tmp_path))
+        run(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -275,7 +265,7 @@ def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pyt
 def test_workers_that_die_again_and_again_end_the_training(tmp_path: Path) -> None:
     recipe = ToyRecipe(dies_at=1, marker=str(tmp_path / "missing" / "marker"))
     with pytest.raises(ShortVError, match="workers died 3 times after step 0") as error:
-        run(request(tmp_path, recipe))
+        run(tmp_path, recipe)
     assert "\n" not in str(error.value)
 
 
@@ -284,7 +274,7 @@ def test_workers_that_die_again_and_again_end_the_training(tmp_path: Path) -> No
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "died"
     recipe = ToyRecipe(dies_at=3, marker=str(marker))
-    status, text = run(request(tmp_path, recipe))
+    status, text = run(tmp_path, recipe)
     assert status == 0, text
     out = tmp_path / "out"
     assert marker.exists()
@@ -295,4 +285,4 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 8))
     plan = Plan.load(out / "plans" / "toy.json")
     assert plan.parts is not None and Path(plan.parts.path) == out / "parts"
-    assert run(request(tmp_path, recipe))[1].splitlines()[-2:] == text.splitlines()[-2:]
+    assert run(tmp_path, recipe)[1].splitlines()[-2:] == text.splitlines()[-2:]

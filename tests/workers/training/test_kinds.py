@@ -14,8 +14,7 @@ from shortv.learned.registry import SYSTEMS
 from shortv.learned.saisa.recipe import SaisaRecipe
 from shortv.plan import PartsKind
 from shortv.spec import ModelSpec
-from shortv.workers.training.outline import check_trainable, outline
-from shortv.workers.training.request import TrainRequest
+from shortv.workers.training.spec import check_trainable, outline
 from tests.models import LAYERS, random_model
 
 SAISA, DYVTE, EAS = SaisaRecipe(), DyvteRecipe(), EasRecipe()
@@ -26,8 +25,7 @@ def check(family: str, recipe: Any, place: Path) -> None:
     """Check a training on a folder that holds a configuration and nothing else."""
     random_model(family).config.save_pretrained(place)
     kind, spec = RECIPES[type(recipe)], ModelSpec(name=str(place))
-    request = TrainRequest(model=spec, kind=kind, recipe=recipe, output_path="out", thresholds=(0.5,))
-    check_trainable(SYSTEMS[kind], request)
+    check_trainable(SYSTEMS[kind], spec, recipe, (0.5,))
 
 
 @pytest.mark.parametrize(
