@@ -83,8 +83,23 @@ def _shown_default(field: FieldInfo) -> str:
     return f" [default: {shown}]"
 
 
+def _let_logs_through(_: click.Context, __: click.Parameter, value: bool) -> None:
+    if value:
+        # Read where Ray is started, also in processes that a job starts.
+        os.environ["SHORTV_VERBOSE"] = "1"
+
+
 def run(command: click.Command) -> None:
     """Run a job; 0 complete, 1 failed while working, 2 refused before work starts, 3 finished with failures."""
+    command.params.append(
+        click.Option(
+            ["--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=_let_logs_through,
+            help="Show what Ray and its workers log.",
+        )
+    )
     try:
         status = command.main(standalone_mode=False)
     except click.ClickException as error:

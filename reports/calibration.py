@@ -9,10 +9,13 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
-from reports.locations import Location, locate, one_line
+from reports.locations import FILE_ERRORS, Location, locate, one_line
 from shortv.errors import Refused
 from shortv.sample import CALIBRATION_COLUMNS, Sample
 
+MAX_SAMPLES = 100_000
+"""Most samples of one calibration file. They are all in the driver's memory; training reads its data in batches."""
+MAX_BYTES = 8 << 30
 _BUFFER_BYTES = 2**20
 _EXPECTED = ", ".join(f"{name}: {kind}" for name, kind in CALIBRATION_COLUMNS.items())
 
@@ -21,9 +24,19 @@ def read_calibration(uri: "str | os.PathLike[str]") -> list[Sample]:
     """Read the samples of a calibration file, local or under a URI, in file order.
 
     Raises:
-        Refused: as `calibration_batches`, or a sample id is repeated.
+        Refused: as `calibration_batches`, or a sample id is repeated, or the file exceeds a bound.
     """
-    samples = [sample for batch in calibration_batches(uri) for sample in batch]
+    samples: list[Sample] = []
+    size = 0
+    # Few rows at a time: a small file can hold many copies of one large image.
+    for batch in calibration_batches(uri, rows=4):
+        samples += batch
+        size += sum(len(image) for sample in batch for image in sample.images)
+        if len(samples) > MAX_SAMPLES or size > MAX_BYTES:
+            raise Refused(
+                f"{locate(uri).shown} holds more than {MAX_SAMPLES} samples or {MAX_BYTES} bytes of images; "
+                "give a smaller calibration file"
+            )
     counts = Counter(sample.sample_id for sample in samples)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
@@ -57,7 +70,9 @@ def calibration_batches(uri: "str | os.PathLike[str]", *, rows: int = 64) -> Ite
                 number += batch.num_rows
                 _check_values(batch, shown)
                 yield [_sample(row) for row in batch.to_pylist()]
-    except (pa.ArrowException, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise Refused(f"{shown} holds text that is not UTF-8: {one_line(error)}; write it again as UTF-8") from error
+    except FILE_ERRORS as error:
         raise Refused(
             f"{shown} is not a readable Parquet file: {one_line(error)}; expected columns {_EXPECTED}"
         ) from error
@@ -72,7 +87,7 @@ def calibration_rows(uri: "str | os.PathLike[str]") -> int:
     try:
         with location.filesystem.open_input_file(location.path) as source:
             return int(pq.read_metadata(source).num_rows)
-    except (pa.ArrowException, OSError) as error:
+    except FILE_ERRORS as error:
         raise Refused(f"{location.shown} is not a readable Parquet file: {one_line(error)}") from error
 
 
@@ -80,7 +95,7 @@ def _check_file(location: Location) -> None:
     shown = location.shown
     try:
         info = location.filesystem.get_file_info(location.path)
-    except OSError as error:
+    except FILE_ERRORS as error:
         raise Refused(f"calibration file {shown} cannot be reached: {one_line(error)}") from error
     if info.type == pafs.FileType.NotFound:
         raise Refused(f"calibration file {shown} does not exist; check the path")

@@ -9,11 +9,17 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from shortv.errors import Refused
+from shortv.terminal import printable
+from shortv.untrusted import is_unicode
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 # Credentials of object stores may hold slashes: `s3://ID:SECRET/WITH/SLASHES@bucket`.
 _USER_INFO = re.compile(r"(?<=://)(?:[^/@\s]+|[^/@:\s]*:[^@\s]*)@")
 _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|secret|password)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+FILE_ERRORS = (OSError, pa.ArrowException)
+"""What the file systems of pyarrow and fsspec raise when a place cannot be reached, read or written."""
 
 
 class Location(NamedTuple):
@@ -39,23 +45,34 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     text = os.fspath(uri)
     if not text:
         raise Refused("an empty path was given; give a local path or a URI such as s3://bucket/folder")
+    if "\0" in text or not is_unicode(text):
+        raise Refused(
+            f"path {printable(repr(text), limit=80)} holds a NUL character or is not valid Unicode; correct it"
+        )
     if text.startswith("file://"):
         text = _file_path(text)
     if not _SCHEME.match(text):
-        local = Path(text).expanduser().absolute()
+        local = _expanded(text).absolute()
         return Location(pafs.LocalFileSystem(), str(local), local, text)
     shown = masked_uri(text)
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except FILE_ERRORS as error:
         filesystem, path = _through_fsspec(text, shown, error)
     return Location(filesystem, path.rstrip("/"), None, shown)
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise Refused(f"path {printable(text, limit=80)} names no known home folder; give another one") from error
 
 
 def _file_path(uri: str) -> str:
     try:
         return str(pafs.FileSystem.from_uri(uri)[1])
-    except (pa.ArrowInvalid, OSError) as error:
+    except FILE_ERRORS as error:
         raise Refused(f"{uri} is not a usable file URI ({one_line(error)}); give a plain path") from error
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
-from reports.locations import locate, one_line
+from reports.locations import FILE_ERRORS, locate, one_line
 from reports.schemas import difference, fitted, schema_of, table_of
 from shortv.atomic import is_leftover, remove_leftovers, replace_file
 from shortv.errors import Refused, ShortVError
@@ -55,7 +55,7 @@ class Folder:
                 remove_leftovers(self.local_path)
             self.write_bytes(_PROBE, b"shortv")
             self.delete(_PROBE)
-        except (OSError, ShortVError) as error:
+        except (*FILE_ERRORS, ShortVError) as error:
             raise Refused(
                 f"results cannot be written to {place}: {one_line(error)}; choose another folder or free it"
             ) from error
@@ -68,7 +68,7 @@ class Folder:
                 replace_file(Path(self._path(name)), chunks)
             else:
                 self._put(self._path(name), chunks)
-        except OSError as error:
+        except FILE_ERRORS as error:
             raise ShortVError(f"{self._shown(name)} could not be written: {one_line(error)}") from error
 
     def _put(self, path: str, chunks: Iterable[bytes]) -> None:
@@ -79,7 +79,7 @@ class Folder:
             with self._filesystem.open_output_stream(path) as stream:
                 for chunk in chunks:
                     stream.write(chunk)
-        except OSError:
+        except FILE_ERRORS:
             # Closing the stream may have published what was sent so far.
             if self._filesystem.get_file_info(path).type == pafs.FileType.File:
                 self._filesystem.delete_file(path)
@@ -90,7 +90,7 @@ class Folder:
         try:
             with self._filesystem.open_input_stream(self._path(name)) as stream:
                 data = bytes(stream.readall() if limit_bytes is None else stream.read(limit_bytes + 1))
-        except OSError as error:
+        except FILE_ERRORS as error:
             raise ShortVError(f"{self._shown(name)} could not be read: {one_line(error)}") from error
         if limit_bytes is not None and len(data) > limit_bytes:
             raise ShortVError(f"{self._shown(name)} is longer than {limit_bytes} bytes; it is not a file of a run")
@@ -153,7 +153,7 @@ class Folder:
         selector = pafs.FileSelector(self._path(name), recursive=True, allow_not_found=True)
         try:
             infos = self._filesystem.get_file_info(selector)
-        except OSError as error:
+        except FILE_ERRORS as error:
             raise ShortVError(f"{self._shown(name)} could not be listed: {one_line(error)}") from error
         start = len(self._root.rstrip("/")) + 1
         return sorted(
@@ -168,13 +168,13 @@ class Folder:
                 self._filesystem.delete_dir(self._path(name))
             elif kind == pafs.FileType.File:
                 self._filesystem.delete_file(self._path(name))
-        except OSError as error:
+        except FILE_ERRORS as error:
             raise ShortVError(f"{self._shown(name)} could not be removed: {one_line(error)}") from error
 
     def _info(self, name: str) -> pafs.FileInfo:
         try:
             return self._filesystem.get_file_info(self._path(name))
-        except OSError as error:
+        except FILE_ERRORS as error:
             raise ShortVError(f"{self._shown(name)} could not be looked up: {one_line(error)}") from error
 
     def _path(self, name: str) -> str:

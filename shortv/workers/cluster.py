@@ -15,6 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shortv.errors import Refused, ShortVError
 from shortv.workers.placement import Node
 
+VERBOSE = "SHORTV_VERBOSE"
+"""Environment variable that lets through what Ray logs; the jobs set it for `--verbose`."""
 STARTS = 3
 """Times that starting Ray on this machine is tried."""
 _QUIET = ("ray", "ray.data", "ray.train", "ray.serve")
@@ -63,20 +65,28 @@ def join() -> None:
 
 
 def _connect() -> None:
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    verbose = bool(os.environ.get(VERBOSE))
+    level = logging.INFO if verbose else logging.ERROR
+    options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
     if os.environ.get("RAY_ADDRESS"):
         with _muted():
             ray.init(**options)
     else:
         start(**options)
     for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
 def _muted() -> Iterator[None]:
-    """Keep what C++ code writes to the process's stderr out of sight; exceptions pass."""
-    # Ray's own layer would later report every retried task there, in several lines.
+    """Hide what Ray's C++ layer writes to stderr while it starts; exceptions pass, and `VERBOSE` shows everything.
+
+    The documented RAY_BACKEND_LOG_LEVEL silences the layer later, when it would report every retried task in several
+    lines. While Ray starts, it announces that very setting on stderr, for which there is no switch.
+    """
+    if os.environ.get(VERBOSE):
+        yield
+        return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     before = os.dup(2)

@@ -43,6 +43,10 @@ def refusal(tmp_path: Path, *more: str, model: str = MODEL, calibration: str | N
         (("--gpus-per-worker", "nan"), "--gpus-per-worker"),
         (("--fail-on-error", "2"), "--fail-on-error"),
         (("--gpus_per_worker", "1.5"), "--gpus-per-worker"),
+        (("--seed", "1e30"), "--seed"),
+        (("--seed", "9" * 401), "--seed"),
+        (("--workers", "9" * 5000), "--workers"),
+        (("--include-path", "a\0b"), "--include-path"),
         (("--chat-template", "/no/such/file"), "chat template"),
     ],
 )

@@ -100,3 +100,23 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[:4] + bytes(100) + whole[104:])
     with pytest.raises(Refused, match="not a readable Parquet file"):
         read_calibration(path)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    prompt = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    images = pa.array([[]], pa.list_(pa.binary()))
+    table = pa.Table.from_arrays([pa.array(["a"]), images, prompt], names=["sample_id", "images", "prompt"])
+    pq.write_table(table, tmp_path / "latin.parquet")
+    with pytest.raises(Refused, match="not UTF-8"):
+        read_calibration(tmp_path / "latin.parquet")
+
+
+def test_a_small_file_of_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 5000
+    ids = pa.array([str(number) for number in range(rows)])
+    columns = {"sample_id": ids, "images": [[bytes(1000)]] * rows, "prompt": ["?"] * rows}
+    pq.write_table(pa.table(columns), tmp_path / "many.parquet")
+    assert (tmp_path / "many.parquet").stat().st_size < 100_000
+    monkeypatch.setattr("reports.calibration.MAX_BYTES", 1_000_000)
+    with pytest.raises(Refused, match="smaller"):
+        read_calibration(tmp_path / "many.parquet")

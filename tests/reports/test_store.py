@@ -190,6 +190,19 @@ def test_passwords_of_uris_are_not_shown() -> None:
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["a\0b", "runs/\ud800", "abfs://container@account/x", "~nobody-of-this-name/x"])
+def test_hostile_places_are_one_line(place: str) -> None:
+    with pytest.raises(ShortVError) as caught:
+        Folder(place).list()
+    assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+
+
+def test_secrets_with_slashes_are_not_shown() -> None:
+    with pytest.raises(Refused) as caught:
+        Folder("s3://ID:SEC/RET@bucket/x")
+    assert "RET" not in str(caught.value) and "SEC" not in str(caught.value)
+
+
 def test_file_uris_are_local(tmp_path: Path) -> None:
     folder = Folder(f"file://{tmp_path}/with%20space")
     folder.check_writable()
