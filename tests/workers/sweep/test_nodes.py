@@ -28,11 +28,17 @@ class TracedEngine(FakeEngine):
     """Leaves a file per unit, named by the node that measured it."""
 
     trace: Path
+    nodes: int = 0
+    """Wait in each unit until so many nodes have work."""
 
     def measure(self, loaded: Any, samples: Sequence[Sample], inputs: bytes, **how: Any) -> Measured:
         measured = FakeEngine.measure(self, loaded, samples, inputs, **how)
         node = ray.get_runtime_context().get_node_id()
         (self.trace / f"{node}.{time.monotonic_ns()}").touch()
+        # The bound only keeps a failure from hanging.
+        until = time.monotonic() + 120
+        while len(nodes_in(self.trace)) < self.nodes and time.monotonic() < until:
+            time.sleep(0.1)
         return measured
 
 
@@ -69,8 +75,8 @@ def test_a_sweep_uses_all_nodes_and_survives_one_that_goes_and_uses_one_that_com
     tmp_path: Path, cluster: Cluster
 ) -> None:
     plain, goes, comes = (
-        TracedEngine(seconds=seconds, trace=tmp_path / name)
-        for name, seconds in (("plain", 0.3), ("goes", 0.5), ("comes", 1.0))
+        TracedEngine(seconds=seconds, trace=tmp_path / name, nodes=nodes)
+        for name, seconds, nodes in (("plain", 0.1, 3), ("goes", 0.5, 3), ("comes", 0.1, 3))
     )
     for engine in (plain, goes, comes):
         engine.trace.mkdir()
@@ -88,7 +94,7 @@ def test_a_sweep_uses_all_nodes_and_survives_one_that_goes_and_uses_one_that_com
     )
     assert tables(request.output_path) == tables(undisturbed.output_path)
 
-    request = make_spec(tmp_path / "grows", samples=60).model_copy(update={"workers": WorkerRange(2, 3)})
+    request = make_spec(tmp_path / "grows", samples=24).model_copy(update={"workers": WorkerRange(2, 3)})
     sweep_while(
         request,
         comes,
