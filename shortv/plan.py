@@ -318,7 +318,7 @@ class Plan:
     def load(path: str | os.PathLike[str]) -> "Plan":
         """Return the plan of a file, of a folder that holds shortv_plan.json, or a published plan by name.
 
-        What stands on disk goes before a published name. Raises Refused when nothing there is a plan.
+        A path on disk wins over a published name. Raises Refused when neither is a plan.
         """
         source = os.path.join(path, PLAN_FILE) if os.path.isdir(path) else os.fspath(path)
         if not os.path.exists(source) and source in published_plans():

@@ -23,7 +23,7 @@ from shortv.plan import Mode, Tokens, works_of
 def reference(model: nn.Module, modes: Sequence[Mode], run: LearnedRun | None = None) -> Iterator[None]:
     """Run a transformers model with one mode per decoder layer, for `model(...)` and `model.generate(...)`.
 
-    Visual tokens are told apart by the placeholder ids in `input_ids`; tokens that follow the prompt are text.
+    Visual tokens are found by the placeholder ids in `input_ids`; tokens after the prompt are text.
 
     Raises:
         Refused: the family is not supported, or the number of modes is not the number of layers.

@@ -121,9 +121,9 @@ class Split:
         self.updated = Selection.of(updated_BT, width=max(counts) if counts else None)
         self._batch, self._length = updated_BT.shape
         self._place_N = _true_places(updated_BT, counts)
-        """Where each updated row stands among all rows of the batch."""
+        """Place of each updated row among all rows of the batch."""
         self._slot_N = _true_places(self.updated.valid_BS, counts)
-        """Where it stands among the padded ones."""
+        """Its place among the packed rows of all samples."""
         self._cache: dict[tuple[str, int], tuple[object, Tensor]] = {}
 
     @property
@@ -203,5 +203,5 @@ def _true_places(mask_BT: Tensor, counts: Sequence[int] | None) -> Tensor:
     flat = mask_BT.flatten()
     if counts is None:
         return flat.nonzero().squeeze(1)
-    # Sorting finds as many as it is asked for, while nonzero has to report how many there are.
+    # The size of a slice of a sorted tensor is known, while nonzero waits for the device to count.
     return flat.int().argsort(descending=True, stable=True)[: sum(counts)]

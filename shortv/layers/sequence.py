@@ -1,6 +1,6 @@
-"""What stands where in the sequences that a model is working on, from prefill through decoding.
+"""Token types of the sequences that a model is working on, from prefill through decoding.
 
-Both executors follow it; neither asks the cache of a layer that a plan may shorten.
+Both executors use it instead of the cache, whose layers a plan may shorten.
 Shapes: B batch, T positions of this forward, K positions so far.
 """
 
@@ -29,7 +29,7 @@ _HISTORY = "_shortv_history"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What a plan has seen of the sequences in a KV cache; it is kept on the cache and travels with it."""
+    """What a plan knows of the sequences in a KV cache; an attribute of the cache holds it."""
 
     modes: tuple[Mode, ...]
     run: Hashable
@@ -45,9 +45,9 @@ class History:
     """What a learned system has gathered from each prompt (B first), by names of its own."""
 
     def of_rows(self, rows_R: Tensor) -> History:
-        """The history of some of the sequences."""
+        """Return the history of some of the sequences."""
         rows_R = rows_R.to(self.visual_BK.device)
-        # Layers between two exits share a selection, and what is made of it later.
+        # Layers between two exits share a selection, so that they also share what is computed from it.
         narrowed = {id(kept): kept.of_rows(rows_R) for kept in self.kept if kept is not None}
         return replace(
             self,
@@ -62,13 +62,13 @@ class History:
 
 
 def history_of(cache: Cache) -> History | None:
-    """What a plan has seen of the sequences in a KV cache; None where it was filled outside of any."""
+    """Return what a plan knows of the sequences in a KV cache; None for a cache filled without a plan."""
     history: History | None = getattr(cache, _HISTORY, None)
     return history
 
 
 def keep_rows(cache: Cache, rows_R: Tensor) -> None:
-    """Leave only these sequences of a batch in its KV cache, and in what a plan has seen of them."""
+    """Remove all other sequences of a batch from its KV cache and its history."""
     layers: list[Any] = cache.layers
     for layer in layers:
         # A model may be spread over several devices.
@@ -80,7 +80,7 @@ def keep_rows(cache: Cache, rows_R: Tensor) -> None:
 
 
 class SequenceState:
-    """Token types of the current forward and of everything before it, seen by hooks on the whole model."""
+    """Token types of the current forward and of all positions before it, observed by hooks on the whole model."""
 
     def __init__(self, decoder: Decoder, modes: Sequence[Mode], run: LearnedRun | None = None) -> None:
         self._decoder = decoder
@@ -115,7 +115,7 @@ class SequenceState:
         return self.history.visual_BK
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Hook the model; gives the handles that undo it."""
+        """Hook the model, and return the handles that undo it."""
         return [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._decoder.text.register_forward_pre_hook(self._enter),
@@ -136,7 +136,7 @@ class SequenceState:
     def _enter(self, *_: Any) -> None:
         if self._entered or self._thread != threading.get_ident():
             raise ShortVError(
-                "the decoder was called without the model around it, so the plan cannot tell what its rows are; "
+                "the decoder was called without the model around it, so the types of its tokens are unknown; "
                 "call model(...) or model.generate(...), not a part of it and not model.forward"
             )
         self._entered = True
@@ -165,7 +165,7 @@ class SequenceState:
             raise ShortVError("a layer is in training mode, where a plan would be silently wrong; call model.eval()")
         input_ids_BT = call.get("input_ids")
         if input_ids_BT is None:
-            raise ShortVError("this forward has no input_ids, so visual tokens cannot be told apart; pass input_ids")
+            raise ShortVError("this forward has no input_ids, so visual tokens cannot be found; pass input_ids")
         cache = call.get("past_key_values")
         self._check_cached(input_ids_BT, cache)
         self.past = int(cache.get_seq_length()) if cache is not None else 0
@@ -217,7 +217,7 @@ class SequenceState:
         return replace(before, visual_BK=visual_BK, has_visual=before.has_visual or self.has_visual)
 
     def _check_cached(self, ids_BT: Tensor, cache: Cache | None) -> None:
-        """Refuse to generate without a KV cache where learned parts would take each new token for the prompt's."""
+        """Refuse generation without a KV cache where a learned system would read new tokens as prompt."""
         if self._run is None or not self._run.reads_prompt or is_prompted(self._decoder):
             return
         before_BT = self._uncached_BT
@@ -237,9 +237,9 @@ class SequenceState:
             raise ShortVError("a prompt ends with an image, and the plan drops it before the answer; end with text")
 
     def mask_of(self, attention: nn.Module, mask: Tensor | None, device: torch.device) -> Tensor:
-        """The 4D mask that one layer's attention obeys in this forward; its columns are the last positions so far.
+        """Return the 4D mask of one layer's attention in this forward; its columns are the last positions so far.
 
-        A sliding layer's cache ends at its window, so where such a layer is given no mask it sees that window.
+        The cache of a sliding layer holds its window alone, so without a mask such a layer attends to that window.
         """
         batch, queries = self.types.text_BT.shape
         keys = self.visual_BK.shape[1]
@@ -250,7 +250,7 @@ class SequenceState:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional arguments of a forward under their names."""
+    """Return the positional arguments of a forward by name."""
     if not args:
         return {}
     named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
@@ -258,7 +258,7 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _brings_images(call: dict[str, Any]) -> bool:
-    """Whether a forward gets pixels, or features that `generate()` or the caller has made of them already."""
+    """Return whether a forward receives pixels, or features that `generate()` or the caller computed from them."""
     encoded = call.get("mm_encoder_outputs")
     features = list(encoded.values()) if isinstance(encoded, Mapping) else [encoded]
     pixels = [value for name, value in call.items() if name.startswith("pixel_values")]
@@ -266,7 +266,7 @@ def _brings_images(call: dict[str, Any]) -> bool:
 
 
 def _key_mask(mask: Any) -> Tensor | None:
-    """Which keys are real, (B, K): the mask itself, or what any query sees in a prepared 4D mask."""
+    """Return which keys are not padding, (B, K): the mask itself, or keys that a query of a 4D mask attends to."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor):

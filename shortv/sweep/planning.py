@@ -101,7 +101,7 @@ def plan_of(
 
 
 def default_count(num_layers: int) -> int:
-    """Return how many layers a plan replaces unless told otherwise: 0.6 L, at least one."""
+    """Return how many layers a plan replaces by default: 0.6 L, at least one."""
     return max(1, round(0.6 * num_layers))
 
 
