@@ -1,5 +1,6 @@
 """A campaign's settings: what its own fields accept, and what the bundled recipes hold."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,14 @@ def test_no_value_of_any_setting_gives_a_traceback(name: str, value: object) -> 
 def test_the_bundled_recipes_are_valid(name: str, output: str) -> None:
     found = load_spec(CampaignSpec, flags={}, config=str(TINY / f"{name}.toml"), defaults={"models": ["m"]})
     assert found.output_path == output and found.limit == 1000
+
+
+def test_the_bundled_recipe_is_one() -> None:
+    config = str(ROOT / "shortv/tiny/campaign.toml")
+    found = load_spec(CampaignSpec, flags={}, config=config, defaults={"models": ["m"]}, environment={})
+    assert found.output_path == "runs/campaign" and found.limit == 1000
+
+
+def test_the_documentation_lists_every_setting() -> None:
+    listed = re.findall(r"^\| `(\w+)` \| `--", (ROOT / "docs/campaigns.md").read_text(), re.MULTILINE)
+    assert listed == list(CampaignSpec.model_fields)
