@@ -25,11 +25,11 @@ from shortv.request import FULL_MODEL
 from shortv.spec import ModelSpec
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.cluster import connected, living_nodes
+from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import stop_on_signal
-from shortv.workers.serving.app import default_replicas, deploy, replica_app, resources_of, shipped
+from shortv.workers.serving.app import deploy, replica_app, resources_of, shipped
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
 
@@ -72,13 +72,8 @@ class ReplicaRunner:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
-            nodes = living_nodes()
             resources = resources_of(
-                spec.replicas or default_replicas(nodes, device=spec.device, gpus=spec.gpus_per_replica),
-                device=spec.device,
-                gpus=spec.gpus_per_replica,
-                cpus=None,
-                nodes=nodes,
+                spec.replicas, device=spec.device, gpus=spec.gpus_per_replica, cpus=None, nodes=free_nodes()
             )
             # A replica has its next batch waiting while one runs.
             concurrency = spec.num_concurrent or 2 * spec.batch_size * resources.range.high

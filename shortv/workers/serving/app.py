@@ -25,8 +25,9 @@ from reports.service import make_service
 from shortv.errors import ShortVError
 from shortv.plan import Plan
 from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.cluster import first_line, living_nodes
+from shortv.workers.cluster import first_line, free_nodes, living_nodes
 from shortv.workers.models import Environment
+from shortv.workers.placement import Node, place
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import limits_of, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
@@ -62,23 +63,29 @@ class ReplicaResources:
 
 
 def resources_of(
-    replicas: WorkerRange, *, device: str, gpus: float, cpus: float | None, nodes: Sequence[Mapping[str, Any]]
+    replicas: WorkerRange | None, *, device: str, gpus: float, cpus: float | None, nodes: Sequence[Node]
 ) -> ReplicaResources:
-    """Give replicas a GPU where the cluster has any, else an even share of all CPUs but one.
+    """Fit replicas to what is free on each node: GPUs where the cluster has any, else CPUs but one.
 
     The one is for proxies and drivers. Replicas without a whole CPU each share what there is.
+
+    Args:
+        replicas: how many; by default one per free GPU (or per `gpus` of them), or one on CPUs.
+        cpus: CPUs of each replica, if the caller decides that.
+
+    Raises:
+        Refused: no number of replicas is given and no node has enough GPUs free.
     """
-    totals = [node["Resources"] for node in nodes]
-    on_gpu = device == "cuda" or (device == "auto" and any(total.get("GPU", 0) for total in totals))
-    spare = sum(total.get("CPU", 0) for total in totals) - 1
-    share = 1 if on_gpu else math.floor(max(spare, 0) / replicas.high)
-    return ReplicaResources(range=replicas, gpus=gpus if on_gpu else 0, cpus=share if cpus is None else cpus)
-
-
-def default_replicas(nodes: Sequence[Mapping[str, Any]], *, device: str, gpus: float) -> WorkerRange:
-    """One replica per GPU of the cluster, or per so many as a replica needs; without GPUs one."""
-    places = sum(math.floor(node["Resources"].get("GPU", 0) / gpus + 1e-9) for node in nodes) if device != "cpu" else 0
-    return WorkerRange(max(places, 1), max(places, 1))
+    on_gpu = device == "cuda" or (device == "auto" and any(node.total_gpus for node in nodes))
+    if on_gpu and replicas is not None:
+        # Nodes with GPUs may still join: a given number of replicas waits for them.
+        return ReplicaResources(range=replicas, gpus=gpus, cpus=1 if cpus is None else cpus)
+    found = place(nodes, workers=replicas, gpus=gpus, device="cuda" if on_gpu else "cpu", spare_cpus=1)
+    return ReplicaResources(
+        range=replicas or WorkerRange(found.low, found.high),
+        gpus=found.gpus,
+        cpus=found.cpus if cpus is None else cpus,
+    )
 
 
 def replica_app(
@@ -197,7 +204,7 @@ def replicas_of(spec: EndpointSpec, *, folder: ShippedFolder | None = None) -> A
         device=spec.device,
         gpus=spec.gpus_per_replica,
         cpus=spec.cpus_per_replica,
-        nodes=living_nodes(),
+        nodes=free_nodes(),
     )
     return replica_app(
         spec.model_spec(),

@@ -8,11 +8,12 @@ import pytest
 
 from shortv.errors import Refused
 from shortv.spec import ModelSpec, WorkerRange
+from shortv.workers.placement import Node
 from shortv.workers.serving.app import ReplicaResources, replica_app, resources_of
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 
-NODES = [{"Resources": {"CPU": 16.0, "GPU": 4.0}}, {"Resources": {"CPU": 9.0}}]
+NODES = [Node(cpus=16, gpus=4, total_gpus=4), Node(cpus=9, gpus=0, total_gpus=0)]
 
 
 def deployment(replicas: WorkerRange, *, gpus: float = 0, cpus: float = 0, **more: Any) -> Any:
@@ -50,12 +51,28 @@ def test_a_model_goes_over_as_many_gpus_as_its_replica_has(device: str, gpus: fl
     assert (resources.device, resources.gpus) == (found, used)
     app = deployment(WorkerRange(1, 2), gpus=resources.gpus, cpus=resources.cpus)
     assert app.init_args[0].device == found
-    assert app.ray_actor_options == {"num_cpus": 12 if found == "cpu" else 1, "num_gpus": used}
+    assert app.ray_actor_options == {"num_cpus": 9 if found == "cpu" else 1, "num_gpus": used}
 
 
 def test_cpus_are_shared_where_there_are_no_gpus() -> None:
     resources = resources_of(WorkerRange(1, 2), device="auto", gpus=2, cpus=None, nodes=NODES[1:])
     assert (resources.device, resources.gpus, resources.cpus) == ("cpu", 0, 4)
+
+
+def test_replicas_on_cpus_fit_the_nodes_one_by_one() -> None:
+    # Two nodes of 16 CPUs have 31 to spare together, and no node holds a replica of 31.
+    nodes = [Node(cpus=16, gpus=0, total_gpus=0)] * 2
+    assert resources_of(WorkerRange(1, 1), device="auto", gpus=1, cpus=None, nodes=nodes).cpus == 16
+    assert resources_of(WorkerRange(4, 4), device="auto", gpus=1, cpus=None, nodes=nodes).cpus == 7
+
+
+def test_one_replica_per_gpu_counts_the_free_ones() -> None:
+    nodes = [Node(cpus=8, gpus=1, total_gpus=4), Node(cpus=8, gpus=0, total_gpus=4)]
+    assert resources_of(None, device="auto", gpus=1, cpus=None, nodes=nodes).range == (1, 1)
+    with pytest.raises(Refused, match="free"):
+        resources_of(None, device="auto", gpus=2, cpus=None, nodes=nodes)
+    # Nodes that are to join may have the GPUs for a number that was asked for.
+    assert resources_of(WorkerRange(3, 3), device="cuda", gpus=2, cpus=None, nodes=nodes).range == (3, 3)
 
 
 def test_arguments_are_read_from_text_and_refused_by_name() -> None:
