@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shortv.terminal import say
+
 
 def layer_table(rows: Iterable[Any], *, noise_floor: float | None = None, title: str | None = None) -> Table:
     """Build the table of one mode's layers, the layer to replace first on top.
@@ -50,9 +52,9 @@ def print_layers(
     if noise_floor is not None:
         out.print(f"noise floor {noise_floor:.3e} nats; layers closer together than it are ties")
     for mode, shares in (stability or {}).items():
-        out.print(stability_line(mode, shares), soft_wrap=True)
+        say(out, stability_line(mode, shares))
     if plan is not None:
-        out.print(plan_line(plan), soft_wrap=True)
+        say(out, plan_line(plan))
 
 
 def stability_line(mode: str, shares: Mapping[str, float]) -> str:

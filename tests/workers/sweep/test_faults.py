@@ -64,11 +64,16 @@ def test_a_killed_worker_leaves_the_same_tables(
 
 @pytest.mark.usefixtures("local_ray")
 def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, reference: Path) -> None:
-    engine = FakeEngine(kills=frozenset({"s03"}), raises=frozenset({"s06"}), unusable=frozenset({"s08"}))
+    engine = FakeEngine(
+        kills=frozenset({"s03"}),
+        preparing_kills=frozenset({"s10"}),
+        raises=frozenset({"s06"}),
+        unusable=frozenset({"s08"}),
+    )
     request = make_spec(tmp_path, batch_size=4)
     assert run_sweep(request, engine=engine) == 3
     found, whole = tables(request.output_path), tables(reference)
-    bad = {"s03": "process-died", "s06": "RuntimeError", "s08": "fake"}
+    bad = {"s03": "process-died", "s06": "RuntimeError", "s08": "fake", "s10": "process-died"}
     assert {row["sample_id"]: row["error"] for row in found["errors"]} == bad
     assert all("\n" not in row["message"] for row in found["errors"])
     for name in ("samples", "lc_samples"):
@@ -76,7 +81,7 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
     assert Manifest.load(Folder(request.output_path)).state is State.PARTIAL
     # A finished command does nothing and repeats its status; a tolerated share counts as success.
     assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
-    assert run_sweep(make_spec(tmp_path, batch_size=4, fail_on_error=0.3), engine=engine) == 0
+    assert run_sweep(make_spec(tmp_path, batch_size=4, fail_on_error=0.4), engine=engine) == 0
     with pytest.raises(Refused, match=r"another sweep \(batch-size 4 there, 3 here\)"):
         run_sweep(make_spec(tmp_path, batch_size=3), engine=engine)
 
