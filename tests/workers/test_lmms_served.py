@@ -21,9 +21,11 @@ from shortv.families.preprocessing import prompt_of
 from shortv.layers.apply import executing
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Request
-from shortv.spec import ModelSpec, WorkerRange
+from shortv.spec import ModelSpec
 from shortv.workers.lmms_served import ShortVServe
-from shortv.workers.serving.app import ReplicaResources, deploy, replica_app
+from shortv.workers.models import ModelLoader, RemoteModel
+from shortv.workers.placement import Placement
+from shortv.workers.serving.app import deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.engine import EngineSettings
@@ -53,8 +55,8 @@ def plan() -> Plan:
 def url(local_ray: None) -> Iterator[str]:
     """The address of an endpoint in this process before a replica on Serve, the application `lmms`."""
     serve.start(proxy_location="Disabled")
-    resources = ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0)
-    app = replica_app(ModelSpec(name=MODEL), [plan()], resources, engine=EngineSettings())
+    model = RemoteModel(loader=ModelLoader(), spec=ModelSpec(name=MODEL), folder=None)
+    app = replica_app(model, [plan()], Placement(low=1, high=1, cpus=0, gpus=0), engine=EngineSettings())
     client = ReplicaClient(deploy(app, name=APP, route_prefix=None))
     face = make_endpoint(EndpointSpec(), client)
     server = uvicorn.Server(uvicorn.Config(face, log_level="warning", access_log=False))

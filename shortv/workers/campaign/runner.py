@@ -23,13 +23,14 @@ from shortv.families import quiet_transformers
 from shortv.plan import Plan
 from shortv.request import FULL_MODEL
 from shortv.spec import ModelSpec
+from shortv.terminal import say
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.cluster import connected, free_nodes
-from shortv.workers.models import ModelLoader
+from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import stop_on_signal
-from shortv.workers.serving.app import deploy, replica_app, resources_of, shipped
+from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
 
@@ -72,18 +73,21 @@ class ReplicaRunner:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
-            resources = resources_of(
-                spec.replicas, device=spec.device, gpus=spec.gpus_per_replica, cpus=None, nodes=free_nodes()
+            placement = place_replicas(
+                free_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device
             )
+            if placement.note:
+                say(self._console, placement.note)
             # A replica has its next batch waiting while one runs.
-            concurrency = spec.num_concurrent or 2 * spec.batch_size * resources.range.high
+            concurrency = spec.num_concurrent or 2 * spec.batch_size * placement.high
             engine = EngineSettings(batch_size=spec.batch_size, max_queued=max(concurrency, 2 * spec.batch_size))
-            app = replica_app(_model_spec(model, spec), plans, resources, engine=engine, folder=shipped(model))
+            remote = remote_model(ModelLoader(), _model_spec(model, spec))
+            app = replica_app(remote, plans, placement, engine=engine)
             name = f"shortv-campaign-{secrets.token_hex(4)}"
             try:
                 serve.start(proxy_location="Disabled")
                 handle = deploy(app, name=name, route_prefix=None)
-                yield partial(self._run_cell, handle, concurrency, resources.range.high)
+                yield partial(self._run_cell, handle, concurrency, placement.high)
             finally:
                 serve.delete(name)
 

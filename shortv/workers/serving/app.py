@@ -8,110 +8,99 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from reports.access import key_digests_of
 from reports.http import log_requests
 from reports.service import make_service
 from shortv.errors import ShortVError
 from shortv.plan import Plan
-from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.cluster import first_line, free_nodes, living_nodes
-from shortv.workers.models import Environment
-from shortv.workers.placement import Node, place
+from shortv.spec import WorkerRange
+from shortv.terminal import printable
+from shortv.workers.cluster import first_line, living_nodes
+from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment, model_folder
+from shortv.workers.placement import Node, Placement, place
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import limits_of, make_endpoint
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.plans import read_plans
 from shortv.workers.serving.replica import Replica, ReplicaSetup
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
-from shortv.workers.shipping import ShippedFolder, folder_digest, ship
+from shortv.workers.shipping import offer
 
 REPLICA = "Replica"
-# Settings of the hub, without its token: Serve stores what a deployment is bound to. Replicas find a token in the
-# environment of their node, or in the file at HF_TOKEN_PATH.
-_ENVIRONMENT = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
-# Requests that one process of the endpoint turns away at a time.
+STARTUP_S = 1800.0
+"""Within how many seconds replicas must have started, unless a limit is given."""
+# Requests that one process of the endpoint refuses at a time.
 _REFUSING = 32
 # Serve's access log has a line per request with its path; the endpoint writes its own.
+_POLL_S = 0.1
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaResources:
-    """What each replica gets, and how many there are."""
+def place_replicas(
+    nodes: Sequence[Node], *, replicas: WorkerRange | None, gpus: float, device: str, cpus: float | None = None
+) -> Placement:
+    """Fit replicas to the nodes, by default one per `gpus` GPUs, or one on CPUs; each gets its CPUs from one node.
 
-    range: WorkerRange
-    gpus: float
-    cpus: float
-
-    @property
-    def device(self) -> str:
-        """The torch device inside a replica, or "auto-map" for a model spread over several GPUs."""
-        if not self.gpus:
-            return "cpu"
-        return "auto-map" if self.gpus > 1 else "cuda"
-
-
-def resources_of(
-    replicas: WorkerRange | None, *, device: str, gpus: float, cpus: float | None, nodes: Sequence[Node]
-) -> ReplicaResources:
-    """Fit replicas to what is free on each node: GPUs where the cluster has any, else CPUs but one.
-
-    The one is for proxies and drivers. Replicas without a whole CPU each share what there is.
+    A given number of replicas on device "cuda" is not reduced: nodes with GPUs may join later. Replicas on CPUs leave
+    one CPU to proxies and drivers; if there are fewer CPUs than replicas, they share them.
 
     Args:
-        replicas: how many; by default one per free GPU (or per `gpus` of them), or one on CPUs.
-        cpus: CPUs of each replica, if the caller decides that.
+        cpus: CPUs of each replica; by default one beside a GPU, else as many as each can have.
 
     Raises:
-        Refused: no number of replicas is given and no node has enough GPUs free.
+        Refused: GPUs are required and no node has enough of them.
     """
-    on_gpu = device == "cuda" or (device == "auto" and any(node.total_gpus for node in nodes))
-    if on_gpu and replicas is not None:
-        # Nodes with GPUs may still join: a given number of replicas waits for them.
-        return ReplicaResources(range=replicas, gpus=gpus, cpus=1 if cpus is None else cpus)
-    found = place(nodes, workers=replicas, gpus=gpus, device="cuda" if on_gpu else "cpu", spare_cpus=1)
-    return ReplicaResources(
-        range=replicas or WorkerRange(found.low, found.high),
-        gpus=found.gpus,
-        cpus=found.cpus if cpus is None else cpus,
-    )
+    if replicas is not None and device == "cuda":
+        found = Placement(low=replicas.low, high=replicas.high, cpus=1, gpus=gpus)
+    else:
+        found = place(nodes, workers=replicas, gpus=gpus, device=device, spare_cpus=1)
+        if replicas is not None and not found.gpus and found.low < replicas.low:
+            found = Placement(low=replicas.low, high=replicas.high, cpus=0, gpus=0)
+    return found if cpus is None else replace(found, cpus=cpus)
+
+
+def all_nodes() -> list[Node]:
+    """Return what the nodes have in all: an update of an application takes the place of its running replicas."""
+    totals = [node["Resources"] for node in living_nodes()]
+    return [Node(cpus=one.get("CPU", 0), gpus=one.get("GPU", 0), total_gpus=one.get("GPU", 0)) for one in totals]
 
 
 def replica_app(
-    spec: ModelSpec,
+    model: RemoteModel,
     plans: Sequence[Plan],
-    resources: ReplicaResources,
+    placement: Placement,
     *,
     engine: EngineSettings,
-    folder: ShippedFolder | None = None,
     drain_s: float = 10.0,
 ) -> Any:
-    """The deployment of replicas, bound; it is an application of its own for callers with a handle.
+    """Return the bound deployment of replicas; it is an application of its own for callers with a handle.
 
-    A replica that is no longer needed has `drain_s` to end what it answers.
+    Serve stores what a deployment is bound to, so the token of the hub is left out: replicas find it in the
+    environment of their node, or in the file at HF_TOKEN_PATH. A replica that is no longer needed has `drain_s`
+    seconds to finish its requests.
     """
-    folders = dict.fromkeys(plan.parts.path for plan in plans if plan.parts is not None)
+    public = Environment({name: value for name, value in model.environment.items() if name != "HF_TOKEN"})
+    folders = {plan.parts.path: model_folder(plan.parts.path) for plan in plans if plan.parts is not None}
+    offered = {path: offer(*found) for path, found in folders.items() if found is not None}
     setup = ReplicaSetup(
-        spec=spec,
-        device=resources.device,
-        threads=max(1, math.floor(resources.cpus)) if not resources.gpus else 0,
-        folder=folder,
-        parts={path: found for path in folders if (found := shipped(path)) is not None and found.source},
+        model=replace(model, environment=public),
+        device=placement.device,
+        threads=0 if placement.gpus else max(1, math.floor(placement.cpus)),
+        parts={path: folder for path, folder in offered.items() if folder is not None and folder.source},
         engine=engine,
-        environment=Environment({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}),
     )
-    low, high = resources.range
+    low, high = placement.low, placement.high
     most = engine.batch_size + engine.max_queued
     size = {"num_replicas": low} if low == high else {"autoscaling_config": _autoscaling(low, high, engine.batch_size)}
     deployment: Any = serve.deployment(
@@ -119,10 +108,10 @@ def replica_app(
         name=REPLICA,
         # Requests wait in the engine, which sees them all: Serve's own queue polls, with pauses of growing length.
         max_ongoing_requests=2 * most,
-        # While no replica is there, all that an endpoint takes waits here, and looks at the plans beside it.
+        # While no replica runs, all requests that an endpoint accepts wait here, beside lookups of the plans.
         max_queued_requests=2 * high * most,
         user_config={"plans": [json.loads(plan.to_json()) for plan in plans]},
-        ray_actor_options={"num_cpus": resources.cpus, "num_gpus": resources.gpus},
+        ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=drain_s,
@@ -194,53 +183,57 @@ def build(spec: EndpointSpec) -> Any:
         graceful_shutdown_timeout_s=spec.timeout,
         logging_config=_LOGGING,
     )
-    return deployment.bind(replicas_of(spec), spec, key_digests(spec))
-
-
-def replicas_of(spec: EndpointSpec, *, folder: ShippedFolder | None = None) -> Any:
-    """Return the replicas alone, for an endpoint in another process. Raises Refused for unreadable plans."""
-    resources = resources_of(
-        spec.replicas,
-        device=spec.device,
+    placement = place_replicas(
+        all_nodes(),
+        replicas=spec.replicas,
         gpus=spec.gpus_per_replica,
+        device=spec.device,
         cpus=spec.cpus_per_replica,
-        nodes=free_nodes(),
     )
-    return replica_app(
-        spec.model_spec(),
-        read_plans(spec.plans),
-        resources,
-        engine=EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout),
-        folder=folder,
-        drain_s=spec.timeout,
-    )
+    # A folder must be on every node: nobody could ship it to replicas that start after this process has ended.
+    model = RemoteModel(loader=ModelLoader(), spec=spec.model_spec(), folder=None, environment=hub_environment())
+    return deployment.bind(replicas_of(spec, model, placement), spec, key_digests(spec))
 
 
-def deploy(app: Any, *, name: str, route_prefix: str | None) -> DeploymentHandle[Any]:
-    """Run an application and wait until it is up. Raises ShortVError with what Serve says when it does not come up."""
+def replicas_of(spec: EndpointSpec, model: RemoteModel, placement: Placement) -> Any:
+    """Return the replicas of an endpoint. Raises Refused for unreadable plans."""
+    engine = EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout)
+    return replica_app(model, read_plans(spec.plans), placement, engine=engine, drain_s=spec.timeout)
+
+
+def deploy(app: Any, *, name: str, route_prefix: str | None, timeout_s: float = STARTUP_S) -> DeploymentHandle[Any]:
+    """Run an application and wait until all of its replicas have started.
+
+    Raises:
+        ShortVError: they cannot start, or have not started in time; with what Serve reports.
+    """
     try:
-        return serve.run(app, name=name, route_prefix=route_prefix)
-    except (RuntimeError, ray.exceptions.RayError) as error:
-        raise ShortVError(f"the replicas did not come up: {_reason(name) or first_line(error)}") from error
+        target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
+        # Serve's own waiting has no time limit: a replica that fits on no node waits for ever.
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        until = time.monotonic() + timeout_s
+        while (status := _status(name)) != ApplicationStatus.RUNNING:
+            if status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise ShortVError(f"the replicas did not start: {_reason(name) or status}")
+            if time.monotonic() > until:
+                found = _reason(name) or "they wait for free CPUs or GPUs on one node, or still load the model"
+                raise ShortVError(f"the replicas did not start within {timeout_s:g} s: {found}")
+            time.sleep(_POLL_S)
+        return serve.get_app_handle(name)
+    except (RuntimeError, ray.exceptions.RayError, RayServeException) as error:
+        raise ShortVError(f"the replicas did not start: {_reason(name) or first_line(error)}") from error
+
+
+def _status(name: str) -> ApplicationStatus | None:
+    application = serve.status().applications.get(name)
+    return None if application is None else application.status
 
 
 def _reason(name: str) -> str | None:
-    """What Serve says about an application's replicas, as one line."""
+    """Return what Serve reports about an application's replicas, as one line."""
     application = serve.status().applications.get(name)
     if application is None:
         return None
-    messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else None
-
-
-def shipped(model: str) -> ShippedFolder | None:
-    """A folder of the driver's node, a model or learned parts, for replicas on any node; None for a hub id."""
-    path = Path(model)
-    if not path.is_dir():
-        return None
-    path = path.resolve()
-    digest = folder_digest(path)
-    if len(living_nodes()) == 1:
-        return ShippedFolder(path=str(path), digest=digest, source=None)
-    return ship(path, digest)
+    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+    lines = [line.strip() for message in messages if message for line in message.splitlines() if line.strip()]
+    return printable(lines[-1], limit=300) if lines else None

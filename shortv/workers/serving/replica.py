@@ -17,9 +17,8 @@ from ray.util.metrics import Counter, Histogram
 
 from shortv.errors import Refused, SampleError
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Reason, Request
-from shortv.spec import ModelSpec
 from shortv.untrusted import image_size
-from shortv.workers.models import Environment
+from shortv.workers.models import RemoteModel
 from shortv.workers.serving.engine import Engine, EngineSettings
 from shortv.workers.serving.plans import PlanBook, read_plans
 from shortv.workers.serving.sequence import Event, Sequence
@@ -41,13 +40,11 @@ class ReplicaSetup:
     setup, so it contains no secret.
     """
 
-    spec: ModelSpec
+    model: RemoteModel
     device: str
     threads: int = 0
-    folder: ShippedFolder | None = None
     parts: Mapping[str, ShippedFolder] = field(default_factory=dict)
     engine: EngineSettings = field(default_factory=EngineSettings)
-    environment: Environment = field(default_factory=Environment)
 
 
 class Replica:
@@ -58,27 +55,12 @@ class Replica:
 
     def __init__(self, setup: ReplicaSetup) -> None:
         """Load the model and start the engine; the full model is served at once, plans come with `reconfigure`."""
-        os.environ.update(setup.environment)
-        import torch
-
-        from shortv.families import load, quiet_transformers
+        from shortv.families import quiet_transformers
         from shortv.learned.files import PartsCache
 
         quiet_transformers()
-        if setup.threads:
-            torch.set_num_threads(setup.threads)
-        folder = setup.folder.local() if setup.folder else None
-        spec = setup.spec.model_copy(update={"name": str(folder)}) if folder else setup.spec
-        self._loaded = load(
-            spec.name,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            device=setup.device,
-            attn_implementation=spec.attn_implementation,
-            trust_remote_code=spec.trust_remote_code,
-            chat_template=spec.chat_template,
-        )
-        self._name = setup.spec.name
+        self._loaded: LoadedModel = setup.model.load(device=setup.device, threads=setup.threads)
+        self._name = setup.model.spec.name
         self._parts = PartsCache(folders={path: folder.local for path, folder in setup.parts.items()})
         self._book = self._book_of({})
         self._length = PromptLength(self._loaded)

@@ -24,10 +24,10 @@ from reports.http import log_requests, serve_app
 from reports.locations import masked_uri
 from shortv.errors import Refused
 from shortv.terminal import say
-from shortv.workers.cluster import connected
-from shortv.workers.models import ModelLoader
+from shortv.workers.cluster import connected, free_nodes
+from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.run import Stopped, stop_on_signal
-from shortv.workers.serving.app import deploy, key_digests, replicas_of, reports_of, shipped
+from shortv.workers.serving.app import deploy, key_digests, place_replicas, replicas_of, reports_of
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.plans import PlanBook, read_plans
@@ -57,11 +57,21 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
             raise Refused(f"this cluster serves {APP} already; end that job or application first")
         serve.start(proxy_location="Disabled")
         try:
-            replicas = deploy(replicas_of(spec, folder=shipped(spec.model_path)), name=APP, route_prefix=None)
-            app = make_endpoint(spec, ReplicaClient(replicas), key_digests=digests, reports=reports)
+            placement = place_replicas(
+                free_nodes(),
+                replicas=spec.replicas,
+                gpus=spec.gpus_per_replica,
+                device=spec.device,
+                cpus=spec.cpus_per_replica,
+            )
+            if placement.note:
+                say(console, placement.note)
+            app = replicas_of(spec, remote_model(ModelLoader(), spec.model_spec()), placement)
+            replicas = deploy(app, name=APP, route_prefix=None, timeout_s=spec.startup_timeout)
+            endpoint = make_endpoint(spec, ReplicaClient(replicas), key_digests=digests, reports=reports)
             announce = partial(_announce, spec, address_of(listening), console)
             with _watched(console):
-                serve_app(app, listening, announce=announce)
+                serve_app(endpoint, listening, announce=announce)
         finally:
             _end(alone=not others)
     say(console, "stopped")

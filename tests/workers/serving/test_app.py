@@ -1,78 +1,115 @@
-"""What arguments make of the deployments: places, devices, replicas and times."""
+"""What settings become as deployments: places, devices, numbers of replicas, times and secrets."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
+from ray.serve.schema import ApplicationStatus
 
-from shortv.errors import Refused
+from shortv.errors import Refused, ShortVError
 from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.placement import Node
-from shortv.workers.serving.app import ReplicaResources, replica_app, resources_of
+from shortv.workers.models import ModelLoader, RemoteModel, hub_environment
+from shortv.workers.placement import Node, Placement
+from shortv.workers.serving import app as module
+from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 
-NODES = [Node(cpus=16, gpus=4, total_gpus=4), Node(cpus=9, gpus=0, total_gpus=0)]
+ONE_TO_TWO = WorkerRange(1, 2)
 
 
-def deployment(replicas: WorkerRange, *, gpus: float = 0, cpus: float = 0, **more: Any) -> Any:
-    resources = ReplicaResources(range=replicas, gpus=gpus, cpus=cpus)
-    engine = EngineSettings(batch_size=8, max_queued=24)
-    return replica_app(ModelSpec(name="org/model"), (), resources, engine=engine, **more)._bound_deployment
+def nodes(*cpus_and_gpus: tuple[float, float]) -> list[Node]:
+    return [Node(cpus=cpus, gpus=gpus, total_gpus=gpus) for cpus, gpus in cpus_and_gpus]
+
+
+def deployment(replicas: WorkerRange = ONE_TO_TWO, *, gpus: float = 0, cpus: float = 0, **more: Any) -> Any:
+    placement = Placement(low=replicas.low, high=replicas.high, gpus=gpus, cpus=cpus)
+    model = RemoteModel(
+        loader=ModelLoader(), spec=ModelSpec(name="org/model"), folder=None, environment=hub_environment()
+    )
+    return replica_app(
+        model, (), placement, engine=EngineSettings(batch_size=8, max_queued=24), **more
+    )._bound_deployment
 
 
 def test_a_range_of_replicas_follows_the_load() -> None:
-    options = deployment(WorkerRange(1, 2))._deployment_config.autoscaling_config
+    options = deployment()._deployment_config.autoscaling_config
     assert (options.min_replicas, options.max_replicas, options.initial_replicas) == (1, 2, 1)
-    # Where a replica has more than it can run at once, another one helps.
+    # Another replica helps where one has more requests than it can run at once.
     assert options.target_ongoing_requests == 8
     fixed = deployment(WorkerRange(2, 2))
     assert fixed._deployment_config.autoscaling_config is None and fixed.num_replicas == 2
 
 
-def test_what_the_endpoint_takes_is_what_runs_and_what_may_wait() -> None:
-    taken = EndpointSpec(replicas="1:2", batch_size=8, max_queued=24).max_in_flight
-    assert taken == 2 * (8 + 24)
-    found = deployment(WorkerRange(1, 2))
-    assert found.max_queued_requests > taken and 2 * found.max_ongoing_requests > taken
-
-
-def test_a_replica_ends_what_it_answers_before_it_goes() -> None:
-    assert deployment(WorkerRange(1, 2), drain_s=120.0)._deployment_config.graceful_shutdown_timeout_s == 120
+def test_the_endpoint_accepts_what_runs_and_what_may_wait() -> None:
+    accepted = EndpointSpec(replicas="1:2", batch_size=8, max_queued=24).max_in_flight  # type: ignore[arg-type]
+    found = deployment()
+    assert accepted == 2 * (8 + 24)
+    assert found.max_queued_requests > accepted and 2 * found.max_ongoing_requests > accepted
+    assert deployment(drain_s=120.0)._deployment_config.graceful_shutdown_timeout_s == 120
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "found", "used"),
     [("auto", 1, "cuda", 1), ("auto", 2, "auto-map", 2), ("cuda", 0.5, "cuda", 0.5), ("cpu", 2, "cpu", 0)],
 )
-def test_a_model_goes_over_as_many_gpus_as_its_replica_has(device: str, gpus: float, found: str, used: float) -> None:
-    resources = resources_of(WorkerRange(1, 2), device=device, gpus=gpus, cpus=None, nodes=NODES)
-    assert (resources.device, resources.gpus) == (found, used)
-    app = deployment(WorkerRange(1, 2), gpus=resources.gpus, cpus=resources.cpus)
-    assert app.init_args[0].device == found
-    assert app.ray_actor_options == {"num_cpus": 9 if found == "cpu" else 1, "num_gpus": used}
+def test_a_model_is_spread_over_the_gpus_of_its_replica(device: str, gpus: float, found: str, used: float) -> None:
+    placement = place_replicas(nodes((16, 4), (9, 0)), replicas=ONE_TO_TWO, device=device, gpus=gpus)
+    assert (placement.device, placement.gpus) == (found, used)
+    bound = deployment(gpus=placement.gpus, cpus=placement.cpus)
+    assert bound.init_args[0].device == found
+    assert bound.ray_actor_options == {"num_cpus": 9 if found == "cpu" else 1, "num_gpus": used}
 
 
-def test_cpus_are_shared_where_there_are_no_gpus() -> None:
-    resources = resources_of(WorkerRange(1, 2), device="auto", gpus=2, cpus=None, nodes=NODES[1:])
-    assert (resources.device, resources.gpus, resources.cpus) == ("cpu", 0, 4)
+def test_replicas_on_cpus_fit_on_one_node_each() -> None:
+    two = nodes((16, 0), (16, 0))
+    for replicas, cpus in ((1, 16), (2, 15), (3, 8), (6, 5)):
+        found = place_replicas(two, replicas=WorkerRange(replicas, replicas), device="auto", gpus=1)
+        assert (found.low, found.cpus) == (replicas, cpus)
+    # With fewer CPUs than replicas, the replicas share them.
+    shared = place_replicas(nodes((2, 0)), replicas=WorkerRange(4, 4), device="cpu", gpus=1)
+    assert (shared.low, shared.cpus) == (4, 0)
+    assert place_replicas(two, replicas=WorkerRange(2, 2), device="cpu", gpus=1, cpus=0.5).cpus == 0.5
 
 
-def test_replicas_on_cpus_fit_the_nodes_one_by_one() -> None:
-    # Two nodes of 16 CPUs have 31 to spare together, and no node holds a replica of 31.
-    nodes = [Node(cpus=16, gpus=0, total_gpus=0)] * 2
-    assert resources_of(WorkerRange(1, 1), device="auto", gpus=1, cpus=None, nodes=nodes).cpus == 16
-    assert resources_of(WorkerRange(4, 4), device="auto", gpus=1, cpus=None, nodes=nodes).cpus == 7
+def test_without_a_number_there_is_a_replica_per_free_gpu() -> None:
+    busy = [Node(cpus=8, gpus=1, total_gpus=4), Node(cpus=8, gpus=2, total_gpus=2)]
+    assert place_replicas(busy, replicas=None, device="auto", gpus=1).low == 3
+    assert place_replicas(nodes((8, 0)), replicas=None, device="auto", gpus=1).low == 1
+    with pytest.raises(Refused, match="at most 2 free"):
+        place_replicas(busy, replicas=None, device="auto", gpus=4)
+    # Serve starts them when their nodes have joined.
+    assert place_replicas(nodes((1, 0)), replicas=ONE_TO_TWO, device="cuda", gpus=8).gpus == 8
 
 
-def test_one_replica_per_gpu_counts_the_free_ones() -> None:
-    nodes = [Node(cpus=8, gpus=1, total_gpus=4), Node(cpus=8, gpus=0, total_gpus=4)]
-    assert resources_of(None, device="auto", gpus=1, cpus=None, nodes=nodes).range == (1, 1)
-    with pytest.raises(Refused, match="free"):
-        resources_of(None, device="auto", gpus=2, cpus=None, nodes=nodes)
-    # Nodes that are to join may have the GPUs for a number that was asked for.
-    assert resources_of(WorkerRange(3, 3), device="cuda", gpus=2, cpus=None, nodes=nodes).range == (3, 3)
+def test_the_token_of_the_hub_is_not_in_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
+    monkeypatch.setenv("HF_HOME", "/srv/models")
+    bound = cloudpickle.dumps(deployment().init_args)
+    assert b"hf_secret_token" not in bound and b"/srv/models" in bound
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "problem"),
+    [
+        ("DEPLOYING", "1 replica waits\n for {'CPU': 31.0}", "did not start within 0.05 s: for {'CPU': 31.0}"),
+        ("DEPLOYING", "", "did not start within 0.05 s: they wait for"),
+        ("DEPLOY_FAILED", "Traceback\nOSError: no weights", "did not start: OSError: no weights"),
+    ],
+)
+def test_replicas_that_cannot_start_end_the_wait(
+    monkeypatch: pytest.MonkeyPatch, status: str, message: str, problem: str
+) -> None:
+    deployments = {"Replica": SimpleNamespace(message=message)}
+    application = SimpleNamespace(status=ApplicationStatus(status), deployments=deployments, message="")
+    monkeypatch.setattr(module.serve, "run_many", lambda *_, **__: None)
+    monkeypatch.setattr(module.serve, "status", lambda: SimpleNamespace(applications={"it": application}))
+    with pytest.raises(ShortVError) as caught:
+        deploy(deployment(), name="it", route_prefix=None, timeout_s=0.05)
+    assert problem in str(caught.value)
 
 
 def test_arguments_are_read_from_text_and_refused_by_name() -> None:

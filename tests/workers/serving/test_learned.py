@@ -23,6 +23,7 @@ from shortv.learned.files import PartsCache
 from shortv.plan import Mode, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.spec import ModelSpec
+from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.plans import PlanBook
 from shortv.workers.serving.replica import Replica, ReplicaSetup
@@ -165,7 +166,8 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
     plan, other = routers(tmp_path / "parts"), routers(tmp_path / "cut")
     weights = tmp_path / "cut" / "parts.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    replica = Replica(ReplicaSetup(spec=ModelSpec(name=str(TINY / "model"), dtype="float32"), device="cpu"))
+    spec = ModelSpec(name=str(TINY / "model"), dtype="float32")
+    replica = Replica(ReplicaSetup(model=RemoteModel(loader=ModelLoader(), spec=spec, folder=None), device="cpu"))
 
     async def change(*plans: Plan) -> dict[str, str]:
         await replica.reconfigure({"plans": [json.loads(one.to_json()) for one in plans]})

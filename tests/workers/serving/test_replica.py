@@ -9,6 +9,7 @@ import pytest
 
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.spec import ModelSpec
+from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.replica import ImageMemory, Replica, ReplicaSetup
 from tests.tiny_model import TINY, calibration
@@ -18,7 +19,8 @@ from tests.workers.serving.endpoint_fakes import picture
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
     spec = ModelSpec(name=str(TINY / "model"), dtype="float32")
-    found = Replica(ReplicaSetup(spec=spec, device="cpu", engine=EngineSettings(image_bytes=100_000)))
+    model = RemoteModel(loader=ModelLoader(), spec=spec, folder=None)
+    found = Replica(ReplicaSetup(model=model, device="cpu", engine=EngineSettings(image_bytes=100_000)))
     yield found
     found._engine.stop()
 

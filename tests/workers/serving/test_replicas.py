@@ -21,8 +21,10 @@ from shortv.families import load_architecture
 from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
-from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.serving.app import REPLICA, ReplicaResources, deploy, replica_app
+from shortv.spec import ModelSpec
+from shortv.workers.models import ModelLoader, RemoteModel
+from shortv.workers.placement import Placement
+from shortv.workers.serving.app import REPLICA, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.replica import Replica, ReplicaSetup
@@ -66,9 +68,9 @@ def serve_deploy(*plans: Plan) -> None:
 
 def app_of_one() -> Any:
     return replica_app(
-        ModelSpec(name=MODEL),
+        RemoteModel(loader=ModelLoader(), spec=ModelSpec(name=MODEL), folder=None),
         (),
-        ReplicaResources(range=WorkerRange(1, 1), gpus=0, cpus=0),
+        Placement(low=1, high=1, cpus=0, gpus=0),
         engine=EngineSettings(batch_size=4, max_queued=64),
     )
 
