@@ -2,15 +2,11 @@
 
 import fnmatch
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ray.autoscaler._private.command_runner import _with_interactive
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("ray", "serve", "python", "hf")
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -86,45 +82,3 @@ def test_what_is_copied_is_there_and_sent() -> None:
 )
 def test_what_is_nobodys_business_is_not_sent(path: str) -> None:
     assert not sent(path)
-
-
-def test_serve_config_is_copied_alone() -> None:
-    assert "cluster/serve.yaml cluster/" in arguments("COPY"), "serve deploy cluster/serve.yaml, from WORKDIR"
-    assert sent("cluster/serve.yaml") and not sent("cluster/ray-up.yaml")
-
-
-def test_what_ray_up_needs_is_installed() -> None:
-    (installed,) = re.findall(r"apt-get install ([^&]+)", " ".join(arguments("RUN")))
-    assert {"openssh-client", "rsync"} <= set(installed.split())
-
-
-DEBIAN_PROFILE = 'PATH=/usr/local/bin:/usr/bin:/bin\nexport PATH\nfor i in {folder}/*.sh; do . "$i"; done\n'
-"""What Debian's /etc/profile does in a login shell of a user."""
-
-
-def test_login_shells_find_the_programs(tmp_path: Path) -> None:
-    """Ray's Docker runner wraps every command of `ray up` in a login shell."""
-    venv, profile_d, home = tmp_path / "venv", tmp_path / "profile.d", tmp_path / "home"
-    for folder in (venv / "bin", profile_d, home):
-        folder.mkdir(parents=True)
-    for name in PROGRAMS:
-        (venv / "bin" / name).touch(mode=0o755)
-    for step in (step for rest in arguments("RUN") for step in rest.split("&&") if "/etc/profile.d/" in step):
-        here = step.replace("/etc/profile.d", str(profile_d)).replace("/opt/venv", str(venv))
-        subprocess.run(["sh", "-c", here], check=True)
-    (home / ".bash_profile").write_text(DEBIAN_PROFILE.format(folder=profile_d))
-    (home / ".bashrc").touch()
-    (path,) = re.findall(r"PATH=(\S+)", " ".join(arguments("ENV")))
-    path = path.replace("/opt/venv", str(venv)).replace("$PATH", "/usr/local/bin:/usr/bin:/bin")
-    asked = f"command -v {' '.join(PROGRAMS)}"
-    runner: Callable[[str], list[str]] = _with_interactive
-    for line in (asked, " ".join(runner(asked))):
-        done = subprocess.run(
-            ["bash", "-c", line],
-            env={"PATH": path, "HOME": str(home)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            start_new_session=True,
-        )
-        assert done.stdout.split() == [str(venv / "bin" / name) for name in PROGRAMS], done.stderr
