@@ -25,7 +25,7 @@ class Placement:
 
     low: int
     high: int
-    cpus: float
+    cpus: int
     """Also the threads that a worker computes with; 0 uses what is left beside other work."""
     gpus: float
     note: str | None = None
@@ -41,7 +41,7 @@ class Placement:
     @property
     def threads(self) -> int:
         """Threads that a worker on CPUs computes with; 0 leaves the number to torch."""
-        return 0 if self.gpus else math.floor(self.cpus)
+        return 0 if self.gpus else self.cpus
 
 
 def place(

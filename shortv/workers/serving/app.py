@@ -47,16 +47,11 @@ _POLL_S = 0.1
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
-def place_replicas(
-    nodes: Sequence[Node], *, replicas: WorkerRange | None, gpus: float, device: str, cpus: float | None = None
-) -> Placement:
+def place_replicas(nodes: Sequence[Node], *, replicas: WorkerRange | None, gpus: float, device: str) -> Placement:
     """Fit replicas to the nodes, by default one per `gpus` GPUs, or one on CPUs; each gets its CPUs from one node.
 
     A given number of replicas on device "cuda" is not reduced: nodes with GPUs may join later. Replicas on CPUs leave
     one CPU to proxies and drivers; if there are fewer CPUs than replicas, they share them.
-
-    Args:
-        cpus: CPUs of each replica; by default one beside a GPU, else as many as each can have.
 
     Raises:
         Refused: GPUs are required and no node has enough of them.
@@ -67,7 +62,7 @@ def place_replicas(
         found = place(nodes, workers=replicas, gpus=gpus, device=device, spare_cpus=1)
         if replicas is not None and not found.gpus and found.low < replicas.low:
             found = Placement(low=replicas.low, high=replicas.high, cpus=0, gpus=0)
-    return found if cpus is None else replace(found, cpus=cpus)
+    return found
 
 
 def all_nodes() -> list[Node]:
@@ -82,21 +77,23 @@ def replica_app(
     placement: Placement,
     *,
     engine: EngineSettings,
+    cpus: float | None = None,
     drain_s: float = 10.0,
 ) -> Any:
     """Return the bound deployment of replicas; it is an application of its own for callers with a handle.
 
     Serve stores what a deployment is bound to, so the token of the hub is left out: replicas find it in the
-    environment of their node, or in the file at HF_TOKEN_PATH. A replica that is no longer needed has `drain_s`
-    seconds to finish its requests.
+    environment of their node, or in the file at HF_TOKEN_PATH. Each replica has `cpus` CPUs if they are given. One that
+    is no longer needed has `drain_s` seconds to finish its requests.
     """
+    cpus = placement.cpus if cpus is None else cpus
     public = Environment({name: value for name, value in model.environment.items() if name != "HF_TOKEN"})
     folders = {plan.parts.path: model_folder(plan.parts.path) for plan in plans if plan.parts is not None}
     offered = {path: offer(*found) for path, found in folders.items() if found is not None}
     setup = ReplicaSetup(
         model=replace(model, environment=public),
         device=placement.device,
-        threads=0 if placement.gpus else max(1, math.floor(placement.cpus)),
+        threads=0 if placement.gpus else max(1, math.floor(cpus)),
         parts={path: folder for path, folder in offered.items() if folder is not None and folder.source},
         engine=engine,
     )
@@ -111,7 +108,7 @@ def replica_app(
         # While no replica runs, all requests that an endpoint accepts wait here, beside lookups of the plans.
         max_queued_requests=2 * high * most,
         user_config={"plans": [json.loads(plan.to_json()) for plan in plans]},
-        ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": placement.gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=drain_s,
@@ -183,13 +180,7 @@ def build(spec: EndpointSpec) -> Any:
         graceful_shutdown_timeout_s=spec.timeout,
         logging_config=_LOGGING,
     )
-    placement = place_replicas(
-        all_nodes(),
-        replicas=spec.replicas,
-        gpus=spec.gpus_per_replica,
-        device=spec.device,
-        cpus=spec.cpus_per_replica,
-    )
+    placement = place_replicas(all_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device)
     # A folder must be on every node: nobody could ship it to replicas that start after this process has ended.
     model = RemoteModel(loader=ModelLoader(), spec=spec.model_spec(), folder=None, environment=hub_environment())
     return deployment.bind(replicas_of(spec, model, placement), spec, key_digests(spec))
@@ -198,7 +189,14 @@ def build(spec: EndpointSpec) -> Any:
 def replicas_of(spec: EndpointSpec, model: RemoteModel, placement: Placement) -> Any:
     """Return the replicas of an endpoint. Raises Refused for unreadable plans."""
     engine = EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout)
-    return replica_app(model, read_plans(spec.plans), placement, engine=engine, drain_s=spec.timeout)
+    return replica_app(
+        model,
+        read_plans(spec.plans),
+        placement,
+        engine=engine,
+        cpus=spec.cpus_per_replica,
+        drain_s=spec.timeout,
+    )
 
 
 def deploy(app: Any, *, name: str, route_prefix: str | None, timeout_s: float = STARTUP_S) -> DeploymentHandle[Any]:

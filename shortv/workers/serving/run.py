@@ -62,7 +62,6 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
                 replicas=spec.replicas,
                 gpus=spec.gpus_per_replica,
                 device=spec.device,
-                cpus=spec.cpus_per_replica,
             )
             if placement.note:
                 say(console, placement.note)

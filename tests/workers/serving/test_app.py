@@ -26,12 +26,12 @@ def nodes(*cpus_and_gpus: tuple[float, float]) -> list[Node]:
 
 
 def deployment(replicas: WorkerRange = ONE_TO_TWO, *, gpus: float = 0, cpus: float = 0, **more: Any) -> Any:
-    placement = Placement(low=replicas.low, high=replicas.high, gpus=gpus, cpus=cpus)
+    placement = Placement(low=replicas.low, high=replicas.high, gpus=gpus, cpus=1)
     model = RemoteModel(
         loader=ModelLoader(), spec=ModelSpec(name="org/model"), folder=None, environment=hub_environment()
     )
     return replica_app(
-        model, (), placement, engine=EngineSettings(batch_size=8, max_queued=24), **more
+        model, (), placement, engine=EngineSettings(batch_size=8, max_queued=24), cpus=cpus, **more
     )._bound_deployment
 
 
@@ -72,7 +72,7 @@ def test_replicas_on_cpus_fit_on_one_node_each() -> None:
     # With fewer CPUs than replicas, the replicas share them.
     shared = place_replicas(nodes((2, 0)), replicas=WorkerRange(4, 4), device="cpu", gpus=1)
     assert (shared.low, shared.cpus) == (4, 0)
-    assert place_replicas(two, replicas=WorkerRange(2, 2), device="cpu", gpus=1, cpus=0.5).cpus == 0.5
+    assert deployment(cpus=0.5).ray_actor_options["num_cpus"] == 0.5
 
 
 def test_without_a_number_there_is_a_replica_per_free_gpu() -> None:
