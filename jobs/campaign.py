@@ -1,18 +1,18 @@
-"""Judge plans: models x plans x lmms-eval tasks, with the loss against the full model and the speed gained.
+"""Evaluate plans: models x plans x lmms-eval tasks, with scores and speed compared with the full model.
 
     python jobs/campaign.py --config shortv/tiny/campaign.toml
     python jobs/campaign.py --plans sweep:runs/demo@5,random:0..4@5 --tasks shapes_vqa --output-path runs/campaign
     python jobs/campaign.py --config recipe.toml --retry-failed
     ray job submit --working-dir . -- python jobs/campaign.py ... --output-path /shared/campaign
 
-A recipe is a TOML file with the settings below, underscores for hyphens; flags go before it. A plan is a file (several
-by *), a published plan's name, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (a FLOPs ratio), all (layers), or a control:
-random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS, last@LAYERS. /MODE after it names another mode than
-freeze-visual; last@LAYERS/drop-visual, the exit at a fixed layer, is no control. The full model is always among the
-plans.
+A recipe is a TOML file with the settings below, with underscores instead of hyphens; flags override it. A plan is a
+file (a pattern with * names several), a published plan's name, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (a FLOPs ratio),
+all (layers), or a control: random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS, last@LAYERS. The mode is freeze-visual
+unless /MODE follows. last@LAYERS/drop-visual, an exit at a fixed layer, is not a control. The full model is always
+evaluated.
 
-The same command on the same folder continues a campaign that was stopped, and repeats the result of a finished one;
-a changed recipe runs only the cells that are missing.
+The same command on the same folder continues a campaign that was stopped, and prints the result of a finished one
+again. With a changed recipe, only the cells that are missing run.
 Exit status: 0 complete, 1 failed while working, 2 refused before work started, 3 finished but some samples failed.
 """
 

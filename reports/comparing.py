@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES: Final = 4_000
-# Below so many distinct differences, drawing how often each comes is the cheaper form of the same resampling.
+# With fewer distinct values, drawing a count for each of them is a cheaper form of the same resampling.
 _FEW_DISTINCT: Final = 256
 _ROUND_BYTES: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """The answers of one plan to one task, seen through one metric.
+    """The scores of one plan on one task by one metric.
 
-    `sample_ids` are distinct, `values` are NaN where the sample has no score, and `answers` are numbers that are
-    equal where the answers are. All three are in the same order.
+    `sample_ids` are distinct, `values` are NaN for samples without a score, and `answers` are numbers that are equal
+    for equal answers. All three have the same order.
     """
 
     sample_ids: NDArray[np.str_]
@@ -29,7 +29,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """How one plan does against another on the `n` samples that both have.
+    """One plan compared with another on the `n` samples that both have.
 
     `value` and `against_value` are means of per-sample scores, `difference` is the first less the second, with its
     95 % interval. `share_changed` is the share of answers that differ as text.
@@ -98,7 +98,7 @@ def bootstrap_interval(
 
 
 def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator, resamples: int) -> NDArray[np.float64]:
-    """Draw in rounds, so that memory does not grow with samples times resamples."""
+    """Return the means of resamples, drawn in rounds of bounded memory."""
     size = len(values_S)
     per_round = max(1, _ROUND_BYTES // (size * 16))
     rounds = [min(per_round, resamples - start) for start in range(0, resamples, per_round)]
@@ -106,7 +106,7 @@ def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator,
 
 
 def _scored(side: Side) -> Side:
-    """Leave out samples without a score, and sort the others by id."""
+    """Return the samples that have a score, sorted by id."""
     kept = np.flatnonzero(~np.isnan(side.values))
     kept = kept[np.argsort(side.sample_ids[kept], kind="stable")]
     return Side(sample_ids=side.sample_ids[kept], values=side.values[kept], answers=side.answers[kept])

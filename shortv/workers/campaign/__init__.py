@@ -1,1 +1,1 @@
-"""Campaigns: models x plans x lmms-eval tasks, one cell after the other, in a folder that can be continued."""
+"""Campaigns: models x plans x lmms-eval tasks, cell by cell, in a folder in which the same command continues."""

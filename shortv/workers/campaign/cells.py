@@ -1,4 +1,4 @@
-"""The cells of a campaign, model x plan x task: what decides a cell's result, what it gave, and its record."""
+"""The cells of a campaign, model x plan x task: what decides a cell's result, the result, and its record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COMPUTING: Final = ("shortv", "torch", "torchvision", "transformers", "lmms-eva
 
 
 class TaskFacts(NamedTuple):
-    """An lmms-eval task: `digest` covers its configuration, its code and its documents.
+    """An lmms-eval task: `digest` covers its configuration, code and documents.
 
     `main_metric` is the first metric of its configuration with higher_is_better; None takes the first one scored.
     """
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def shown(self) -> str:
-        """The cell in messages."""
+        """Return the name of the cell in messages."""
         return f"{self.model.name} {self.entry.name} {self.task.name}"
 
 
@@ -67,7 +67,7 @@ def list_cells(
     entries: Mapping[str, Sequence[PlanEntry]],
     tasks: Sequence[TaskFacts],
 ) -> list[Cell]:
-    """Return all cells by model, then by task, so that the plans of a task follow each other, the full model first."""
+    """Return the cells ordered by model, then by task, then by plan, the full model first."""
     return [_cell(spec, model, entry, task) for model in models for task in tasks for entry in entries[model.name]]
 
 
@@ -75,7 +75,7 @@ def _cell(spec: CampaignSpec, model: ModelFacts, entry: PlanEntry, task: TaskFac
     found = versions()
     identity = {
         "cell_version": CELL_VERSION,
-        # A folder is known by its content, wherever it lies.
+        # A local model is identified by its content, not by its path.
         "model": model.digest or model.name,
         "revision": model.revision,
         "config_digest": model.architecture.config_digest,
@@ -96,8 +96,8 @@ def _cell(spec: CampaignSpec, model: ModelFacts, entry: PlanEntry, task: TaskFac
 class CellResult:
     """All samples of a cell, each once, and the metrics over those without an error.
 
-    `seconds` is how long the requests took, without loading and scoring (None: the driver's own clock counts).
-    `problem` says why there are no metrics: the answers are kept, and the cell has failed.
+    `seconds` is how long the requests took, without loading and scoring (None: the time of the whole cell).
+    With a `problem` there are no metrics: the answers are stored, and the cell has failed.
     """
 
     samples: Sequence[Sample]
@@ -108,7 +108,7 @@ class CellResult:
 
 
 RunCell = Callable[[Plan | None, str], CellResult]
-"""Answers one task under a plan, None being the unmodified model; raises ShortVError when the cell has failed."""
+"""Runs one task under a plan; None is the unmodified model. Raises ShortVError when the cell has failed."""
 
 
 class Runner(Protocol):
@@ -121,7 +121,7 @@ class Runner(Protocol):
         """Read a model's sizes from its configuration alone. Raises Refused."""
 
     def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
-        """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
+        """Load a task once. Raises Refused for an unknown task, ShortVError when its data cannot be loaded."""
 
     def open(self, model: str, plans: Sequence[Plan], spec: CampaignSpec) -> AbstractContextManager[RunCell]:
         """Start replicas that serve the model itself and these plans, and stop them at the end."""
@@ -142,9 +142,9 @@ class _Stored(BaseModel):
 
 
 class Speed(_Stored):
-    """How fast the completions came, and the mean text (`t`) and visual (`v`) tokens of the prompts; None: unknown.
+    """Speed of the completions, and mean text (`t`) and visual (`v`) tokens of the prompts; None: unknown.
 
-    `decode_ms_per_token_median` divides a sample's decode time by the tokens of its completion.
+    For `decode_ms_per_token_median`, the decode time of a sample is divided by the tokens of its completion.
     """
 
     n: int = 0
@@ -194,10 +194,10 @@ class CellRecord(_Stored):
 
 
 def record_of(cell: Cell, result: CellResult, started: str, wall_seconds: float) -> CellRecord:
-    """Return the record of a cell that ran, still without the digest of its answers.
+    """Return the record of a cell that ran, without the digest of its answers.
 
     Raises:
-        ShortVError: there is no sample, or one occurs twice: the result cannot be trusted.
+        ShortVError: there are no samples, or one occurs twice.
     """
     _check_samples(result.samples)
     errors = [sample for sample in result.samples if sample.error is not None]
@@ -216,7 +216,7 @@ def record_of(cell: Cell, result: CellResult, started: str, wall_seconds: float)
 
 
 def failed_record(cell: Cell, error: Exception, started: str, wall_seconds: float) -> CellRecord:
-    """Return the record of a cell that gave no result. An error that is not this project's is named by its type."""
+    """Return the record of a cell without a result. Errors of other libraries are named by their type."""
     message = one_line(error) if isinstance(error, ShortVError) else f"{type(error).__name__}: {one_line(error)}"
     return _record(cell, started, wall_seconds, state=CellState.FAILED, message=message)
 
@@ -236,10 +236,10 @@ def _record(cell: Cell, started: str, wall_seconds: float, *, state: CellState, 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
-        raise ShortVError("the task gave no sample; raise the limit, or check the data of the task")
+        raise ShortVError("the task has no samples; raise the limit, or check the data of the task")
     sample_id, times = Counter(sample.sample_id for sample in samples).most_common(1)[0]
     if times > 1:
-        raise ShortVError(f"sample {sample_id!r} occurs {times} times; give the task's documents distinct ids")
+        raise ShortVError(f"sample {sample_id!r} occurs {times} times; the documents of the task need distinct ids")
 
 
 def _failed_samples(errors: Sequence[Sample], total: int) -> str:
@@ -258,39 +258,39 @@ def _finite(metric: MetricRow) -> MetricRow:
 
 def _speed(cell: Cell, result: CellResult, seconds: float) -> Speed:
     """Summarise the times and token counts of the samples that succeeded within `seconds`."""
-    answered = [sample for sample in result.samples if sample.error is None]
+    succeeded = [sample for sample in result.samples if sample.error is None]
     text = [
-        sample.prompt_tokens - (sample.visual_tokens or 0) for sample in answered if sample.prompt_tokens is not None
+        sample.prompt_tokens - (sample.visual_tokens or 0) for sample in succeeded if sample.prompt_tokens is not None
     ]
     t = fmean(text) if text else None
-    visual = [sample.visual_tokens for sample in answered if sample.visual_tokens is not None]
+    visual = [sample.visual_tokens for sample in succeeded if sample.visual_tokens is not None]
     v = fmean(visual) if visual else None
     return Speed(
-        n=len(answered),
-        prefill_ms_median=_median(sample.prefill_ms for sample in answered),
+        n=len(succeeded),
+        prefill_ms_median=_median(sample.prefill_ms for sample in succeeded),
         decode_ms_per_token_median=_median(
             sample.decode_ms / sample.completion_tokens
-            for sample in answered
+            for sample in succeeded
             if sample.decode_ms is not None and sample.completion_tokens
         ),
-        latency_ms_median=_median(sample.latency_ms for sample in answered),
-        samples_per_second=len(answered) / seconds if answered and seconds > 0 else None,
+        latency_ms_median=_median(sample.latency_ms for sample in succeeded),
+        samples_per_second=len(succeeded) / seconds if succeeded and seconds > 0 else None,
         t=t,
         v=v,
-        flops_ratio=None if t is None or v is None or t + v <= 0 else _flops_ratio(cell, answered, t, v),
+        flops_ratio=None if t is None or v is None or t + v <= 0 else _flops_ratio(cell, succeeded, t, v),
         replicas=result.replicas,
     )
 
 
-def _flops_ratio(cell: Cell, answered: Sequence[Sample], t: float, v: float) -> float | None:
-    """Return the measured ratio where visual tokens leave per sample, else the one that the plan predicts."""
+def _flops_ratio(cell: Cell, succeeded: Sequence[Sample], t: float, v: float) -> float | None:
+    """Return the measured ratio if each sample has its own exit layer, else the ratio that the plan predicts."""
     sizes, plan = cell.model.architecture, cell.entry.plan
     if plan.parts is None or plan.parts.kind is not PartsKind.DYVTE:
         return plan_flops_ratio(plan, sizes, t, v)
     exits = []
-    for sample in answered:
+    for sample in succeeded:
         tokens, visual = sample.prompt_tokens, sample.visual_tokens or 0
-        # Without visual tokens it does not matter where they leave.
+        # A prompt without visual tokens costs the same with any exit layer.
         layer = sample.exit_layer if visual else sizes.num_layers
         if tokens is not None and layer is not None:
             exits.append((layer, tokens - visual, visual))

@@ -112,7 +112,7 @@ def prepare(spec: CampaignSpec, runner: Runner) -> Prepared:
 
 @dataclass(slots=True, kw_only=True)
 class _Campaign:
-    """A campaign in a folder that is locked; `records` are those of its finished cells by key."""
+    """A campaign in a locked folder; `records` are those of its finished cells by key."""
 
     prepared: Prepared
     runner: Runner
@@ -282,5 +282,5 @@ def _plan_facts(model: str, entry: PlanEntry) -> dict[str, Any]:
         "ranking": plan.ranking,
         "source": plan.source,
     }
-    # As a file gives it back, so that manifests can be compared.
+    # The same values as after reading the file, so that manifests can be compared.
     return {name: plain(value) for name, value in facts.items()}

@@ -47,7 +47,7 @@ class PlanKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model of a campaign; `digest` is that of its folder where it is a local one."""
+    """A model of a campaign; `digest` is that of its folder, None for a model on the hub."""
 
     name: str
     revision: str | None
@@ -64,7 +64,7 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEntry:
-    """A plan under its name; `same_as` names the entry before it that has the same digest and runs for both."""
+    """A plan of a campaign; `same_as` names an earlier entry with the same digest, whose cells are also its own."""
 
     plan: Plan
     kind: PlanKind
@@ -79,7 +79,7 @@ class PlanEntry:
 
     @property
     def size(self) -> Mapping[Mode, int]:
-        """How many layers have which mode; plans of one size cost the same."""
+        """Return the number of layers in each mode; plans of the same size cost the same."""
         return Counter(mode for mode in self.plan.modes if mode is not Mode.FULL)
 
 
@@ -92,7 +92,7 @@ class ResolvedPlans(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PlanSource:
-    """One text of a recipe, and how it becomes a plan of a model. `make` raises Refused where it cannot."""
+    """A text of a recipe and how to make a plan of a model from it. `make` raises Refused if the plan does not fit."""
 
     text: str
     kind: PlanKind
@@ -100,11 +100,11 @@ class _PlanSource:
 
 
 def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> ResolvedPlans:
-    """Give every model the plans that fit it, the full model's first.
+    """Return the plans that fit each model, the full model first.
 
     Raises:
-        Refused: a text has none of the known forms, its file or folder holds no plan, a plan fits none of the models,
-            or two plans have the same name.
+        Refused: a text has an unknown form, its file or folder holds no plan, a plan fits none of the models, or two
+            different plans have the same name.
     """
     sweeps: dict[tuple[str, Mode], SweepResult] = {}
     sources = [source for text in texts if text != FULL for source in _sources(text, sweeps)]
@@ -153,12 +153,12 @@ def _paths(text: str) -> list[str]:
         return [text]
     found = sorted(glob.glob(text))
     if not found:
-        raise Refused("the pattern matches no file; give another one, or make the plans first")
+        raise Refused("the pattern matches no files; give another one, or make the plans first")
     return found
 
 
 def _given(text: str, plan: Plan) -> _PlanSource:
-    """A plan that exists already, for whichever model it fits."""
+    """Return a source for an existing plan."""
     return _PlanSource(text=text, kind=PlanKind.PLAN, make=lambda model: plan)
 
 
@@ -179,7 +179,7 @@ def _controls(found: re.Match[str]) -> Iterator[_PlanSource]:
         raise Refused(f"{low}..{high} are {len(seeds)} seeds; give 1 to {_MAX_SEEDS}, the lower one first")
     count, mode = int(found["count"]), _mode(found["mode"])
     if order is Control.LAST and mode is Mode.DROP_VISUAL:
-        # An exit at a fixed layer is a plan, not a control.
+        # An exit at a fixed layer is evaluated, it is not a control.
         yield _fixed(found.string, mode, count)
         return
     for seed in seeds:
@@ -187,7 +187,7 @@ def _controls(found: re.Match[str]) -> Iterator[_PlanSource]:
 
 
 def _fixed(text: str, mode: Mode, count: int | None) -> _PlanSource:
-    """A mode in all layers, or in the last `count` of them: the layers are not chosen by their LC."""
+    """Return a source for a mode in all layers, or in the last `count` layers, whatever their LC."""
 
     def make(model: ModelFacts) -> Plan:
         layers = model.architecture.num_layers if count is None else count
@@ -198,7 +198,7 @@ def _fixed(text: str, mode: Mode, count: int | None) -> _PlanSource:
 
 
 def _control(text: str, order: Control, seed: int, count: int, mode: Mode) -> _PlanSource:
-    """A control: `count` layers in an order that does not depend on their LC."""
+    """Return a source for a control: `count` layers in an order that does not depend on their LC."""
     random = order is Control.RANDOM
     suffix = "" if mode is Mode.FREEZE_VISUAL else f"-{mode}"
     name = f"{order.value}{seed if random else ''}-{count}{suffix}"
@@ -229,7 +229,7 @@ def _of_order(model: ModelFacts, mode: Mode, count: int, name: str, source: Mapp
 def _mode(name: str | None) -> Mode:
     mode = parse_mode(name) if name else Mode.FREEZE_VISUAL
     if mode is Mode.FULL:
-        raise Refused("the mode full changes nothing; name another mode, or the plan full")
+        raise Refused("the mode full changes nothing; choose another mode, or give the plan full")
     return mode
 
 
@@ -259,7 +259,7 @@ def _fitting(source: _PlanSource, model: ModelFacts) -> tuple[PlanEntry, list[st
 
 
 def _distinct(entries: Sequence[PlanEntry], model: str) -> tuple[PlanEntry, ...]:
-    """Keep one entry per name, and note which plans equal an earlier one of another name."""
+    """Return one entry per name, each with the earlier entry that has the same digest."""
     by_name: dict[str, PlanEntry] = {}
     first: dict[str, str] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Cells answered by Serve replicas, scored by lmms-eval."""
+"""Runs the cells of a campaign: requests go to Serve replicas, lmms-eval scores the completions."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
 
 REQUEST_SECONDS = 600.0
-"""How long one request may take, waiting for replicas that come back included."""
+"""How long one request may take, including the time until a lost replica is back."""
 
 
 class ReplicaRunner:
-    """Runs the cells of a campaign on replicas of each model, which serve all of its plans."""
+    """Runs the cells of a campaign on replicas of each model that serve all its plans."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Progress goes to the console."""
+        """Print progress to the console."""
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
 
     def pin(self, model: str, spec: CampaignSpec) -> str | None:
-        """Ask the hub, or its cache where it cannot be reached. Raises Refused."""
+        """Look up the commit on the hub, or in its cache if the hub cannot be reached. Raises Refused."""
         return ModelLoader().pin(_model_spec(model, spec)).revision
 
     def describe(self, model: str, spec: CampaignSpec) -> Architecture:
@@ -56,7 +56,7 @@ class ReplicaRunner:
         return ModelLoader().describe(_model_spec(model, spec))
 
     def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
-        """Load a task, once. Raises Refused for an unknown one, ShortVError when its data cannot be had."""
+        """Load a task once. Raises Refused for an unknown task, ShortVError when its data cannot be loaded."""
         if name not in self._benchmarks:
             self._benchmarks[name] = Benchmark(
                 name,
@@ -103,7 +103,7 @@ class ReplicaRunner:
 
             responses = asyncio.run(
                 benchmark.run(
-                    # What a client waits for belongs to the event loop, and each cell has its own.
+                    # A client belongs to an event loop, and each cell has its own.
                     ReplicaClient(handle, patient=True),
                     plan=plan.name if plan else FULL_MODEL,
                     concurrency=concurrency,

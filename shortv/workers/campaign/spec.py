@@ -1,4 +1,4 @@
-"""What a user asks of a campaign, from flags and a TOML recipe."""
+"""The settings of a campaign, from flags and a TOML recipe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _literal(text: str) -> object:
     return text
 
 
-# How a campaign is run and where; its cells are the same with any of them.
+# Settings that do not change the results of any cell.
 _NOT_DECIDING = (
     "replicas",
     "gpus_per_replica",
@@ -61,7 +61,7 @@ class CampaignSpec(LoadingSpec):
     )
     plans: Texts = Field(
         (),
-        description="Plans, as above; may be repeated or separated by commas.",
+        description="Plans, as described above; may be repeated or separated by commas.",
         json_schema_extra={"flag": "--plans", "also": "--plan"},
     )
     tasks: Annotated[Texts, Field(min_length=1)] = Field(
@@ -82,15 +82,15 @@ class CampaignSpec(LoadingSpec):
     )
     gpus_per_replica: Gpus = Field(1.0, description="GPUs of a replica; above 1 the model is spread over them.")
     batch_size: Count = Field(
-        16, description="Most requests that a replica runs together.", json_schema_extra={"short": "-b"}
+        16, description="Maximum number of requests in a batch of a replica.", json_schema_extra={"short": "-b"}
     )
     num_concurrent: Count | None = Field(
-        None, description="Requests in flight at once. [default: as many as the replicas take]"
+        None, description="Maximum number of concurrent requests. [default: as many as the replicas accept]"
     )
     device: Device = Field("auto", description="Where replicas run.")
     output_path: Annotated[str, Field(min_length=1)] = Field(description="Folder or URI (s3://...) for the results.")
-    fail_on_error: Share = Field(0.0, description="Share of a cell's samples whose failure still gives exit status 0.")
-    retry_failed: bool = Field(False, description="Run the cells again that failed or lack samples.")
+    fail_on_error: Share = Field(0.0, description="Share of the samples of a cell that may fail with exit status 0.")
+    retry_failed: bool = Field(False, description="Run cells again that failed or lack samples.")
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings by name, as JSON values."""

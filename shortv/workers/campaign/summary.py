@@ -1,4 +1,4 @@
-"""What a campaign prints at its end: a table per model and task, what it says of the plans, and what failed."""
+"""The output of a campaign: a table for each model and task, conclusions about the plans, and the failures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.table import Table
 
 from shortv.workers.campaign.cells import Cell, CellRecord, CellState
 from shortv.workers.campaign.plans import FULL
-from shortv.workers.campaign.tables import Row, beside
+from shortv.workers.campaign.tables import Row, same_group
 
 Tables = Mapping[str, Sequence[Row]]
 _LEARNED: Final = ("learned", "trained")
 
 
 def print_summary(cells: Sequence[Cell], records: Mapping[str, CellRecord], tables: Tables, console: Console) -> None:
-    """Print a table for each model and task with what follows from it, then the list of failures."""
+    """Print a table and conclusions for each model and task, then the list of failures."""
     shown = set()
     for cell in cells:
         if (cell.model.name, cell.task.name) not in shown:
             shown.add((cell.model.name, cell.task.name))
-            _print_group(beside(cell, cells), records, tables, console)
+            _print_group(same_group(cell, cells), records, tables, console)
     failures = list_failures(cells, records)
     if failures:
         console.print(f"[bold]{len(failures)} cell{'s' * (len(failures) != 1)} with failures[/bold]", highlight=False)
@@ -33,7 +33,7 @@ def print_summary(cells: Sequence[Cell], records: Mapping[str, CellRecord], tabl
 
 
 def list_failures(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> list[str]:
-    """One line for every cell that failed or lacks samples."""
+    """Return a line for every cell that failed or lacks samples."""
     own = (cell for cell in cells if cell.entry.same_as is None)
     found = ((cell, records[cell.key]) for cell in own if cell.key in records)
     return [f"{cell.shown}: {record.message}" for cell, record in found if record.state is not CellState.COMPLETE]
@@ -51,7 +51,7 @@ def result_line(cell: Cell, record: CellRecord) -> str:
 
 
 def main_metric(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> str | None:
-    """The metric that the table of a task shows: the task's own choice, else the first that a cell has."""
+    """Return the metric in the table of a task: the main metric of the task, else the first of a cell."""
     named = cells[0].task.main_metric
     found = (metric.metric for cell in cells if cell.key in records for metric in records[cell.key].metrics)
     return named or next(found, None)
@@ -61,7 +61,7 @@ def _print_group(cells: Sequence[Cell], records: Mapping[str, CellRecord], table
     metric = main_metric(cells, records)
     title = escape(f"{cells[0].model.name} on {cells[0].task.name}")
     learned = any(cell.entry.training for cell in cells)
-    # With two columns more, the table still fits into 110.
+    # With the two columns about learning, the table fits into 110 characters.
     table = Table(
         title=title,
         title_justify="left",
@@ -92,7 +92,7 @@ def _columns(
         yield from ("", "not run" if record is None else "failed", "", "", "", "")
         return
     yield _text(record.speed.flops_ratio, ".1%")
-    # A task may have one metric under several filters; the first is the one that its configuration names first.
+    # A task may have one metric under several filters; the first filter of its configuration counts.
     yield _text(next((found.value for found in record.metrics if found.metric == metric), None), ".4f")
     row = _comparison(cell, metric, FULL, tables)
     yield _interval(row) if row else ""
@@ -103,7 +103,7 @@ def _columns(
 
 
 def _learned(cell: Cell) -> Iterator[str]:
-    """How many parameters the plan's parts have, and how long their training took."""
+    """Yield the number of parameters of the plan's parts, and how long their training took."""
     parameters, seconds = cell.entry.training or (None, None)
     yield _text(parameters, ",")
     if seconds is None:

@@ -1,4 +1,4 @@
-"""A campaign's tables, in the order of its recipe, from the records and answers of its finished cells."""
+"""The tables of a campaign, made from the records and answers of its finished cells, in the order of its settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 def build_tables(cells: Sequence[Cell], records: Mapping[str, CellRecord], scores: Scores) -> dict[str, list[Row]]:
-    """Return the rows of every table. A cell that is not finished has none; an order of finishing leaves no trace."""
+    """Return the rows of every table. They do not depend on the order in which cells finished."""
     finished = [(cell, records[cell.key]) for cell in cells if cell.key in records]
     return {
         "cells": [_cell_row(cell, record) for cell, record in finished],
@@ -31,19 +31,19 @@ def build_tables(cells: Sequence[Cell], records: Mapping[str, CellRecord], score
 
 
 def mean_of_controls(count: int) -> str:
-    """What `against` says for the mean of so many random controls."""
+    """Return the value of `against` for the mean of `count` random controls."""
     return f"mean of {count} random control{'s' * (count != 1)}"
 
 
 def controls_of(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of the random controls that change as many layers in the same way, for a plan that is no control."""
+    """Return the cells of the random controls with as many layers in each mode; none for a cell that is a control."""
     if cell.entry.kind is not PlanKind.PLAN:
         return []
-    return [other for other in beside(cell, cells) if _is_control(other.entry, cell.entry)]
+    return [other for other in same_group(cell, cells) if _is_control(other.entry, cell.entry)]
 
 
-def beside(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """All cells of the same model and task, in order, the cell itself among them."""
+def same_group(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """Return all cells of the same model and task in order, including the cell itself."""
     return [other for other in cells if other.model.name == cell.model.name and other.task.name == cell.task.name]
 
 
@@ -85,14 +85,14 @@ def _metric_rows(cell: Cell, record: CellRecord) -> Iterator[Row]:
 def _comparison_rows(
     cell: Cell, cells: Sequence[Cell], records: Mapping[str, CellRecord], scores: Scores
 ) -> Iterator[Row]:
-    """Against the full model; and for a plan that is no control, against the mean of its random controls."""
+    """Compare with the full model, and a plan that is not a control with the mean of its random controls too."""
     if cell.entry.kind is PlanKind.FULL:
         return
     own = records[cell.key]
-    full = [other for other in beside(cell, cells) if other.entry.kind is PlanKind.FULL]
-    controls = [other for other in controls_of(cell, cells) if _answered(records.get(other.key))]
+    full = [other for other in same_group(cell, cells) if other.entry.kind is PlanKind.FULL]
+    controls = [other for other in controls_of(cell, cells) if _has_answers(records.get(other.key))]
     for others, against in ((full, FULL), (controls, mean_of_controls(len(controls)))):
-        found = [records[other.key] for other in others if _answered(records.get(other.key))]
+        found = [records[other.key] for other in others if _has_answers(records.get(other.key))]
         for metric in scores.metrics(own) if found else ():
             comparison = scores.compare(own, found, metric)
             if comparison is not None and math.isfinite(comparison.difference):
@@ -100,12 +100,12 @@ def _comparison_rows(
                 yield names | {"metric": metric, "against": against} | asdict(comparison)
 
 
-def _answered(record: CellRecord | None) -> bool:
+def _has_answers(record: CellRecord | None) -> bool:
     return record is not None and record.answers_digest is not None
 
 
 class Scores:
-    """Compares cells, each pair once for as long as their answers stay what they are."""
+    """Compares cells; each comparison is computed again only when answers change."""
 
     def __init__(self, folder: CampaignFolder, *, seed: int) -> None:
         """Read answers from `folder`; `seed` is that of the bootstrap resamples."""
@@ -115,11 +115,11 @@ class Scores:
         self._compared: dict[tuple[str, ...], Comparison | None] = {}
 
     def metrics(self, record: CellRecord) -> list[str]:
-        """Names of the metrics for which samples of a cell have scores, in alphabetical order."""
+        """Return the metrics for which samples of a cell have scores, in alphabetical order."""
         return sorted(self._of(record))
 
     def compare(self, record: CellRecord, against: Sequence[CellRecord], metric: str) -> Comparison | None:
-        """Compare a cell with another, or with the mean of several; None when no sample has a score in all."""
+        """Compare a cell with another, or with the mean of several. Returns None if no sample has a score in all."""
         records = (record, *against)
         key = (metric, *(str(one.answers_digest) for one in records))
         if key not in self._compared:

@@ -88,7 +88,7 @@ def test_a_cell_that_fails_in_any_way_leaves_the_others(tmp_path: Path, error: E
         (FakeRunner(failing=EVERY_SAMPLE), "60 of 60 samples failed", 60),
         (FakeRunner(unscored=True), "no judge", 60),
         (FakeRunner(broken=True), "no replica started", 0),
-        (FakeRunner(samples=0), "gave no sample", 0),
+        (FakeRunner(samples=0), "has no samples", 0),
         (FakeRunner(repeated=True), "sample 's0' occurs 2 times", 0),
     ],
 )
