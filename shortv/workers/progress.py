@@ -1,4 +1,4 @@
-"""A progress bar with samples per second; plain lines, few of them, where there is no terminal."""
+"""A progress bar with samples per second; without a terminal, a line every few seconds."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ class ShippedFolder:
         here = Path(self.path)
         if here.is_dir() and folder_digest(here) == self.digest:
             return here
-        shelf = Path(tempfile.gettempdir()) / f"shortv-models-{os.getuid()}"
-        shelf.mkdir(mode=0o700, exist_ok=True)
-        copy = shelf / self.digest
-        with (shelf / f"{self.digest}.lock").open("w") as lock:
+        copies = Path(tempfile.gettempdir()) / f"shortv-models-{os.getuid()}"
+        copies.mkdir(mode=0o700, exist_ok=True)
+        copy = copies / self.digest
+        with (copies / f"{self.digest}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.is_dir():
                 self._write(copy)

@@ -96,7 +96,7 @@ def test_on_several_nodes(tmp_path: Path, nodes: str, embedded: Path, workers: i
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head node of one CPU that wants a token; yields the environment of its clients."""
+    """A head node of one CPU that requires a token; yields the environment of its clients."""
     home = tmp_path_factory.mktemp("head")
     token = home / "token"
     token.write_text(secrets.token_hex(32))

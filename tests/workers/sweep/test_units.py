@@ -60,6 +60,6 @@ def test_one_ablation_per_unit() -> None:
     assert units == [Unit(0, 0, 1), Unit(0, 2, 3), Unit(1, 0, 1), Unit(1, 1, 2), Unit(1, 2, 3)]
 
 
-def test_a_name_of_something_else_is_no_unit() -> None:
+def test_another_name_is_refused() -> None:
     with pytest.raises(ValueError):
         Unit.parse("manifest")
