@@ -50,12 +50,15 @@ class Projectors(Parts):
 
     def __init__(self, decoder: Decoder, settings: ProjectorSettings) -> None:
         super().__init__(settings)
+        self.projectors, self.language_model = nn.ModuleDict(), nn.Module()
+        # Parts that are loaded are built on the meta device first, where a copy of the language model takes no memory.
+        device = torch.get_default_device() if torch.get_default_device().type == "meta" else None
         own = decoder.projector
-        self.projectors = nn.ModuleDict({str(layer): copy.deepcopy(own).float() for layer in settings.layers})
-        self.language_model = nn.Module()
+        for layer in settings.layers:
+            self.projectors[str(layer)] = copy.deepcopy(own).to(device, torch.float32)
         for name in _replaced(decoder, settings.language_model):
             owner, last = _owner(decoder, name)
-            value = getattr(owner, last).detach().to(torch.float32, copy=True)
+            value = getattr(owner, last).detach().to(device, torch.float32, copy=True)
             _grow(self.language_model, name, nn.Parameter(value))
         self.requires_grad_(True)
 
