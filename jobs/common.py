@@ -91,15 +91,16 @@ def _let_logs_through(_: click.Context, __: click.Parameter, value: bool) -> Non
 
 def run(command: click.Command) -> None:
     """Run a job; 0 complete, 1 failed while working, 2 refused before work starts, 3 finished with failures."""
-    command.params.append(
-        click.Option(
-            ["--verbose"],
-            is_flag=True,
-            expose_value=False,
-            callback=_let_logs_through,
-            help="Show what Ray and its workers log.",
+    if not any(param.name == "verbose" for param in command.params):
+        command.params.append(
+            click.Option(
+                ["--verbose"],
+                is_flag=True,
+                expose_value=False,
+                callback=_let_logs_through,
+                help="Show what Ray and its workers log.",
+            )
         )
-    )
     try:
         status = command.main(standalone_mode=False)
     except click.ClickException as error:

@@ -1,6 +1,7 @@
 """--print-submission-id: one id per attempt on a folder, without work; and one driver at a time."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_the_hash_is_of_what_decides_the_result(
     assert sweep() == sweep("--workers", "1:4", "--device", "cpu", "--stack", 2, "--fail-on-error", "0.5")
     others = {sweep("--seed", 1), sweep("--batch-size", 4), sweep("--modes", "all"), sweep(out="other")}
     assert len({sweep(), *others}) == 5
+    monkeypatch.setenv("SHORTV_VERBOSE", "")
+    assert sweep("--verbose") == sweep() and os.environ["SHORTV_VERBOSE"] == "1"
     monkeypatch.chdir(tmp_path)
     assert printed(capsys, monkeypatch, lc_sweep, *SWEEP[1:], "--output-path", "out") == sweep()
 
