@@ -160,7 +160,7 @@ class ShortV(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
 
 class SimpleShortV(ShortV):
-    """The same for `--force_simple`, the form in which lmms-eval asks for likelihoods (multiple choice)."""
+    """The same for `--force_simple`, the form in which lmms-eval requests likelihoods (multiple choice)."""
 
     is_simple = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -297,7 +298,20 @@ def _settings(gen_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         raise Refused(
             f"the task's generation setting {unknown[0]!r} is not supported; supported are {', '.join(sorted(_KNOWN))}"
         )
-    return given, given["temperature"] > 0 if "temperature" in given else bool(given.get("do_sample"))
+    until = given.get("until", ())
+    if not isinstance(until, str) and not (isinstance(until, list | tuple) and all(isinstance(s, str) for s in until)):
+        raise Refused(f"the task's generation setting until is {until!r:.80}; give a text or a list of texts")
+    for name in sorted(given.keys() - {"until", "do_sample"}):
+        if not _is_number(given[name]):
+            raise Refused(f"the task's generation setting {name} is {given[name]!r:.80}; give a number")
+    return given, float(given["temperature"]) > 0 if "temperature" in given else bool(given.get("do_sample"))
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _max_tokens(given: Mapping[str, Any]) -> int:

@@ -43,7 +43,7 @@ class MetricRow(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class ScoredSample:
     """One document: its answer with its scores, or why it has none. Costs are sums over its requests."""
 
     sample_id: str
@@ -74,7 +74,7 @@ class Scored:
     Where the task's own aggregation fails there are no metrics, and `problem` says why.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[ScoredSample, ...]
     metrics: tuple[MetricRow, ...]
     problem: str | None = None
 
@@ -250,9 +250,9 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _sample(task: Any, doc_id: int, name: str, document: _Document, values: _Values | str | None) -> Sample:
+def _sample(task: Any, doc_id: int, name: str, document: _Document, values: _Values | str | None) -> ScoredSample:
     responses = [response for each in document.responses for response in each]
-    return Sample(
+    return ScoredSample(
         sample_id=name,
         prediction=None if document.failure else _prediction(document),
         target=_target(task, doc_id),

@@ -99,7 +99,7 @@ _LLAVA_NEXT = replace(
     label="LLaVA-NeXT",
     pixels="tiles",
     projector=None,
-    unprojected="projected rows are cut to the image's shape and newline embeddings stand between them",
+    unprojected="projected rows are cut to the image's shape with newline embeddings between them",
 )
 _QWEN = replace(
     _LLAVA,

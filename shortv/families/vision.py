@@ -71,7 +71,7 @@ class VisionCache:
         Raises:
             Refused: inside another such context.
         """
-        own, held = self._backbone.get_image_features, vars(self._backbone).get("get_image_features")
+        own, patched = self._backbone.get_image_features, vars(self._backbone).get("get_image_features")
         if hasattr(own, _CACHED):
             raise Refused("this model is already reusing vision features; leave that context first")
         images = self._layout(batch.inputs) if "pixel_values" in batch.inputs else []
@@ -92,8 +92,8 @@ class VisionCache:
             yield
         finally:
             del self._backbone.get_image_features
-            if held:
-                self._backbone.get_image_features = held
+            if patched:
+                self._backbone.get_image_features = patched
 
     def _served(self, images: Sequence[Pixels], run: Callable[[Sequence[Pixels]], Any]) -> Any:
         # The tiled ones come first: only at the end of a call can a single image be taken whole.

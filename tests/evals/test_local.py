@@ -161,6 +161,9 @@ def test_settings_of_tasks_are_read_alike_for_generate_and_for_replicas() -> Non
     for read in (sampling_params, generate_arguments):
         with pytest.raises(Refused, match=r"'guidance' is not supported; .*do_sample, "):
             read({"guidance": 1})
+        for name, value in (("max_new_tokens", "many"), ("temperature", [1]), ("top_k", 10**400), ("until", 3)):
+            with pytest.raises(Refused, match=f"setting {name} is "):
+                read({name: value})
 
 
 def test_a_stop_ends_the_answer(full: ShortV) -> None:

@@ -18,7 +18,7 @@ from reports.manifest import digest_of, utc_now, versions
 from reports.masking import masked
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError, one_line
-from shortv.evals.scoring import MetricRow, Sample
+from shortv.evals.scoring import MetricRow, ScoredSample
 from shortv.learned.dyvte import measured_exit_ratio
 from shortv.learned.registry import plan_flops_ratio
 from shortv.plan import PartsKind, Plan
@@ -100,7 +100,7 @@ class CellResult:
     With a `problem` there are no metrics: the answers are stored, and the cell has failed.
     """
 
-    samples: Sequence[Sample]
+    samples: Sequence[ScoredSample]
     metrics: Sequence[MetricRow]
     seconds: float | None = None
     replicas: int | None = None
@@ -234,7 +234,7 @@ def _record(cell: Cell, started: str, wall_seconds: float, *, state: CellState, 
     )
 
 
-def _check_samples(samples: Sequence[Sample]) -> None:
+def _check_samples(samples: Sequence[ScoredSample]) -> None:
     if not samples:
         raise ShortVError("the task has no samples; raise the limit, or check the data of the task")
     sample_id, times = Counter(sample.sample_id for sample in samples).most_common(1)[0]
@@ -242,7 +242,7 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         raise ShortVError(f"sample {sample_id!r} occurs {times} times; the documents of the task need distinct ids")
 
 
-def _failed_samples(errors: Sequence[Sample], total: int) -> str:
+def _failed_samples(errors: Sequence[ScoredSample], total: int) -> str:
     first = min(errors, key=lambda sample: sample.sample_id)
     reason = one_line(Exception(first.error))
     return f"{len(errors)} of {total} samples failed; the first, {first.sample_id!r}: {reason}"
@@ -282,7 +282,7 @@ def _speed(cell: Cell, result: CellResult, seconds: float) -> Speed:
     )
 
 
-def _flops_ratio(cell: Cell, succeeded: Sequence[Sample], t: float, v: float) -> float | None:
+def _flops_ratio(cell: Cell, succeeded: Sequence[ScoredSample], t: float, v: float) -> float | None:
     """Return the measured ratio if each sample has its own exit layer, else the ratio that the plan predicts."""
     sizes, plan = cell.model.architecture, cell.entry.plan
     if plan.parts is None or plan.parts.kind is not PartsKind.DYVTE:

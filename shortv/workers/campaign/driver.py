@@ -15,7 +15,7 @@ from rich.console import Console
 from reports.manifest import CampaignManifest, State, plain, utc_now, versions
 from reports.store import Folder
 from shortv.errors import Refused
-from shortv.evals.scoring import Sample
+from shortv.evals.scoring import ScoredSample
 from shortv.terminal import console as default_console
 from shortv.terminal import say
 from shortv.workers.campaign.cells import (
@@ -196,7 +196,7 @@ class _Campaign:
     def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
         started, clock = utc_now(), time.monotonic()
         plan = None if cell.entry.kind is PlanKind.FULL else cell.entry.plan
-        samples: Sequence[Sample] = ()
+        samples: Sequence[ScoredSample] = ()
         try:
             result = run_cell(plan, cell.task.name)
             record = record_of(cell, result, started, time.monotonic() - clock)
@@ -207,7 +207,7 @@ class _Campaign:
             record = failed_record(cell, error, started, time.monotonic() - clock)
         self._commit(cell, record, samples)
 
-    def _commit(self, cell: Cell, record: CellRecord, samples: Sequence[Sample] = ()) -> None:
+    def _commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample] = ()) -> None:
         """Write the cell and all tables. A retry that failed does not replace the samples of an earlier run."""
         before = self.records.get(cell.key)
         if record.state is CellState.FAILED and before is not None and before.state is not CellState.FAILED:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from reports.schemas import SCHEMAS
 from reports.store import Folder
 from shortv.errors import ShortVError
-from shortv.evals.scoring import Sample
+from shortv.evals.scoring import ScoredSample
 from shortv.workers.campaign.cells import Cell, CellRecord
 
 TABLES: Final = ("cells", "metrics", "comparisons", "speed")
@@ -49,7 +49,7 @@ class CampaignFolder:
             raise ShortVError(f"{self.folder.shown}/{_answers(key)} does not have the digest in {_record(key)}")
         return record
 
-    def commit(self, cell: Cell, record: CellRecord, samples: Sequence[Sample]) -> CellRecord:
+    def commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample]) -> CellRecord:
         """Write the answers of a cell, if it has any, then its record with their digest; returns that record."""
         if samples:
             self.folder.write_table(_answers(cell.key), [_answer(cell, sample) for sample in samples])
@@ -77,7 +77,7 @@ class CampaignFolder:
         return hashlib.sha256(self.folder.read_bytes(f"{_answers(key)}.parquet")).hexdigest()
 
 
-def _answer(cell: Cell, sample: Sample) -> dict[str, Any]:
+def _answer(cell: Cell, sample: ScoredSample) -> dict[str, Any]:
     own = {name: getattr(sample, name) for name in SCHEMAS["answers"].names if hasattr(sample, name)}
     # A sample that failed has no scores, whatever the runner returned.
     scores = sample.scores if sample.error is None else {}

@@ -17,7 +17,7 @@ from reports.manifest import Manifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
-from shortv.evals.scoring import MetricRow, Sample
+from shortv.evals.scoring import MetricRow, ScoredSample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.sweep.ranking import layer_statistics
@@ -122,16 +122,16 @@ class FakeRunner:
 
         yield run_cell
 
-    def _sample(self, model: str, plan: Plan | None, index: int) -> Sample:
+    def _sample(self, model: str, plan: Plan | None, index: int) -> ScoredSample:
         sample_id = f"s{index}"
         if sample_id in self.failing:
-            return Sample(sample_id=sample_id, prediction=None, target="red", error="truncated JPEG")
+            return ScoredSample(sample_id=sample_id, prediction=None, target="red", error="truncated JPEG")
         changed = [layer for layer, mode in enumerate(plan.modes) if mode is not Mode.FULL] if plan else []
         harm = sum(LAYERS - layer for layer in changed) / 25
         luck = int(hashlib.sha256(f"{model} {sample_id} {changed}".encode()).hexdigest()[:8], 16) / 2**32
         right = luck > 0.1 + harm / 2
         score = float("nan") if self.nan and index % 2 else float(right)
-        return Sample(
+        return ScoredSample(
             sample_id=sample_id,
             prediction="red" if right else "blue",
             target="red",

@@ -16,7 +16,7 @@ from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder
 from shortv.costs import layer_flops
 from shortv.errors import Refused
-from shortv.evals.scoring import Sample
+from shortv.evals.scoring import ScoredSample
 from shortv.learned.dyvte import exit_flops
 from shortv.learned.files import save_parts
 from shortv.learned.header import read_header
@@ -59,7 +59,7 @@ def plan_file(
 class LeavingRunner(FakeRunner):
     """Visual tokens leave after layer 1, 3 or never under a plan with parts; every third sample has no image."""
 
-    def _sample(self, model: str, plan: Plan | None, index: int) -> Sample:
+    def _sample(self, model: str, plan: Plan | None, index: int) -> ScoredSample:
         found = replace(super()._sample(model, plan, index), kind=("colour", "count")[index % 2])
         if index % 3 == 0:
             return replace(found, visual_tokens=0, prompt_tokens=10)
