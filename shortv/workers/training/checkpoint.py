@@ -20,11 +20,13 @@ from torch import Tensor
 
 from reports.locations import locate, one_line
 from reports.store import Folder
-from shortv.errors import ShortVError
+from shortv.errors import Refused, ShortVError
+from shortv.untrusted import parse_json
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that Ray Train stores checkpoints in, by attempt."""
 RESULT = "result"
+_RECORD_BYTES = 2**30
 _FILE_BYTES = 2**30
 """Size up to which tensors share a file: safetensors copies a file's tensors while it writes them."""
 
@@ -147,8 +149,8 @@ def checkpoint_at(path: str, identity: str, filesystem: pafs.FileSystem | None =
             return None
         try:
             with filesystem.open_input_stream(f"{path}/{name}") as stream:
-                record = json.loads(stream.readall())
-        except (ValueError, FileNotFoundError):  # cut short, or replaced by a newer one just now
+                record = parse_json(bytes(stream.readall()), what=name, limit_bytes=_RECORD_BYTES)
+        except (Refused, FileNotFoundError):  # cut short, or replaced by a newer one just now
             return None
         if record["identity"] != identity:
             raise ShortVError(f"{path} is a checkpoint of another training; delete it to start anew")
