@@ -290,12 +290,9 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_workers_train_as_one_does_and_report_the_samples_of_both(tmp_path: Path) -> None:
-    prompts = ["bad" if index in (1, 4) else "good" for index in range(10)]
-    status, text = run(tmp_path, workers=2, data=data_file(tmp_path, prompt=prompts))
+def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
+    status, text = run(tmp_path, workers=2)
     out = Folder(tmp_path / "out")
-    assert status == 3 and TrainingManifest.load(out).details["workers"] == 2, text
-    assert [row["sample_id"] for row in out.read_table("errors").to_pylist()] == ["s1", "s4"]
-    alone_rows = trained(ToyRecipe(), toy_samples(10, bad=(1, 4))).rows
+    assert status == 0 and TrainingManifest.load(out).details["workers"] == 2, text
     losses = [row["loss"] for row in out.read_table("training").to_pylist()]
-    assert len(losses) == 7 and losses[0] == pytest.approx(alone_rows[0]["loss"], rel=0.5)
+    assert losses == pytest.approx([row["loss"] for row in trained(ToyRecipe(), toy_samples(10)).rows], rel=1e-5)
