@@ -52,15 +52,15 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
     check_output(output or folder, "--output" if output else "FOLDER")
     source = Folder(folder)
     target, name = place_of(source, output, PAGE_NAME if against is None else AGAINST_NAME)
-    # Plotting takes a second to import, and --help needs none of it.
-    from reports.page.building import build_page
+    # The page's libraries take a second to import, and --help needs none of them.
+    from reports.page import build_page
     from reports.page.rendering import render
 
     try:
         page = build_page(source, against=Folder(against) if against else None, links=links(source, target))
         content = render(page)
     except (ShortVError, *FOREIGN_ERRORS) as error:
-        # No work has started: a folder that cannot be read is refused, whatever the reason.
+        # No work has started, so that a folder that cannot be read is refused.
         if isinstance(error, ShortVError):
             raise Refused(str(error)) from error
         problem = f"{source.shown} contains what no job writes ({type(error).__name__}: {one_line(error)})"

@@ -12,7 +12,7 @@ _HEAD: Final = f"""# Result tables
 
 Made from `reports/fields.py` by `python -m reports.documentation`, as are the Arrow schemas.
 Every file is Parquet with schema version {SCHEMA_VERSION} in its metadata (`schema_version`, `shortv_table`).
-A type with `?` may be null. Images never stand in a result table.
+A type with `?` may be null. No result table contains images.
 """
 
 

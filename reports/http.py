@@ -140,7 +140,7 @@ class Guard:
     """Admits requests to an application within limits, and answers whatever is raised behind it.
 
     `key_digests` are the SHA-256 digests (hex) of accepted API keys; without any, only clients of this machine are
-    answered; None skips the check, behind another guard. `open_paths` need no key. `sends_request_id` is False behind
+    answered. `open_paths` need no key. `sends_request_id` is False behind
     a proxy that adds the header itself.
     """
 
@@ -148,7 +148,7 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        key_digests: Sequence[str] | None = (),
+        key_digests: Sequence[str] = (),
         limits: Limits | None = None,
         open_paths: Sequence[str] = (),
         sends_request_id: bool = True,
@@ -207,7 +207,7 @@ class Guard:
             raise HttpError(
                 431, f"the headers are longer than {limit} bytes", code="headers_too_large", headers=[_CLOSE]
             )
-        if self._key_digests is None or _path(scope) in self._open_paths:
+        if _path(scope) in self._open_paths:
             return
         if self._key_digests:
             key = key_in(headers.get(b"authorization"))

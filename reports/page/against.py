@@ -54,7 +54,7 @@ def _check(data: SweepData, other: SweepData, folder: Folder, against: Folder) -
         )
     for one, place in ((data, folder), (other, against)):
         if not one.layers:
-            raise Refused(f"{place.shown} has no LC to compare; wait until its sweep has ended")
+            raise Refused(f"{place.shown} has no LC to compare; wait until its sweep ends")
     if not set(data.modes) & set(other.modes):
         raise Refused(
             f"{folder.shown} measured {', '.join(data.modes)}, {against.shown} {', '.join(other.modes)}; "

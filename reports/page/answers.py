@@ -10,12 +10,15 @@ from reports.manifest import CampaignManifest
 from reports.store import Folder
 from shortv.errors import ShortVError
 
-# What stands for a question without a kind, and for all kinds together.
+# The kind of a document without a kind, and of all kinds together.
 ALL_KINDS: Final = "all"
 
 
 class Exits(NamedTuple):
-    """How the samples of one kind left in one cell: `counts` by layer, of which `num_layers` stands for never."""
+    """After which layers visual tokens left in one cell, for one kind of document.
+
+    `counts` are samples by layer; the key `num_layers` means that they never left.
+    """
 
     cell: str
     model: str
@@ -58,7 +61,7 @@ _LONGEST_REASON: Final = 300
 _MOST_NAMED: Final = 5
 MISSING: Final = "are missing"
 UNREADABLE: Final = "cannot be read"
-SHORT: Final = "hold fewer samples than their cells"
+SHORT: Final = "have fewer samples than their cells"
 
 
 class Failures(NamedTuple):
@@ -72,7 +75,7 @@ class Failures(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Why samples failed, after which layers visual tokens left, and which answers are not there, a line each."""
+    """Why samples failed, after which layers visual tokens left, and which answers are missing, a line each."""
 
     failures: Sequence[Failures]
     exits: Sequence[Exits]
@@ -86,7 +89,7 @@ def read_answers(folder: Folder, manifest: CampaignManifest, cells: Sequence[Map
     exits: list[Exits] = []
     broken: dict[str, list[str]] = {MISSING: [], UNREADABLE: [], SHORT: []}
     for cell in cells:
-        # A plan of the same modes as another has no answers of its own, and a cell that gave no result has none.
+        # A plan with the modes of another one has no answers of its own, and a cell without results has none.
         if cell["same_as"] is not None or not cell["n"]:
             continue
         table, problem = _table(folder, answers_of(cell["cell"]), cell["n"])
@@ -109,7 +112,7 @@ def _table(folder: Folder, name: str, samples: int) -> tuple[pa.Table | None, st
             return None, MISSING
         table = folder.read_table(name).select(["kind", "exit_layer", "error"])
         table.validate(full=True)
-    # A changed byte may leave the file readable, and names or texts in it that are no UTF-8.
+    # One changed byte can leave the file readable but its text invalid UTF-8.
     except (ShortVError, UnicodeDecodeError, pa.ArrowInvalid):
         return None, UNREADABLE
     return table, SHORT if len(table) < samples else None
@@ -134,8 +137,8 @@ def _line(what: str, names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     cells = "1 cell" if len(names) == 1 else f"{len(names)} cells"
     return (
-        f"The answers of {cells} {what}: {', '.join(names[:_MOST_NAMED])}{more}. What the page takes from answers, "
-        "errors and exit layers, is incomplete here; the command of this campaign, run again, asks these cells anew."
+        f"The answers of {cells} {what}: {', '.join(names[:_MOST_NAMED])}{more}. Errors and exit layers come from the "
+        "answers and are incomplete on this page; run the command of this campaign again to compute these cells."
     )
 
 

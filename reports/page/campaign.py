@@ -11,7 +11,7 @@ from reports.page.document import Chart, Fact, Grid, Page, Section, Value, short
 from reports.page.ran import command_of, run_facts, state_warnings
 from reports.page.sweep_charts import plan_strips
 
-# Strips beyond this many plans of one model are no longer looked at.
+# Nobody looks at strips of more plans of one model.
 MOST_STRIPS = 60
 _INTERVAL = ("difference", "95 % from", "to")
 
@@ -92,7 +92,7 @@ def _metrics(data: CampaignData) -> Grid:
     names = ("model", "task", "plan", "metric", "filter", "value")
     return shortened(
         [[*(row[name] for name in names), *(interval_of(row) or (None,) * 3), row["n"]] for row in data.metrics],
-        caption="Every metric of every cell, kinds of questions included",
+        caption="Every metric of every cell, kinds of documents included",
         columns=(*names, "95 % from", "to", "interval by", "documents"),
         files=["metrics.parquet"],
     )

@@ -12,12 +12,12 @@ from shortv.errors import Refused
 from shortv.plan import Mode, PartsKind
 
 _NORMAL_95: Final = 1.96
-# Standard errors that agree to so many digits are the same.
+# Standard errors closer than this are equal.
 _NEAR: Final = 1e-6
 WILSON: Final = "Wilson"
 CLIPPED: Final = "standard error, within 0 to 1"
 NORMAL: Final = "standard error"
-_SAID: Final = {
+_METHODS: Final = {
     WILSON: "Wilson's for scores of 0 and 1",
     CLIPPED: "by the standard error, cut to the range 0 to 1",
     NORMAL: "by the standard error",
@@ -25,7 +25,7 @@ _SAID: Final = {
 
 
 class Interval(NamedTuple):
-    """A 95 % interval, and by which method it was found."""
+    """A 95 % interval and the method that computed it."""
 
     low: float
     high: float
@@ -33,11 +33,11 @@ class Interval(NamedTuple):
 
 
 def interval_of(row: Mapping[str, Any]) -> Interval | None:
-    """Return the interval of a row of the table of metrics; None where it has no standard error.
+    """Return the interval of a row of the table of metrics; None if it has no standard error.
 
-    Among n values in 0..1 of mean p none have a larger standard error than zeros and ones, sqrt(p (1 - p) / (n - 1)).
-    So the row itself tells whether its scores lie in that range, where the interval is cut, and whether all of them are
-    0 or 1, where it is Wilson's (1927); clustered samples are fewer than n, and keep their standard error.
+    Of n values in 0..1 with mean p, zeros and ones have the largest standard error, sqrt(p (1 - p) / (n - 1)). So the
+    row itself shows whether its scores are in that range (the interval is then cut to it), and whether all of them are
+    0 or 1 (the interval is then Wilson's, 1927). Clustered scores keep their own standard error.
     """
     clustered, plain, by_limit = (_known(row[name]) for name in ("stderr_clustered", "stderr", "stderr_clt"))
     value, own = _known(row["value"]), by_limit if by_limit is not None else plain
@@ -54,8 +54,9 @@ def interval_of(row: Mapping[str, Any]) -> Interval | None:
 
 
 def interval_note(methods: Iterable[str]) -> str:
-    """Return what a chart says of bars whose intervals were found by these methods."""
-    found = [said for method, said in _SAID.items() if method in set(methods)]
+    """Return the note of a chart whose bars are intervals computed by these methods."""
+    used = set(methods)
+    found = [text for method, text in _METHODS.items() if method in used]
     return f"Bars: 95 % intervals, {' or '.join(found)}." if found else "No interval is known."
 
 
@@ -79,7 +80,7 @@ def _known(value: float | None) -> float | None:
 
 Row = Mapping[str, Any]
 MAX_ROWS: Final = 200_000
-# What the page reads of each model, plan and task in the manifest.
+# The keys of each model, plan and task of the manifest that the page reads.
 _ITEMS: Final = {"models": {"name"}, "plans": {"model", "name", "kind", "digest", "modes"}, "tasks": {"name"}}
 # What a plan is to the reader, in the order of colours, shapes and legends.
 KINDS: Final = [
@@ -87,27 +88,26 @@ KINDS: Final = [
     *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS"),
 ]
 SYSTEMS: Final[Mapping[str, str]] = {PartsKind.SAISA: KINDS[8], PartsKind.DYVTE: KINDS[9], PartsKind.EAS: KINDS[10]}
-# What was learned for a plan, as its table and as the page call it.
+# Columns about what was learned for a plan: their names in the table and on the page.
 TRAINING: Final = {"learned_parameters": "learned parameters", "train_seconds": "training seconds"}
 _LABELS: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3]}
 
 
 class Training:
-    """The columns of what was learned for each plan; there are none where no plan has learned parts."""
+    """Columns about what was learned for each plan; there are none if no plan has learned parts."""
 
     def __init__(self, cells: Sequence[Row]) -> None:
-        """Take rows of the table of cells."""
         found = {(row["model"], row["plan"]): [row[name] for name in TRAINING] for row in cells}
         self._known = any(value is not None for values in found.values() for value in values)
         self._found = found
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the columns."""
         return tuple(TRAINING.values()) if self._known else ()
 
     def values(self, row: Row) -> list[Any]:
-        """Their values in a row that names a model and a plan."""
+        """Return the columns' values for a row that names a model and a plan."""
         return self._found.get((row["model"], row["plan"]), [None] * len(TRAINING)) if self._known else []
 
 
@@ -147,7 +147,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignData:
-    """A campaign folder: rows of its tables, why samples failed, exit layers, and which answers are not there."""
+    """A campaign folder: rows of its tables, why samples failed, exit layers, and which answers are missing."""
 
     manifest: CampaignManifest
     cells: Sequence[Row]
@@ -170,7 +170,7 @@ class CampaignData:
         metrics, speed = own(self.metrics), {row["plan"]: row for row in own(self.speed)}
         named = next((item.get("main_metric") for item in self.manifest.tasks if item.get("name") == task), None)
         metric = named or next((str(row["metric"]) for row in metrics), None)
-        # A task may have one metric under several filters; the first is the one that its configuration names first.
+        # A metric may exist under several filters; the first one is the first of the task's configuration.
         scores = {row["plan"]: row for row in reversed(metrics) if row["metric"] == metric}
         kinds = {item["name"]: kind_of_plan(item) for item in self.manifest.plans if item["model"] == model}
         base = (speed.get("full") or {}).get("prefill_ms_median")
@@ -233,7 +233,7 @@ def _point(cell: Row, kind: str, score: Row | None, speed: Row, base_ms: float |
 
 
 def read_campaign_data(folder: Folder) -> CampaignData:
-    """Read a campaign folder. Raises ShortVError when it is none, is damaged, or contradicts itself."""
+    """Read a campaign folder. Raises ShortVError if it is not one, is damaged, or contradicts itself."""
     manifest = CampaignManifest.load(folder)
     finished = manifest.state is not State.RUNNING
     tables = {name: _rows(folder, name, finished) for name in ("cells", "metrics", "comparisons", "speed")}
@@ -252,7 +252,7 @@ def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
     if needed:
-        raise Refused(f"{folder.shown} lacks {name}.parquet although its run has ended; run the campaign again")
+        raise Refused(f"{folder.shown} has no {name}.parquet although its run has ended; run the campaign again")
     return []
 
 
@@ -269,10 +269,10 @@ def _check_items(manifest: CampaignManifest, folder: Folder) -> None:
 
 def _check(manifest: CampaignManifest, tables: Mapping[str, Sequence[Row]], folder: Folder) -> None:
     keys = {row["cell"] for row in tables["cells"]}
-    said = manifest.counts.get("cells", 0)
+    declared = manifest.counts.get("cells", 0)
     strange = {row["cell"] for name in ("metrics", "speed") for row in tables[name]} - keys
-    if len(keys) != said or strange:
+    if len(keys) != declared or strange:
         raise Refused(
-            f"the manifest of {folder.shown} counts {said} cells, cells.parquet holds {len(keys)} and other tables "
-            f"{len(strange)} that it lacks; the folder is damaged or being written: run the campaign again"
+            f"the manifest of {folder.shown} counts {declared} cells, cells.parquet has {len(keys)}, other tables have "
+            f"{len(strange)} more; the folder is damaged or being written: run the campaign again"
         )

@@ -16,7 +16,7 @@ _SHAPES: Final = ["circle", "square", "triangle-up", "triangle-down", "diamond",
 ROWS: Final = alt.NamedData(name="rows")
 # Further below the lowest value than this many decades, a noise floor would press the lines together.
 _NEAR: Final = 3
-# In pixels: a letter of the charts' text, and what stands left of most charts.
+# In pixels: the width of a letter in charts, and of the axis left of most charts.
 LETTER: Final = 7
 _AXIS: Final = 60
 
@@ -57,7 +57,9 @@ def layer_axis() -> alt.X:
 
 def layer_bands() -> alt.X:
     """Return the axis of decoder layers where each is a column of cells."""
-    return alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False))
+    return alt.X(
+        "layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, ticks=False)
+    )
 
 
 def log_bottom(values: Iterable[float], floor: float | None) -> float:
@@ -102,7 +104,7 @@ class Box(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a name stands, seen from its point."""
+    """The position of a name relative to its point."""
 
     align: str
     dx: int
@@ -120,7 +122,7 @@ _POINT: Final = 6
 
 
 def label_rows(rows: Sequence[Mapping[str, Any]], plans: Sequence[str], *, height: int) -> list[dict[str, Value]]:
-    """Place the names of `plans`, the first ones first; a name that has no room is left out.
+    """Place the names of `plans`, the first ones first; a name without room is left out.
 
     `rows` are all points of the chart: `plan`, and `place` and `value`, which with the intervals from `low` to `high`
     span the axes. Names that are apart at one width are apart in every wider chart.
@@ -192,7 +194,7 @@ _KIND_SHAPES: Final = [
 
 def kind_colour(kinds: set[str]) -> alt.Color:
     """Return the colour of the column `kind`; the legend lists `kinds`."""
-    # Vega-Lite knows no range of a name of our own: the page's script puts the colours of kinds into this one.
+    # Vega-Lite accepts no range names but its own: the page's script puts the colours of kinds into this one.
     return alt.Color("kind:N", scale=alt.Scale(domain=KINDS, range="ordinal"), legend=_kind_legend(kinds))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-# More rows than a person reads make a page slow; the Parquet file beside it has them all.
+# More rows would make the page slow; the Parquet file beside it has them all.
 MOST_ROWS: Final = 500
 
 Value = str | int | float | bool | None
@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table: `total` is how many rows there are where `rows` holds the first of them only."""
+    """A table; `total` is the number of rows if `rows` has only the first of them."""
 
     caption: str
     columns: Sequence[str]

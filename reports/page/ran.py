@@ -10,9 +10,9 @@ from reports.page.document import Command, Fact
 
 _JOBS: Final = {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py"}
 OUTPUT: Final = "OUTPUT_FOLDER"
-# Given as one text with commas; every other list repeats its option.
+# Lists that are given as one text with commas; any other list repeats its option.
 _JOINED: Final = ("modes", "plans", "tasks")
-# Says how a run went about it, not what it computed.
+# Options that do not change what is computed.
 _LEFT_OUT: Final = ("retry-failed",)
 
 
@@ -30,11 +30,9 @@ def run_facts(manifest: Manifest | CampaignManifest) -> list[Fact]:
 
 
 def state_warnings(manifest: Manifest | CampaignManifest, unit: str) -> list[str]:
-    """Return what a reader must know first: that a run still goes on, or that some of it failed."""
+    """Return what a reader must know first: that a run has not ended, or that part of it failed."""
     if manifest.state is State.RUNNING:
-        return [
-            "This run is not finished: it is being written, or was stopped. What stands here may be some of it only."
-        ]
+        return ["This run is not finished: it is being written, or was stopped. This page may show only part of it."]
     if manifest.state is State.PARTIAL:
         return [f"This run is partial: some {unit} failed. The numbers are over the others; the errors are below."]
     return []

@@ -138,7 +138,7 @@ def _datasets(samples: pa.Table) -> Grid:
         means = [pc.mean(text).as_py(), pc.mean(visual).as_py()]
         without = pc.sum(pc.equal(visual, 0)).as_py()
         rows.append(
-            [name or "not said", len(own), without, means[0], means[1], pc.min(visual).as_py(), pc.max(visual).as_py()]
+            [name or "unknown", len(own), without, means[0], means[1], pc.min(visual).as_py(), pc.max(visual).as_py()]
         )
     columns = ("data set", "samples", "without image", "text tokens", "visual tokens", "least visual", "most visual")
     return Grid(caption="Samples by data set; mean token counts", columns=columns, rows=rows)
@@ -175,7 +175,7 @@ def _ran(manifest: Manifest) -> Section:
         ("calibration digest", manifest.calibration_digest),
         ("calibration samples", len(manifest.calibration_ids)),
         ("arguments digest", manifest.arguments_digest),
-        ("device", _cut(str(manifest.details.get("device", "not said")))),
+        ("device", _cut(str(manifest.details.get("device", "unknown")))),
         *run_facts(manifest),
     ]
     return Section(title="What ran", facts=facts, command=command_of(manifest))

@@ -25,7 +25,7 @@ _TIP: Final = [
 
 
 def lc_chart(layers: LayerRows, *, noise_floor: float | None, changed: Mapping[tuple[str, int], float]) -> Chart:
-    """Draw LC per layer: a line and a 95 % band per mode; a log axis has no zero, so zeros are hollow at its edge."""
+    """Draw LC per layer: a line and a 95 % band per mode; zeros, which a log axis lacks, are hollow at its edge."""
     bottom = log_bottom((row["mean"] for row in layers), noise_floor)
     names = ("mode", "layer", "mean", "ci_low", "ci_high", "n")
     rows = [

@@ -52,7 +52,7 @@ class SweepData:
 
 
 def read_sweep_data(folder: Folder, *, measurements: bool = True) -> SweepData:
-    """Read a sweep folder. Raises ShortVError when it is none, is damaged, or contradicts itself."""
+    """Read a sweep folder. Raises ShortVError if it is not one, is damaged, or contradicts itself."""
     manifest = Manifest.load(folder)
     finished = manifest.state is not State.RUNNING
     data = SweepData(
@@ -74,7 +74,7 @@ def _table(folder: Folder, name: str, needed: bool) -> pa.Table:
     if folder.exists(f"{name}.parquet"):
         return folder.read_table(name)
     if needed:
-        raise Refused(f"{folder.shown} lacks {name}.parquet although its run has ended; run the sweep again")
+        raise Refused(f"{folder.shown} has no {name}.parquet although its run has ended; run the sweep again")
     return schema_of(name).empty_table()
 
 
@@ -95,7 +95,7 @@ def _plan(folder: Folder, name: str) -> Plan:
 
 def _check_layers(data: SweepData, folder: Folder) -> None:
     layers = data.manifest.num_layers
-    # As many distinct pairs in range as rows and as wanted: no set as large as a number in the manifest is built.
+    # Compared by counting: a set of all pairs would be as large as a number in the manifest.
     pairs = {(row["mode"], row["layer"]) for row in data.layers if 0 <= row["layer"] < layers}
     known = set(data.modes) <= set(data.manifest.modes)
     if not len(pairs) == len(data.layers) == len(data.modes) * layers or not known:
@@ -104,10 +104,10 @@ def _check_layers(data: SweepData, folder: Folder) -> None:
             "each mode of the manifest; it is damaged or from another run: run the sweep again"
         )
     if not all(math.isfinite(row[name]) for row in data.layers for name in ("mean", "ci_low", "ci_high")):
-        raise Refused(f"{folder.shown}/lc_layers.parquet holds an LC that is no number; run the sweep again")
+        raise Refused(f"{folder.shown}/lc_layers.parquet has an LC that is not a number; run the sweep again")
     shares = (data.manifest.stability or {}).values()
     if not all(isinstance(share, Mapping) and _are_numbers(share) for share in shares):
-        raise Refused(f"the manifest of {folder.shown} holds a stability that is no share; run the sweep again")
+        raise Refused(f"the manifest of {folder.shown} has a stability that is not a share; run the sweep again")
 
 
 def _are_numbers(shares: Mapping[str, Any]) -> bool:
@@ -123,11 +123,11 @@ def _is_share(text: str) -> bool:
 
 def _check_counts(data: SweepData, folder: Folder) -> None:
     for name, table in (("used", data.samples), ("errors", data.errors)):
-        said = data.manifest.counts.get(name, 0)
-        if said != len(table):
+        declared = data.manifest.counts.get(name, 0)
+        if declared != len(table):
             file = "samples" if name == "used" else name
             raise Refused(
-                f"the manifest of {folder.shown} counts {said} samples as {name}, {file}.parquet holds {len(table)}; "
+                f"the manifest of {folder.shown} counts {declared} samples as {name}, {file}.parquet has {len(table)}; "
                 "the folder is damaged or being written: run the sweep again"
             )
 
@@ -163,7 +163,7 @@ def _add(table: pa.Table, measured: Mapping[str, Measured], sample_ids: Any, wit
             rows = rows.filter(pc.invert(pc.is_in(rows["sample_id"], value_set=without_image)))
         layers = rows["layer"].to_numpy()
         if len(layers) and not 0 <= layers.min() <= layers.max() < len(found.counted_L):
-            raise Refused(f"lc_samples speaks of layer {layers.max()}, which the model lacks; run the sweep again")
+            raise Refused(f"lc_samples has layer {layers.max()}, which the model does not have; run the sweep again")
         changed = rows["top1_changed"].to_numpy().astype(bool)
         found.counted_L += np.bincount(layers, minlength=len(found.counted_L))
         found.changed_L += np.bincount(layers[changed], minlength=len(found.changed_L))
@@ -177,6 +177,6 @@ def _check_measured(measured: Mapping[str, Measured], data: SweepData, folder: F
         count = measured[row["mode"]].counted_L[row["layer"]]
         if count != row["n"]:
             raise Refused(
-                f"{folder.shown}/lc_samples holds {count} samples for {row['mode']} in layer {row['layer']}, "
+                f"{folder.shown}/lc_samples has {count} samples for {row['mode']} in layer {row['layer']}, "
                 f"lc_layers.parquet counts {row['n']}; the folder is damaged or being written: run the sweep again"
             )

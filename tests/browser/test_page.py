@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reports.page import write_page
-from reports.page.building import build_page
+from reports.page import build_page, write_page
 from reports.page.rendering import render
 from reports.store import Folder
 from tests.reports.page.campaigns import DYVTE, Exiting, make_judged

@@ -86,7 +86,7 @@ def test_a_running_sweep_is_labelled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "holds no manifest.json; give an output folder of jobs/lc_sweep.py or jobs/campaign.py"),
+        ("nothing", "has no manifest.json; give an output folder of jobs/lc_sweep.py or jobs/campaign.py"),
         ("nosuch://bucket/run", "cannot be opened"),
         ("cut", "lc_layers.parquet is not a whole Parquet file"),
     ],

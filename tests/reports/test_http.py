@@ -1,6 +1,7 @@
 """The guard before every HTTP application, and the server that runs it."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -73,6 +74,62 @@ def test_long_headers_are_refused_before_the_key_is_read(keys: tuple[str, ...]) 
     assert asyncio.run(run(headers=[(b"x-long", b"x" * 2**20), accepted]))[0] == 431
     assert asyncio.run(run(query=b"x" * 2**20, headers=[accepted]))[0] == 431
     assert asyncio.run(run(headers=[(b"x-short", b"x" * 2**10), accepted]))[0] == 200
+
+
+WRONG = (b"", KEY, b"Bearer", b"Bearer ", b"Bearer " + KEY + b"x", b"Basic " + KEY, b"Basic !!!", b"Digest " + KEY)
+
+
+@pytest.mark.parametrize("given", [*WRONG, b"Basic " + base64.b64encode(KEY + b":")])
+def test_a_wrong_key_is_refused_and_never_shown(given: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+
+    async def run() -> Client:
+        client = Client(Guard(APP, key_digests=DIGESTS), scope(headers=[(b"authorization", given)]))
+        assert (await client.reply())[0] == 401
+        return client
+
+    client = asyncio.run(run())
+    challenges = [value for name, value in client.sent[0]["headers"] if name == b"www-authenticate"]
+    assert challenges[0] == b"Bearer" and challenges[1].startswith(b"Basic realm=")
+    assert KEY not in client.sent[1]["body"] and KEY.decode() not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "headers", "status"),
+    [
+        ("10.0.0.9", [(b"authorization", b"bearer " + KEY)], 200),
+        ("10.0.0.9", [(b"authorization", b"Basic " + base64.b64encode(b"me:" + KEY))], 200),
+        ("127.0.0.1", [], 200),
+        ("::1", [(b"host", b"[::1]:8000")], 200),
+        ("10.0.0.9", [], 403),
+        ("127.0.0.1", [(b"host", b"evil.example")], 403),
+        ("127.0.0.1", [(b"x-forwarded-for", b"127.0.0.1")], 403),
+    ],
+)
+def test_keys_open_from_anywhere_and_without_keys_only_this_machine_is_answered(
+    address: str, headers: Any, status: int
+) -> None:
+    async def run() -> int:
+        keys = DIGESTS if headers and headers[0][0] == b"authorization" else ()
+        about = scope(method="GET", headers=headers) | {"client": (address, 1)}
+        return (await Client(Guard(APP, key_digests=keys), about).reply())[0]
+
+    assert asyncio.run(run()) == status
+
+
+def test_browsers_get_errors_as_pages_without_scripts() -> None:
+    async def run() -> Client:
+        guard = Guard(Router([Route("/echo", fail, methods=["GET"])]))
+        client = Client(guard, scope(method="GET", headers=[(b"accept", b"text/html,*/*")]))
+        await client.task
+        return client
+
+    async def fail(request: Request) -> Response:
+        raise HttpError(404, "<script>alert(1)</script>", code="not_found")
+
+    start, body = asyncio.run(run()).sent
+    assert start["status"] == 404 and b"&lt;script&gt;" in body["body"] and b"<script" not in body["body"]
+    assert {b"content-security-policy", b"x-frame-options", b"x-request-id"} <= {name for name, _ in start["headers"]}
 
 
 def test_bodies_are_bounded_one_by_one_and_together() -> None:

@@ -13,11 +13,9 @@ import pytest
 
 from jobs.campaign import main as campaign_job
 from jobs.lc_sweep import main as sweep_job
-from reports.page import write_page
-from reports.page.building import build_page
+from reports.page import build_page, write_page
 from reports.page.campaign_charts import pareto_front
 from reports.page.campaign_data import Point
-from reports.page.charts import log_bottom
 from reports.page.ran import command_of
 from reports.page.rendering import render
 from reports.page.sweep_charts import heat_chart
@@ -97,19 +95,6 @@ def test_zeros_stay_on_a_log_axis(sweep: str) -> None:
     assert min(rows["low"]) > 0 and min(rows["y"]) > 0 and min(rows["mean"]) == 0
     assert [hollow for mean, hollow in zip(rows["mean"], rows["hollow"], strict=True) if mean == 0] == [True, True]
     assert "below: noise floor 1.0e-09" in json.dumps(chart["layer"])
-
-
-@pytest.mark.parametrize(
-    ("values", "floor", "bottom"),
-    [
-        ([0.0, 0.0], None, 1e-12 / 4),
-        ([0.0, 1e-3], None, 1e-3 / 4),
-        ([0.0, 1e-3], 1e-15, 1e-3 / 4),
-        ([1e-3], 1e-5, 1e-5 / 1.5),
-    ],
-)
-def test_where_a_log_axis_begins(values: list[float], floor: float | None, bottom: float) -> None:
-    assert log_bottom(values, floor) == pytest.approx(bottom)
 
 
 def test_an_all_zero_sweep_of_one_sample_and_layer(tmp_path: Path) -> None:

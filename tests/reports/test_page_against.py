@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reports.page import build_page
 from reports.page.against import kendall, match, spearman
-from reports.page.building import build_page
 from reports.page.campaign_data import read_campaign_data
 from reports.page.document import Page, Section
 from shortv.errors import Refused
@@ -57,7 +57,7 @@ def test_sweeps_that_do_not_compare(tmp_path: Path) -> None:
         build_page(own, against=make_sweep(tmp_path / "b", layers=6))
     with pytest.raises(Refused, match="share a mode"):
         build_page(own, against=make_sweep(tmp_path / "c", modes=[Mode.DROP_VISUAL]))
-    with pytest.raises(Refused, match=r"holds a sweep, .* a campaign"):
+    with pytest.raises(Refused, match=r"is a sweep, .* a campaign"):
         build_page(own, against=make_campaign(tmp_path / "d"))
 
 

@@ -55,20 +55,20 @@ def unnamed_plan(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: folder.delete("manifest.json"), "holds no manifest.json; give an output folder"),
-        (lambda folder: folder.write_bytes("manifest.json", b"{"), "is not JSON"),
-        (lambda folder: folder.write_json("manifest.json", {"kind": "other"}), "of kind 'other', neither"),
+        (lambda folder: folder.delete("manifest.json"), "has no manifest.json; give an output folder"),
+        (lambda folder: folder.write_bytes("manifest.json", b"{"), "JSON"),
+        (lambda folder: folder.write_json("manifest.json", {"kind": "other"}), "of kind 'other', not"),
         (newer_manifest, "schema version 2, this release reads 1"),
         (newer_table, "schema version 7, expected 1"),
         (truncate("lc_layers.parquet"), "lc_layers.parquet is not a whole Parquet file"),
         (truncate("lc_samples/part-00001.parquet"), "part-00001.parquet is not a whole Parquet file"),
         (truncate("plans/two.json"), "plans/two.json: "),
-        (lambda folder: folder.delete("samples.parquet"), "lacks samples.parquet although its run has ended"),
-        (lambda folder: folder.delete("lc_samples/part-00001.parquet"), "holds 2 samples for freeze-text in layer 0"),
-        (not_a_number, "holds an LC that is no number"),
-        (strange_stability, "holds a stability that is no share"),
+        (lambda folder: folder.delete("samples.parquet"), "has no samples.parquet although its run has ended"),
+        (lambda folder: folder.delete("lc_samples/part-00001.parquet"), "has 2 samples for freeze-text in layer 0"),
+        (not_a_number, "an LC that is not a number"),
+        (strange_stability, "a stability that is not a share"),
         (deeper, "each of 6 layers once"),
-        (other_counts, "counts 4 samples as used, samples.parquet holds 3"),
+        (other_counts, "counts 4 samples as used, samples.parquet has 3"),
     ],
 )
 def test_damaged_sweeps(damage: Callable[[Folder], None], message: str, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_damaged_sweeps(damage: Callable[[Folder], None], message: str, tmp_path
     [
         (unnamed_plan, "lists plans without digest, kind, model, modes, name"),
         (truncate("metrics.parquet"), "metrics.parquet is not a whole Parquet file"),
-        (lambda folder: folder.delete("speed.parquet"), "lacks speed.parquet"),
+        (lambda folder: folder.delete("speed.parquet"), "has no speed.parquet"),
         (lambda folder: folder.write_table("cells", folder.read_table("cells").slice(1)), "counts 4 cells"),
         (newer_manifest, "schema version 2, this release reads 1"),
     ],

@@ -9,7 +9,6 @@ import pytest
 
 from reports.page import campaign_data
 from reports.page.campaign_data import KINDS, kind_of_plan, parts_of_plan
-from reports.page.charts import kind_colour, kind_shape
 from shortv.plan import PartsKind
 
 PAGE = Path(campaign_data.__file__).parent
@@ -43,13 +42,6 @@ def test_every_learned_system_has_a_kind_and_a_name() -> None:
     assert parts_of_plan({"parts": {"kind": "dyvte", "threshold": 0.99}}) == "DyVTE at 0.99"
     assert parts_of_plan({"parts": {"kind": "eas", "threshold": None}}) == "EAS"
     assert parts_of_plan({"parts": None}) is None
-
-
-def test_kinds_differ_in_shape_and_stand_in_one_order() -> None:
-    colour, shape = (encode({"EAS", "LC plan", "full model"}).to_dict() for encode in (kind_colour, kind_shape))
-    assert colour["scale"]["domain"] == shape["scale"]["domain"] == KINDS
-    assert len(set(shape["scale"]["range"])) == len(KINDS)
-    assert colour["legend"] == shape["legend"] and colour["legend"]["values"] == ["LC plan", "full model", "EAS"]
 
 
 def luminance(colour: str) -> float:

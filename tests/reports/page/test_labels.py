@@ -50,7 +50,3 @@ def test_a_name_without_room_is_left_out() -> None:
     same = points(*((f"plan-{number}", 0.5, 0.5) for number in range(9)), ("far", 1.0, 1.0), ("other", 0.0, 0.0))
     names = [row["plan"] for row in label_rows(same, [row["plan"] for row in same[:-1]], height=HEIGHT) if row["wide"]]
     assert names == ["plan-0", "plan-1", "plan-2", "plan-3", "far"]
-
-
-def test_one_point_alone_has_its_name() -> None:
-    assert [row["plan"] for row in label_rows(points(("full", 1.0, 0.9)), ["full"], height=HEIGHT)] == ["full", "full"]

@@ -19,7 +19,7 @@ def ask(
     path: str,
     *,
     method: str = "GET",
-    keys: tuple[str, ...] | None = (),
+    keys: tuple[str, ...] = (),
     address: str = "127.0.0.1",
     headers: Any = None,
 ) -> httpx.Response:
@@ -31,7 +31,7 @@ def ask_all(
     root: "Path | str",
     asked: list[tuple[str, str, Any]],
     *,
-    keys: tuple[str, ...] | None = (),
+    keys: tuple[str, ...] = (),
     address: str = "127.0.0.1",
 ) -> list[httpx.Response]:
     """Ask one service several times: method, path, headers."""

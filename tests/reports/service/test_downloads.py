@@ -9,7 +9,6 @@ import pytest
 from pyarrow import parquet as pq
 
 from reports.schemas import SCHEMAS
-from reports.service.downloads import Span, names_tag, span_of
 from tests.reports.runs import make_sweep
 from tests.reports.service.asking import ask, ask_all, listed
 from tests.reports.service.folders import make_campaign
@@ -207,13 +206,6 @@ def test_other_methods_are_refused(root: Path) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         response = ask(root, TABLE, method=method)
         assert response.status_code == 405 and response.headers["allow"]
-
-
-def test_spans_and_tags() -> None:
-    assert span_of("bytes=0-", 0) == Span(0, 0) and span_of("bytes=-5", 0) == Span(0, 0)
-    assert span_of(None, 5) is None and span_of("bytes=1-1", 5) == Span(1, 2)
-    for header, etag, weak, answer in (('"a"', '"a"', False, True), ("", '"a"', True, False)):
-        assert names_tag(header, etag, weak=weak) is answer
 
 
 def test_descriptors_are_given_back(root: Path) -> None:

@@ -31,7 +31,7 @@ def _plan(folder: Path, **changes: Any) -> None:
 
 def _many_rows(folder: Path) -> None:
     table = pq.read_table(folder / "lc_layers.parquet").slice(0, 1)
-    pq.write_table(pa.concat_tables([table] * 1_000_000).combine_chunks(), folder / "lc_layers.parquet")
+    pq.write_table(pa.concat_tables([table] * 200_000).combine_chunks(), folder / "lc_layers.parquet")
 
 
 def _bomb(folder: Path) -> None:

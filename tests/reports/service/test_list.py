@@ -1,6 +1,7 @@
 """The list of runs: what there is, how far it got, and what is wrong with it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 from reports.manifest import State
 from reports.page import PAGE_NAME
 from reports.service import make_service
+from reports.service.files import Files
+from reports.service.runs import find_runs
+from reports.service.summary import Summaries
+from reports.service.tree import LocalTree
 from reports.store import Folder
 from shortv.errors import Refused
 from tests.reports.runs import make_sweep
@@ -96,12 +101,6 @@ def test_the_page_of_a_complete_run_is_as_it_was_made(tmp_path: Path) -> None:
     assert again.status_code == 304 and not again.content
 
 
-def test_a_run_without_a_slash_is_sent_to_where_links_work(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "x" / "a b")
-    response = ask(tmp_path, "/runs/x/a%20b")
-    assert response.status_code == 308 and response.headers["location"] == "./a%20b/"
-
-
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -174,22 +173,6 @@ def test_damage_is_named_and_gives_no_wrong_number(tmp_path: Path, case: str) ->
     assert reason in ask(tmp_path, "/", headers=HTML).text.replace("&#39;", "'")
 
 
-def test_a_campaign_whose_lists_lack_what_they_need_has_no_numbers(tmp_path: Path) -> None:
-    make_campaign(tmp_path / "c")
-    _manifest(tmp_path / "c", plans=[{"name": "full"}])
-    run = listed(tmp_path)["c"]
-    assert "best" not in run["headline"] and "no job writes" in run["problems"][0]
-    _manifest(tmp_path / "c", plans=["full"])
-    assert "without a name" in listed(tmp_path)["c"]["problems"][0]
-
-
-def test_a_contradicting_campaign_has_no_numbers(tmp_path: Path) -> None:
-    make_campaign(tmp_path / "c")
-    _manifest(tmp_path / "c", counts={"cells": 5})
-    run = listed(tmp_path)["c"]
-    assert "best" not in run["headline"] and "counts 5 cells" in run["problems"][0]
-
-
 def test_a_change_is_seen_at_once(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a", state="running")
     app_root = tmp_path
@@ -211,11 +194,6 @@ def test_what_is_too_deep_or_hidden_is_not_listed(tmp_path: Path) -> None:
     assert ask(tmp_path, "/runs/.hidden/manifest.json").status_code == 404
 
 
-def test_an_empty_root_is_an_empty_list(tmp_path: Path) -> None:
-    assert listed(tmp_path) == {}
-    assert "no sweep, campaign or training" in ask(tmp_path, "/", headers=HTML).text
-
-
 def test_a_root_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a")
     for root, why in (("a", "a run itself"), ("a/manifest.json", "is a file"), ("gone", "not there")):
@@ -223,3 +201,24 @@ def test_a_root_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
             make_service(str(tmp_path / root))
     with pytest.raises(Refused, match="cannot be opened"):
         make_service("nowhere://x/y")
+
+
+def test_a_run_is_read_again_only_when_a_file_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sweep(tmp_path / "a")
+    make_campaign(tmp_path / "c")
+    opened: set[str] = set()
+    open_file = LocalTree.open
+    monkeypatch.setattr(LocalTree, "open", lambda self, names: opened.add(names[0]) or open_file(self, names))
+    summaries = Summaries(Files(LocalTree(str(tmp_path))))
+
+    def read() -> tuple[set[str], int]:
+        opened.clear()
+        for path in tmp_path.rglob("*.*"):
+            # A file that was written a moment ago may be written again with the same time.
+            os.utime(path, (1e9, 1e9))
+        found = [summaries.of(found) for found in find_runs(LocalTree(str(tmp_path))).found]
+        return set(opened), sum(len(summary.problems) for summary in found)
+
+    assert [read(), read()] == [({"a", "c"}, 0), (set(), 0)]
+    (tmp_path / "a" / "plans" / "two.json").write_text("{")
+    assert [read(), read()] == [({"a"}, 1), (set(), 1)]

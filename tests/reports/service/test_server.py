@@ -1,6 +1,5 @@
 """The service over a real socket, in a process of its own, ended by a signal."""
 
-import asyncio
 import hashlib
 import http.client
 import os
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import httpx
 import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
@@ -22,12 +20,9 @@ from pyarrow import parquet as pq
 from jobs.report import main
 from reports.access import check_host
 from reports.schemas import SCHEMAS
-from reports.service import make_service, run_service
+from reports.service import run_service
 from shortv.errors import Refused
-from shortv.workers.serving.endpoint import make_endpoint
-from shortv.workers.serving.spec import EndpointSpec
 from tests.reports.runs import make_sweep
-from tests.workers.serving.endpoint_fakes import FakeReplicas
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 GIGABYTE = 10**9
@@ -158,27 +153,3 @@ def test_the_job_refuses_what_cannot_be(tmp_path: Path, arguments: list[str], wh
     make_sweep(tmp_path / "a")
     with pytest.raises((Refused, click.UsageError), match=why):
         main.main([item.replace("ROOT", str(tmp_path)) for item in arguments], standalone_mode=False)
-
-
-def test_the_endpoint_mounts_the_service_behind_its_gate(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "a")
-    key = "a-key-of-24-characters-x"
-    digests = (hashlib.sha256(key.encode()).hexdigest(),)
-    app = make_endpoint(EndpointSpec(), FakeReplicas(), key_digests=digests, reports=make_service(str(tmp_path)))
-
-    async def run(path: str, **headers: str) -> httpx.Response:
-        transport = httpx.ASGITransport(app, client=("10.0.0.9", 4711))
-        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
-            return await client.get(path, headers=headers)
-
-    held = {"authorization": f"Bearer {key}"}
-    table = "/reports/runs/a/tables/samples.parquet"
-    assert asyncio.run(run(table)).status_code == 401
-    found = asyncio.run(run(table, **held, range="bytes=0-3"))
-    assert (found.status_code, found.content) == (206, b"PAR1") and found.headers["x-request-id"]
-    assert [item["id"] for item in asyncio.run(run("/reports/runs.json", **held)).json()["runs"]] == ["a"]
-    assert 'href="runs/a/"' in asyncio.run(run("/reports/", **held)).text
-    assert asyncio.run(run("/reports", **held)).headers["location"] == "./reports/"
-    assert asyncio.run(run("/reports/runs/a", **held)).headers["location"] == "./a/"
-    assert asyncio.run(run("/reports/runs/x/", **held)).json()["error"]["code"] == "not_found"
-    assert asyncio.run(run("/v1/models", **held)).status_code == 200
