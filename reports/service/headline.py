@@ -62,10 +62,8 @@ class _Finder:
         raise NotImplementedError
 
     def count(self, name: str) -> int:
-        """Return a count of the manifest, 0 if it has none. Raises TypeError."""
-        found = self.manifest.counts.get(name, 0)
-        if not isinstance(found, int):
-            raise TypeError(name)
+        """Return a count of the manifest, 0 if it has none."""
+        found: int = self.manifest.counts.get(name, 0)
         return found
 
     def rows(self, table: str) -> list[dict[str, Any]]:
@@ -98,8 +96,7 @@ class _Sweep(_Finder):
         return self.floor, self.lowest, self.plan, lambda: self.missing(_SWEEP_TABLES), self.gaps
 
     def floor(self) -> None:
-        floor, direction = number(self.manifest.noise_floor), str(self.manifest.kl_direction)
-        self.values.update(noise_floor=floor, kl_direction=direction)
+        self.values.update(noise_floor=self.manifest.noise_floor, kl_direction=str(self.manifest.kl_direction))
 
     def lowest(self) -> None:
         rows, layers = self.rows("lc_layers"), self.manifest.num_layers
@@ -137,7 +134,7 @@ class _Campaign(_Finder):
     def best(self) -> None:
         cells, metrics = self.rows("cells"), self.rows("metrics")
         # Plans of the same modes share a cell.
-        found, declared = len({row["cell"] for row in cells}), self.manifest.counts.get("cells", 0)
+        found, declared = len({row["cell"] for row in cells}), self.count("cells")
         if declared != found:
             name = shown((*self.contents.run, "cells.parquet"))
             raise Refused(f"the manifest counts {declared} cells, {name} has {found}")
@@ -171,9 +168,8 @@ class _Training(_Finder):
         return self.numbers, self.parameters, self.gaps
 
     def numbers(self) -> None:
-        details, steps = self.manifest.details, self.manifest.counts.get("steps")
-        self.values["steps"] = steps if isinstance(steps, int) else None
-        self.values.update({name: number(details.get(name)) for name in ("loss", "train_seconds")})
+        self.values["steps"] = self.count("steps")
+        self.values.update({name: number(self.manifest.details.get(name)) for name in ("loss", "train_seconds")})
 
     def parameters(self) -> None:
         name = (*self.contents.run, PARTS, "parts.json")

@@ -30,6 +30,9 @@ _UNFINISHED: Final = (
 )
 _PARTIAL: Final = "This run is partial: some {unit} failed. The numbers are over the others."
 _UNITS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
+_MANIFESTS: Final[Mapping[str, type[AnyManifest]]] = {
+    kind.KIND: kind for kind in (Manifest, CampaignManifest, TrainingManifest)
+}
 # The folders of one list, and as many other versions of them.
 _MAX_SUMMARIES: Final = 2 * MAX_FOLDERS
 
@@ -60,17 +63,10 @@ def read_run(files: Files, run: Names) -> AnyManifest:
     value = parse_json(files.text((*run, MANIFEST_NAME)), what=name, limit_bytes=MAX_TEXT_BYTES)
     if not isinstance(value, dict):
         raise Refused(f"{name} is a JSON {type(value).__name__}, not an object")
-    if value.get("kind") == "campaign":
-        campaign = CampaignManifest.from_json(value, name)
-        for item in (*campaign.models, *campaign.plans, *campaign.tasks):
-            if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
-                raise Refused(f"{name} has a model, plan or task without a name")
-        return campaign
-    if value.get("kind") == "sweep":
-        return Manifest.from_json(value, name)
-    if value.get("kind") == "training":
-        return TrainingManifest.from_json(value, name)
-    raise Refused(f"{name} is of kind {str(value.get('kind'))[:40]!r}, not 'sweep', 'campaign' or 'training'")
+    manifest = _MANIFESTS.get(str(value.get("kind")))
+    if manifest is None:
+        raise Refused(f"{name} is of kind {str(value.get('kind'))[:40]!r}, not one of {', '.join(_MANIFESTS)}")
+    return manifest.from_json(value, name)
 
 
 class Summaries:
@@ -137,9 +133,8 @@ def _shape(
 ) -> dict[str, Any]:
     link = link_of(contents.run)
     shape: dict[str, Any] = {"id": shown(contents.run), "state": str(manifest.state), "problems": problems}
-    counts = {name: count for name, count in manifest.counts.items() if isinstance(count, int)}
     shape |= {"kind": manifest.kind, "finished_run": manifest.state is not State.RUNNING}
-    shape |= {"models": _models(manifest), **_choices(manifest), "counts": counts}
+    shape |= {"models": _models(manifest), **_choices(manifest), "counts": manifest.counts}
     shape |= {"started": manifest.started, "finished": manifest.finished, "headline": headline}
     for name, page in (("page", PAGE_NAME), ("page_against", AGAINST_NAME)):
         shape[name] = f"{link}{page if page != PAGE_NAME else ''}" if page in contents.pages else None

@@ -80,7 +80,7 @@ def test_every_chart_is_drawn_without_a_word_or_a_request(
 
 def test_a_page_without_results_and_a_comparison_open_quietly(chromium: Any, tmp_path: Path, sweep: Folder) -> None:
     running = Folder(tmp_path / "running")
-    sweep_manifest(samples=3, layers=5, modes=(), state="running", counts={}, finished=None).save(running)
+    sweep_manifest(samples=3, layers=5, modes=MODES[:1], state="running", counts={}, finished=None).save(running)
     write_page(running)
     opened = open_page(chromium, running)
     assert opened.said == [] and opened.page.title().startswith("[running]")

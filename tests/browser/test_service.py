@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports.page import write_page
-from tests.reports.runs import make_sweep, sweep_manifest
+from tests.reports.runs import MODES, make_sweep, sweep_manifest
 from tests.reports.service.folders import make_campaign, make_training
 
 pytestmark = pytest.mark.browser
@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     for folder in (make_sweep(root / "a sweep", samples=40), make_campaign(root / "team" / "campaign", failed=3)):
         write_page(folder)
-    sweep_manifest(samples=3, layers=5, modes=(), state="running", counts={}, finished=None).save(
+    sweep_manifest(samples=3, layers=5, modes=MODES[:1], state="running", counts={}, finished=None).save(
         make_sweep(root / "half", samples=3)
     )
     make_training(root / "team" / "training")

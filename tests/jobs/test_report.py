@@ -15,6 +15,7 @@ import pytest
 from jobs.common import run
 from jobs.report import main
 from reports.store import Folder
+from shortv.plan import Mode
 from tests.reports.runs import make_campaign, make_sweep, sweep_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,9 @@ def test_a_comparison_leaves_the_page_alone(tmp_path: Path) -> None:
 
 def test_a_running_sweep_is_labelled(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    sweep_manifest(samples=3, layers=5, modes=(), state="running", counts={}, finished=None).save(folder)
+    sweep_manifest(samples=3, layers=5, modes=[Mode.FREEZE_TEXT], state="running", counts={}, finished=None).save(
+        folder
+    )
     assert report(tmp_path) == f"written to {tmp_path}/report.html, of a run that is running\n"
 
 

@@ -45,11 +45,12 @@ def not_a_number(folder: Folder) -> None:
 
 
 def strange_stability(folder: Folder) -> None:
-    sweep_manifest(samples=3, layers=5, modes=MODES, stability={"freeze-visual": {"half": "most"}}).save(folder)
+    sweep_manifest(samples=3, layers=5, modes=MODES, stability={"freeze-visual": {"half": 0.5}}).save(folder)
 
 
 def unnamed_plan(folder: Folder) -> None:
-    campaign_manifest(state="partial", errors=2, plans=({"model": "org/m"},)).save(folder)
+    plan = {"model": "org/m", "name": "p", "modes": ["full"]}
+    campaign_manifest(state="partial", errors=2, plans=(plan,)).save(folder)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_damaged_sweeps(damage: Callable[[Folder], None], message: str, tmp_path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (unnamed_plan, "lists plans without digest, kind, model, modes, name"),
+        (unnamed_plan, "lists plans without kind or digest"),
         (truncate("metrics.parquet"), "metrics.parquet is not a whole Parquet file"),
         (lambda folder: folder.delete("speed.parquet"), "has no speed.parquet"),
         (lambda folder: folder.write_table("cells", folder.read_table("cells").slice(1)), "counts 4 cells"),

@@ -118,8 +118,8 @@ BROKEN = {
     "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "not valid JSON"),
     "binary": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
     "empty": (lambda folder: (folder / "manifest.json").write_bytes(b""), "not valid JSON"),
-    "type": (lambda folder: _manifest(folder, counts=[]), "wrong type"),
-    "state": (lambda folder: _manifest(folder, state="done"), "unknown state"),
+    "type": (lambda folder: _manifest(folder, counts=[]), "has counts []"),
+    "state": (lambda folder: _manifest(folder, state="done"), "has state 'done'"),
     "no-manifest": (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
 }
 

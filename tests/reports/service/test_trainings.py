@@ -51,6 +51,5 @@ def test_what_a_training_lacks_is_named(tmp_path: Path) -> None:
     ]
     change_manifest(tmp_path / "a", schema_version=2)
     assert "schema version 2, this release reads 1" in listed(tmp_path)["a"]["problems"][0]
-    change_manifest(tmp_path / "a", schema_version=1, counts={"steps": 1.5}, details={"loss": "low"})
-    run = listed(tmp_path)["a"]
-    assert run["headline"]["steps"] is None and any("no job writes" in problem for problem in run["problems"])
+    change_manifest(tmp_path / "a", schema_version=1, details={"loss": "low"})
+    assert any("no job writes" in problem for problem in listed(tmp_path)["a"]["problems"])
