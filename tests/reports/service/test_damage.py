@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pyarrow import parquet as pq
 
 from reports.page import PAGE_NAME
 from reports.service.tree import LocalTree, Names, OpenFile
@@ -116,19 +115,6 @@ def test_a_read_that_was_interrupted_is_tried_again(tmp_path: Path, monkeypatch:
     first, second = ask_all(tmp_path, [("GET", "/runs.json", {})] * 2)
     assert "samples.parquet could not be read: Input/output error" in first.json()["runs"][0]["problems"][0]
     assert second.json()["runs"][0]["problems"] == []
-
-
-def test_equal_problems_of_a_table_are_one(tmp_path: Path) -> None:
-    make_campaign(tmp_path / "c")
-    for path in (tmp_path / "c" / "answers").iterdir():
-        table = pq.read_table(path)
-        pq.write_table(table.append_column("colour", table["task"]), path)
-    run = listed(tmp_path)["c"]
-    newer = "was written by a newer release of this project (columns colour): update it"
-    assert run["problems"] == [f"4 files of answers: each {newer}"]
-    assert [item["problem"] for item in run["tables"] if item["part"]] == [
-        f"c/answers/{str(number) * 64}.parquet {newer}" for number in range(4)
-    ]
 
 
 def test_the_page_shows_the_problems_of_its_run(tmp_path: Path) -> None:

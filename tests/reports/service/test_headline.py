@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from pyarrow import parquet as pq
-
-from reports.store import Folder
 from tests.reports.service.asking import HTML, ask, listed
 from tests.reports.service.folders import change_manifest, make_campaign
 
@@ -63,12 +60,3 @@ def test_without_a_cheaper_plan_the_full_model_stands_alone(tmp_path: Path) -> N
     best = campaign(tmp_path, ("unknown", "lc", None, 0.9), ("failed", "lc", 0.5, None), *PLANS[1:])
     assert best["full"] == 0.9 and "plan" not in best and "other" not in best
     assert "full 0.9<" in ask(tmp_path, "/", headers=HTML).text
-
-
-def test_older_tables_have_numbers_too(tmp_path: Path) -> None:
-    make_campaign(tmp_path / "c")
-    cells = Folder(tmp_path / "c").read_table("cells")
-    pq.write_table(cells.drop_columns(["learned_parameters", "train_seconds"]), tmp_path / "c" / "cells.parquet")
-    run = listed(tmp_path)["c"]
-    assert run["problems"] == [] and run["headline"]["best"][0]["plan"] == "lc-2"
-    assert ask(tmp_path, "/runs/c/tables/cells.parquet").status_code == 200

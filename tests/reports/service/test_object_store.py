@@ -7,10 +7,9 @@ from typing import Any
 
 import fsspec
 import pytest
-from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
-from reports.service.tree import Kind, Missing, StoreFile, StoreTree
+from reports.service.tree import StoreFile
 from tests.reports.runs import make_sweep
 from tests.reports.service.asking import ask, ask_all, listed
 from tests.reports.service.folders import make_campaign
@@ -71,20 +70,3 @@ def test_a_change_in_a_store_is_seen(store: Any) -> None:
 def test_nothing_outside_the_root_of_a_store_is_reached(store: Any) -> None:
     for way in ("..", "%2e%2e", "%252e%252e", "..%2f..", "%2fservice-tests"):
         assert ask(ROOT, f"/runs/{way}/secret/manifest.json").status_code == 404
-
-
-def test_files_that_pyarrow_opens_itself(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "a")
-    tree = StoreTree(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "")
-    assert [entry.kind for entry in tree.entries(())] == [Kind.FOLDER]
-    opened = tree.open(("a", "manifest.json"))
-    assert opened.read(opened.size) == (tmp_path / "a" / "manifest.json").read_bytes()
-    assert opened.modified is not None and not opened.changed()
-    (tmp_path / "a" / "manifest.json").write_text("x")
-    assert opened.changed()
-    opened.close()
-    for names in (("a",), ("a", "gone"), (), ("..", "x"), ("a", "manifest.json", "x")):
-        with pytest.raises(Missing):
-            tree.open(names)
-    with pytest.raises(Missing):
-        tree.entries(("gone",))
