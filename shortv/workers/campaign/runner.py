@@ -28,6 +28,7 @@ from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader, remote_model
+from shortv.workers.placement import Placement
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import stop_on_signal
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
@@ -45,6 +46,7 @@ class ReplicaRunner:
         """Print progress to the console."""
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
+        self._placement: Placement | None = None
 
     def pin(self, model: str, spec: CampaignSpec) -> str | None:
         """Look up the commit on the hub, or in its cache if the hub cannot be reached. Raises Refused."""
@@ -73,11 +75,7 @@ class ReplicaRunner:
         """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
-            placement = place_replicas(
-                free_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device
-            )
-            if placement.note:
-                say(self._console, placement.note)
+            placement = self._place(spec)
             # A replica has its next batch waiting while one runs.
             concurrency = spec.num_concurrent or 2 * spec.batch_size * placement.high
             engine = EngineSettings(batch_size=spec.batch_size, max_queued=max(concurrency, 2 * spec.batch_size))
@@ -90,6 +88,19 @@ class ReplicaRunner:
                 yield partial(self._run_cell, handle, concurrency, placement.high)
             finally:
                 serve.delete(name)
+
+    def _place(self, spec: CampaignSpec) -> Placement:
+        """Fit replicas to the resources that were free when the first model started.
+
+        Ray may still count the resources of its replicas as used when the next model starts.
+        """
+        if self._placement is None:
+            self._placement = place_replicas(
+                free_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device
+            )
+            if self._placement.note:
+                say(self._console, self._placement.note)
+        return self._placement
 
     def _run_cell(
         self, handle: DeploymentHandle[Any], concurrency: int, replicas: int, plan: Plan | None, task: str

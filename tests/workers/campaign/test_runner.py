@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from shortv.evals.benchmark import Benchmark
 from shortv.request import Completion, Request
 from shortv.workers.campaign.cells import CellResult
 from shortv.workers.campaign.runner import ReplicaRunner
+from shortv.workers.placement import Node
+from tests.workers.campaign.fakes import campaign_spec
 
 
 class FailingReplicas:
@@ -73,3 +76,16 @@ def test_a_stray_exception_is_the_error_of_one_sample(
     assert type(error).__name__ in str(failed.error) and failed.prediction is None and failed.scores == {}
     assert [sample.prediction for sample in found.samples].count("2") == 3
     assert found.problem is None and found.metrics[0].n == 3
+
+
+def test_the_resources_of_an_earlier_model_are_used_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray may report the GPUs of stopped replicas as used for a moment."""
+    free = iter((2.0, 0.0))
+    monkeypatch.setattr(
+        "shortv.workers.campaign.runner.free_nodes", lambda: [Node(cpus=8, gpus=next(free), total_gpus=4)]
+    )
+    runner = ReplicaRunner(Console(quiet=True))
+    placements = [runner._place(campaign_spec(tmp_path)) for _ in range(2)]
+    assert [(found.high, found.device) for found in placements] == [(2, "cuda")] * 2
