@@ -75,11 +75,11 @@ def parse_json(data: str | bytes | bytearray, *, what: str, limit_bytes: int = M
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(items)
-        if len(content) < len(items):
-            keys = [key for key, _ in items]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise Refused(f"{what} repeats the key {repeated!r:.80}; keep one of them")
+        content: dict[str, Any] = {}
+        for key, value in items:
+            if key in content:
+                raise Refused(f"{what} repeats the key {key!r:.80}; keep one of them")
+            content[key] = value
         return content
 
     def constant(name: str) -> NoReturn:

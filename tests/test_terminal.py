@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from shortv.terminal import printable, say
+from shortv.workers.progress import SampleProgress
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred", "a\nError: forged", "a\rb", "\u202eabc", "\ud800", "\x9b0m"])
@@ -24,3 +25,10 @@ def test_markup_in_names_is_printed_as_it_is(text: str) -> None:
     sink = io.StringIO()
     say(Console(file=sink, width=80), text)
     assert sink.getvalue() == text + "\n"
+
+
+def test_the_label_of_a_progress_bar_is_printed_as_it_is() -> None:
+    sink = io.StringIO()
+    with SampleProgress(total=1, console=Console(file=sink, width=80, force_terminal=True), label="a[/x]{b}\x1b[31m"):
+        pass
+    assert r"a[/x]{b}\x1b[31m" in sink.getvalue()

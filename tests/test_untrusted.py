@@ -55,6 +55,12 @@ def test_bad_json_is_refused_in_one_short_line(text: str | bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_repeated_key_among_many_is_found_in_one_pass() -> None:
+    text = "{" + ",".join(f'"{number}":0' for number in range(400_000)) + ',"399999":0}'
+    with pytest.raises(Refused, match="repeats the key '399999'"):
+        parse_json(text, what="manifest")
+
+
 @pytest.mark.parametrize(
     "text",
     [b"a = " + b"9" * 401, b"a = " + b"9" * 5000, b"a = 1e999", b"a = nan", b"a = " + b"[" * 2000, b"\xff", b"a"],

@@ -51,8 +51,8 @@ class Header(BaseModel):
 def read_header(folder: str | os.PathLike[str]) -> Header:
     """Read parts.json. Raises Refused."""
     path = Path(folder) / HEADER_NAME
-    if not path.is_file():
-        raise Refused(f"no learned parts at {folder}; give a folder with {HEADER_NAME}")
+    if not os.path.isfile(path):  # False, not an error, also for a path that no file can have
+        raise Refused(f"no learned parts at {printable(folder, limit=200)}; give a folder with {HEADER_NAME}")
     what = f"the header of learned parts {path}"
     content = parse_json(read_file(path, what="the header of learned parts"), what=what)
     try:
@@ -75,13 +75,13 @@ def check_parts(named: LearnedParts, config_digest: str) -> Header:
         raise Refused(f"the parts in {named.path} are {header.kind} parts, the plan needs {named.kind}; {AGAIN}")
     if header.config_digest != config_digest:
         raise Refused(
-            f"the parts in {named.path} were trained on {header.model} (architecture {header.config_digest[:12]}), "
-            f"and this model has architecture {config_digest[:12]}; train parts for this model"
+            f"the parts in {named.path} were trained on {header.model} (architecture {header.config_digest}), "
+            f"and this model has architecture {config_digest}; train parts for this model"
         )
     if header.digest != named.digest:
         raise Refused(
-            f"the parts in {named.path} ({header.digest[:12]}) are not those that the plan names "
-            f"({named.digest[:12]}); make the plan again, or restore the folder"
+            f"the parts in {named.path} ({header.digest}) are not those that the plan names "
+            f"({named.digest}); make the plan again, or restore the folder"
         )
     _check_length(Path(named.path) / WEIGHTS_NAME)
     return header

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shortv.terminal import printable
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -39,10 +41,12 @@ class SampleProgress:
 
     def __enter__(self) -> SampleProgress:
         if self._console.is_terminal:
-            columns = (TextColumn(self._label), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            label = TextColumn("{task.fields[label]}", markup=False)
+            columns = (label, BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
-            self._task = self._bar.add_task(self._text(), total=self._total, completed=int(self._done))
+            done, shown = int(self._done), printable(self._label)
+            self._task = self._bar.add_task(self._text(), total=self._total, completed=done, label=shown)
         elif not self._brief:
             self._console.print(self._text(), highlight=False)
         return self

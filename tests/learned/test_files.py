@@ -126,8 +126,8 @@ def _flip(folder: Path) -> None:
         (_edit(settings=[1]), "settings"),
         (_edit(more=1), "more"),
         (_edit(kind="eas"), "are eas parts, the plan needs dyvte"),
-        (_edit(config_digest="cd" * 32), "cdcdcdcdcdcd"),
-        (_edit(digest="cd" * 32), "cdcdcdcdcdcd"),
+        (_edit(config_digest="cd" * 32), "cd" * 32),
+        (_edit(digest="cd" * 32), "cd" * 32),
         (_edit(settings={"layers": [0, 1]}), "not as they were saved"),
         (_edit(settings={"layers": "many"}), "layers"),
         (_flip, "not as they were saved"),
@@ -189,6 +189,14 @@ def test_weights_cut_short_are_found_without_a_model(
     weights.write_bytes(weights.read_bytes()[:left])
     with pytest.raises(Refused, match="cut short"):
         check_parts(named, model.architecture.config_digest)
+
+
+def test_paths_that_no_folder_can_have_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("x" * 5000, "a\0b", str(tmp_path / "loop")):
+        with pytest.raises(Refused, match="no learned parts at") as refusal:
+            read_header(path)
+        assert len(str(refusal.value)) < 500 and str(refusal.value).isprintable()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

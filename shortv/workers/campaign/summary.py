@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from shortv.terminal import printable, say
 from shortv.workers.campaign.cells import Cell, CellRecord, CellState
 from shortv.workers.campaign.plans import FULL
 from shortv.workers.campaign.tables import Row, same_group
@@ -29,7 +30,7 @@ def print_summary(cells: Sequence[Cell], records: Mapping[str, CellRecord], tabl
     if failures:
         console.print(f"[bold]{len(failures)} cell{'s' * (len(failures) != 1)} with failures[/bold]", highlight=False)
         for line in failures:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"  {line}")
 
 
 def list_failures(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> list[str]:
@@ -59,7 +60,7 @@ def main_metric(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> str
 
 def _print_group(cells: Sequence[Cell], records: Mapping[str, CellRecord], tables: Tables, console: Console) -> None:
     metric = main_metric(cells, records)
-    title = escape(f"{cells[0].model.name} on {cells[0].task.name}")
+    title = escape(printable(f"{cells[0].model.name} on {cells[0].task.name}"))
     learned = any(cell.entry.training for cell in cells)
     # With the two columns about learning, the table fits into 110 characters.
     table = Table(
@@ -71,7 +72,14 @@ def _print_group(cells: Sequence[Cell], records: Mapping[str, CellRecord], table
         show_edge=not learned,
     )
     table.add_column("plan", no_wrap=True)
-    names = ("FLOPs", escape(metric or "score"), "to full (95 % interval)", "changed", "prefill", "samples/s")
+    names = (
+        "FLOPs",
+        escape(printable(metric or "score")),
+        "to full (95 % interval)",
+        "changed",
+        "prefill",
+        "samples/s",
+    )
     for name in (*names, *(_LEARNED if learned else ())):
         table.add_column(name, justify="right", no_wrap=name.startswith("to full"))
     full = records.get(cells[0].key)
@@ -80,7 +88,7 @@ def _print_group(cells: Sequence[Cell], records: Mapping[str, CellRecord], table
         table.add_row(cell.entry.name, *row, *(_learned(cell) if learned else ()))
     console.print(table)
     for line in _findings(cells, metric, tables):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     if learned:
         console.print()
 

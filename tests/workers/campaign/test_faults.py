@@ -104,6 +104,15 @@ def test_cells_without_scores_have_failed_and_can_be_retried(
     assert state(tmp_path) is State.COMPLETE
 
 
+def test_names_and_messages_from_outside_do_not_control_the_terminal(tmp_path: Path) -> None:
+    def fail(plan: str, task: str) -> None:
+        raise ValueError("\x1b[31m[/x]\nError: forged")
+
+    output = campaign(small(tmp_path, models=("a\x1b[31m[/x]",)), FakeRunner(before=fail), status=3)
+    assert "\x1b" not in output and "a\\x1b[31m[/x] on shapes" in output
+    assert not any(line.startswith("Error: forged") for line in output.splitlines())
+
+
 def test_a_retry_that_fails_keeps_the_answers(tmp_path: Path) -> None:
     campaign(small(tmp_path), FakeRunner(failing=frozenset({"s3"})), status=3)
     before = tables(tmp_path)
