@@ -26,7 +26,7 @@ from shortv.workers.campaign.plans import ModelFacts, PlanEntry
 from shortv.workers.campaign.spec import CampaignSpec
 
 # Part of every key: a change to what a cell holds makes earlier cells unfinished.
-CELL_VERSION: Final = 3
+CELL_VERSION: Final = 4
 _COMPUTING: Final = ("shortv", "torch", "torchvision", "transformers", "lmms-eval")
 
 
