@@ -310,7 +310,7 @@ def test_settings_that_cannot_be_right_are_refused(folder: Path) -> None:
         "plna=x": "unknown setting 'plna'; did you mean plan",
         "plan": "'plan' has no value",
         "plan=a,plan=b": "named twice",
-        "plan=nowhere.json": "cannot read plan nowhere.json",
+        "plan=nowhere.json": "nowhere.json",
         "plan=llava-1.5-7b": "32 layers",
         f"plan={other},plan_digest={HARSH.digest}": f"has digest {plan_of([1]).digest}, not",
         f"plan={other},plan_digest=": "at least the first 12",

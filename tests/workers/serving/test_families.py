@@ -37,5 +37,5 @@ def test_interleaved_batches_of_different_plans_equal_generate(loaded: LoadedMod
         completions = [one.completion() for one in submit(engine, *submitted)]
     for one, completion in zip(submitted, completions, strict=True):
         wanted = generated(one, loaded)
-        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.output_tokens)
-        assert completion.prompt_tokens == wanted.input_tokens
+        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.completion_tokens)
+        assert completion.prompt_tokens == wanted.prompt_tokens
