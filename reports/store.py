@@ -85,7 +85,7 @@ class Folder:
                 self._filesystem.delete_file(path)
             raise
 
-    def read_bytes(self, name: str, *, limit_bytes: int | None = None) -> bytes:
+    def read_bytes(self, name: str, *, limit_bytes: int | None = MAX_TEXT_BYTES) -> bytes:
         """Read a whole file. Raises ShortVError when it is missing, cannot be read, or is longer than the limit."""
         try:
             with self._filesystem.open_input_stream(self._path(name)) as stream:
@@ -103,7 +103,7 @@ class Folder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON object. Raises ShortVError when it is missing, not JSON within bounds, or not an object."""
-        value = parse_json(self.read_bytes(name, limit_bytes=MAX_TEXT_BYTES), what=self._shown(name))
+        value = parse_json(self.read_bytes(name), what=self._shown(name))
         if not isinstance(value, dict):
             raise ShortVError(f"{self._shown(name)} holds a JSON {type(value).__name__}, not an object")
         return value
@@ -125,7 +125,12 @@ class Folder:
 
     def read_parquet(self, name: str) -> pa.Table:
         """Read a Parquet file of any schema. Raises ShortVError when it is missing, damaged or too large."""
-        return read_parquet(self.read_bytes(_parquet(name)), what=self._shown(_parquet(name)))
+        name = _parquet(name)
+        try:
+            with self._filesystem.open_input_file(self._path(name)) as stream:
+                return read_parquet(stream, what=self._shown(name))
+        except FILE_ERRORS as error:
+            raise ShortVError(f"{self._shown(name)} could not be read: {one_line(error)}") from error
 
     def read_table(self, name: str) -> pa.Table:
         """Read one Parquet table; nullable columns that an older release did not write hold nulls.

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 import warnings
@@ -33,13 +34,15 @@ MAX_PIXELS = 89_478_485
 MAX_ASPECT_RATIO = 200
 """Longest side of an image divided by the shortest. Processors that scale the shortest side to N pixels make at most
 200 N^2 pixels of such an image (the limit of Qwen's processors)."""
-MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANS = 30
 """Most scans of a progressive JPEG. Encoders write about 10; each one costs a pass over the whole image."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Image formats that the endpoint accepts, as Pillow names them."""
 IMAGE_FORMATS = (*WEB_FORMATS, "TIFF")
 """Image formats of calibration samples. None of their decoders starts another program."""
 _MAX_INTEGER_DIGITS = 19
+# Markers of a JPEG from SOF on that have a length and content, or end the image; not restarts, which have neither.
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 
 
 def read_file(path: str | os.PathLike[str], *, what: str, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -258,8 +261,7 @@ def _opened(source: Any, formats: Sequence[str], max_pixels: int) -> Iterator[Im
             raise _unusable("unreadable", str(error)) from error
     if not source:
         raise _unusable("empty-image", "the image has no bytes")
-    # In entropy-coded data a 0xFF byte is never followed by 0xDA: each pair of them starts a scan.
-    if source[:2] == b"\xff\xd8" and bytes(source).count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if source[:2] == b"\xff\xd8" and _jpeg_scans(source) > MAX_JPEG_SCANS:
         raise _unusable("too-many-scans", f"the JPEG has more than {MAX_JPEG_SCANS} scans; encode it again")
     try:
         with warnings.catch_warnings(), _whole_images_only():
@@ -276,6 +278,19 @@ def _opened(source: Any, formats: Sequence[str], max_pixels: int) -> Iterator[Im
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on damaged files
         message = f"the image of {len(source)} bytes cannot be decoded as {', '.join(formats)}: {one_line(error)}"
         raise _unusable(type(error).__name__, message) from error
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Count the scans of a JPEG up to its end, not those of a thumbnail in its header or of what follows the image."""
+    at, scans = 2, 0
+    while found := _JPEG_MARKER.search(data, at):
+        at = found.end()
+        marker = data[at - 1]
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    return scans
 
 
 def _check_shape(size: tuple[int, int], max_pixels: int) -> None:

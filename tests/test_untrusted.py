@@ -152,4 +152,17 @@ def test_unusable_images_say_why(data: bytes, error: str) -> None:
 
 
 def test_ordinary_progressive_jpegs_are_read() -> None:
-    assert open_image(progressive_with_scans(0)).size == (16, 16)
+    whole = progressive_with_scans(0)
+    assert open_image(whole).size == (16, 16)
+    # Phones append a film to a photograph, and put a thumbnail into its header; bytes in both may look like scans.
+    comment = b"\xff\xfe" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
+    assert open_image(whole[:2] + comment + whole[2:] + b"\xff\xda" * 1000).size == (16, 16)
+
+
+def test_scans_cannot_hide_behind_bytes_that_decoders_skip() -> None:
+    whole = progressive_with_scans(40)
+    for skipped in (b"\xff\xff\xff", b"\xff\x00", b"\xff\xd0", b"\xff\x02\xff\xff", b"\xff\x01\xff\xff"):
+        scan = whole.index(b"\xff\xda")
+        with pytest.raises(SampleError) as caught:
+            open_image(whole[:scan] + skipped + whole[scan:])
+        assert caught.value.error == "too-many-scans"

@@ -74,7 +74,7 @@ class CampaignFolder:
         return all(self.folder.exists(f"{name}.parquet") for name in TABLES)
 
     def _digest(self, key: str) -> str:
-        return hashlib.sha256(self.folder.read_bytes(f"{_answers(key)}.parquet")).hexdigest()
+        return hashlib.sha256(self.folder.read_bytes(f"{_answers(key)}.parquet", limit_bytes=None)).hexdigest()
 
 
 def _answer(cell: Cell, sample: ScoredSample) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Folders that somebody else wrote: each becomes one line in the list and one refusal of the job, at little cost."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
+from reports.page import build_page
 from reports.schemas import SCHEMAS
+from reports.store import Folder
+from shortv.errors import ShortVError
 from tests.reports.runs import make_campaign, make_sweep
 from tests.reports.service.asking import HTML, ask, listed
 from tests.reports.service.folders import change_manifest, make_training
@@ -138,6 +142,16 @@ def test_decoded_bytes_count_and_not_those_of_the_file(tmp_path: Path) -> None:
     _bomb(tmp_path / "a")
     assert (tmp_path / "a" / "samples.parquet").stat().st_size < 2**20
     assert listed(tmp_path)["a"]["state"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "lc_layers.parquet", "samples.parquet", "plans/two.json"])
+def test_a_file_larger_than_memory_is_refused_everywhere(tmp_path: Path, name: str) -> None:
+    make_sweep(tmp_path / "a")
+    os.truncate(tmp_path / "a" / name, 20 * 2**30)
+    with pytest.raises(ShortVError) as error:
+        build_page(Folder(tmp_path / "a"))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert listed(tmp_path)["a"]["problems"]
 
 
 def test_entries_that_are_not_followed_are_named(tmp_path: Path) -> None:
