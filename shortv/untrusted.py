@@ -7,12 +7,14 @@ these readers and nothing else.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import os
 import re
 import stat
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -319,33 +321,42 @@ def _rgb(image: Image.Image) -> Image.Image:
     raise _unusable("unsupported-mode", f"the image has pixels of mode {image.mode}; convert it to 8 bits per channel")
 
 
-@contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """Make a truncated file an error; some libraries tell Pillow, for the whole process, to fill it with grey."""
-    from PIL import ImageFile
+class _Setting:
+    """An attribute of a module with another value while any thread is inside the context.
 
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-@contextmanager
-def no_other_programs() -> Iterator[None]:
-    """Keep Pillow from starting another program inside third-party code that opens images by itself.
-
-    Its reader of EPS files runs Ghostscript on their content; inside this context such a file is an OSError.
+    Threads overlap: each one restoring what it found would end the context of the others.
     """
-    from PIL import EpsImagePlugin
 
-    before = EpsImagePlugin.gs_binary
-    EpsImagePlugin.gs_binary = False
-    try:
-        yield
-    finally:
-        EpsImagePlugin.gs_binary = before
+    def __init__(self, module: str, name: str, value: object) -> None:
+        self._module, self._name, self._value = module, name, value
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: object = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        owner = importlib.import_module(self._module)
+        with self._lock:
+            if not self._inside:
+                self._before = getattr(owner, self._name)
+                setattr(owner, self._name, self._value)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    setattr(owner, self._name, self._before)
+
+
+_whole_images_only = _Setting("PIL.ImageFile", "LOAD_TRUNCATED_IMAGES", False)
+"""Makes a truncated file an error; some libraries tell Pillow, for the whole process, to fill it with grey."""
+no_other_programs = _Setting("PIL.EpsImagePlugin", "gs_binary", False)
+"""Keeps Pillow from starting another program inside third-party code that opens images by itself.
+
+Its reader of EPS files runs Ghostscript on their content; inside this context such a file is an OSError.
+"""
 
 
 def _unusable(error: str, message: str) -> SampleError:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pyarrow import parquet as pq
 
 from shortv.errors import Refused, SampleError
-from shortv.untrusted import image_size, open_image, parse_json, parse_toml, read_file, read_parquet
+from shortv.untrusted import image_size, no_other_programs, open_image, parse_json, parse_toml, read_file, read_parquet
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -166,3 +166,14 @@ def test_scans_cannot_hide_behind_bytes_that_decoders_skip() -> None:
         with pytest.raises(SampleError) as caught:
             open_image(whole[:scan] + skipped + whole[scan:])
         assert caught.value.error == "too-many-scans"
+
+
+def test_contexts_of_threads_that_overlap_do_not_end_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    first, second = no_other_programs(), no_other_programs()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert EpsImagePlugin.gs_binary is False
+    second.__exit__(None, None, None)
+    assert EpsImagePlugin.gs_binary == "gs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet as pq
-from ray.exceptions import RayActorError
 from rich.console import Console
 from safetensors.torch import load
 from torch import Tensor
@@ -29,12 +28,11 @@ from shortv.records import ErrorRecord
 from shortv.spec import ModelSpec, WorkerRange, validate
 from shortv.workers.placement import Placement
 from shortv.workers.run import one_driver
-from shortv.workers.training import driver, fit
+from shortv.workers.training import driver
 from shortv.workers.training.checkpoint import latest_checkpoint, write_record, write_state
 from shortv.workers.training.data import Shards, sample_of, write_shards
 from shortv.workers.training.loop import SingleWorker, StepSamples, run_loop
 from shortv.workers.training.spec import TrainSpec
-from shortv.workers.training.worker import WorkerJob
 from tests.architectures import architecture
 from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
@@ -252,30 +250,6 @@ def test_what_ends_a_training_is_one_line(tmp_path: Path, field: str) -> None:
     assert ("loss of step 6 is nan" if field == "nan_at" else "MemoryError: toy; give a smaller") in str(error.value)
     found = latest_checkpoint(str(tmp_path / "out"), TrainingManifest.load(Folder(tmp_path / "out")).arguments_digest)
     assert found is not None and found.step == 4
-
-
-def test_a_failure_of_ray_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class LostQueue:
-        def __init__(self, **_: Any) -> None: ...
-
-        def get(self, timeout: float) -> Any:
-            raise RayActorError(error_msg="the actor died\n  with a long trace")
-
-        def shutdown(self, force: bool) -> None: ...
-
-    class Waiting:
-        def __init__(self, *_: Any) -> None: ...
-
-        def is_alive(self) -> bool:
-            return True
-
-    monkeypatch.setattr(fit, "Queue", LostQueue)
-    monkeypatch.setattr(fit, "_Fit", Waiting)
-    settings: dict[str, Any] = {field.name: None for field in fields(WorkerJob)} | {"output": str(tmp_path)}
-    watcher, placement = fit.Watcher(progress=print, saved=print), Placement(low=1, high=1, cpus=1, gpus=0)
-    with pytest.raises(ShortVError, match="Ray failed during the training: the actor died; ") as error:
-        fit.fit(WorkerJob(**settings), placement, workers=1, steps=1, timeout=60, watcher=watcher)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.ray
