@@ -149,7 +149,12 @@ def _trainer(job: WorkerJob, placement: Placement, workers: int) -> TorchTrainer
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": placement.cpus, **({"GPU": placement.gpus} if gpu else {})},
+            # Where no CPU is free a worker asks for none. Ray refuses a worker without any resource: one byte is free.
+            resources_per_worker={
+                "CPU": placement.cpus,
+                **({"GPU": placement.gpus} if gpu else {}),
+                **({} if gpu or placement.cpus else {"memory": 1}),
+            },
         ),
         run_config=RunConfig(
             name=new_attempt(job.output),
