@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shortv.planfile import read_plan
 
 from reports.manifest import CampaignManifest
 from reports.page.campaign import campaign_page
@@ -193,4 +192,4 @@ def test_the_shipped_parts_fit_the_bundled_model(tmp_path: Path, monkeypatch: py
         assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
         assert not Path(read_header(folder).model).is_absolute()
     for path in SHIPPED.glob("plans/*.json"):
-        assert f'"path": "../{Path(read_plan(path).parts.path).name}"' in path.read_text()  # type: ignore[union-attr]
+        assert f'"path": "../{Path(Plan.load(path).parts.path).name}"' in path.read_text()  # type: ignore[union-attr]
