@@ -58,7 +58,8 @@ def stream_results(
         # Ray Data announces changes to arguments for which the pinned release has no other form.
         warnings.simplefilter("ignore")
         results = (
-            ray.data.from_arrow(tables)
+            # Unlike from_arrow this runs no task, for which a cluster may have no CPU left.
+            ray.data.from_blocks(tables)
             .map_batches(
                 PreparingStage,
                 fn_constructor_args=(setup,),
