@@ -39,10 +39,10 @@ docs: .venv/.installed ## Write reports/TABLES.md from reports/fields.py
 
 FAST := not slow and not gpu and not browser and not ray
 
-test: test-fast ## Run all tests but the slow, gpu and browser ones, in about 5 minutes
+test: test-fast ## Run all tests but the slow, gpu and browser ones
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu and not browser"
 
-test-fast: .venv/.installed ## Run the tests that need no Ray, in about 2 minutes
+test-fast: .venv/.installed ## Run the tests that need no Ray
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 test-order: .venv/.installed ## Run the fast tests in a random order and with random hashes (SEED=7 repeats one)
