@@ -102,11 +102,12 @@ def test_samples_that_change_between_the_passes_end_the_run(tmp_path: Path) -> N
 
 
 _MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from reports.store import Folder
 from shortv.workers.training.data import Shards, Source, scan, write_shards
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before, sources, folder = peak(), [Source(path=sys.argv[1])], Folder(sys.argv[2])
 contents = scan(sources, needs_images=True)
 write_shards(folder, sources, contents, needs_images=True)
@@ -117,11 +118,11 @@ print(contents.samples, peak() - before)
 
 
 def test_a_data_set_larger_than_memory_passes_through_the_driver(tmp_path: Path) -> None:
-    """1,600 images of 250 kB are 400 MB; the driver may grow by 160 MB while it checks and copies them."""
+    """3,200 images of 250 kB are 800 MB; the driver may grow by 400 MB, and grows as much for any number of them."""
     schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
     image, path, total = os.urandom(250_000), tmp_path / "large.parquet", 0
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for first in range(0, 1600, 100):
+        for first in range(0, 3200, 100):
             images = [[f"{first + row}".encode() + image] for row in range(100)]
             total += sum(len(each) for row in images for each in row)
             rows = {"sample_id": [f"s{first + row}" for row in range(100)], "images": images, "prompt": ["?"] * 100}
@@ -130,4 +131,4 @@ def test_a_data_set_larger_than_memory_passes_through_the_driver(tmp_path: Path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     samples, growth = map(int, done.stdout.split())
-    assert samples == 1600 and growth < 160e6 < total / 2, f"{growth / 1e6:.0f} MB"
+    assert samples == 3200 and growth < 400e6 <= total / 2, f"{growth / 1e6:.0f} MB"
