@@ -77,7 +77,7 @@ def calibration_batches(uri: "str | os.PathLike[str]", *, rows: int = 64) -> Ite
             f"{shown} is not a readable Parquet file: {one_line(error)}; expected columns {_EXPECTED}"
         ) from error
     if not number:
-        raise Refused(f"{shown} holds no sample; give a calibration file with at least one row")
+        raise Refused(f"{shown} is empty; give a calibration file with at least one row")
 
 
 def calibration_rows(uri: "str | os.PathLike[str]") -> int:

@@ -131,7 +131,9 @@ class RunManifest(BaseModel):
     def load(cls, folder: Folder) -> Self:
         """Read the manifest of a folder. Raises Refused when there is none or it is of another kind of run."""
         if not folder.exists(MANIFEST_NAME):
-            raise Refused(f"{folder.shown} holds no {MANIFEST_NAME}; give an output folder of {_JOBS[cls.KIND]}")
+            raise Refused(
+                f"{folder.shown} does not contain {MANIFEST_NAME}; give an output folder of {_JOBS[cls.KIND]}"
+            )
         return cls.from_json(folder.read_json(MANIFEST_NAME), f"{folder.shown}/{MANIFEST_NAME}")
 
 

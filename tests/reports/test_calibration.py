@@ -77,7 +77,7 @@ def test_a_file_under_a_uri(tmp_path: Path) -> None:
         ({"sample_id": pa.array(["a", "a"])}, "repeats 1 sample ids, 'a' first"),
         ({"sample_id": pa.array(["a", None])}, "1 rows without a sample_id"),
         ({"prompt": pa.array(["a", None])}, "1 rows without a prompt"),
-        ({name: values[:0] for name, values in columns().items()}, "holds no sample"),
+        ({name: values[:0] for name, values in columns().items()}, "is empty"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
