@@ -148,7 +148,7 @@ class ModelRunManifest(RunManifest):
     details: Masked = {}
 
 
-class Manifest(ModelRunManifest):
+class SweepManifest(ModelRunManifest):
     """What a sweep was asked to do and what came of it.
 
     `stability` is the share of bootstrap resamples that choose the same layers, by mode and share of samples;

@@ -7,7 +7,7 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.page.campaign_data import CampaignData, Row, interval_of, interval_of_difference, read_campaign_data
 from reports.page.charts import ROWS, colour_of, layer_axis, shape_of, spec_of
 from reports.page.document import Chart, Grid, Section, Value, shortened
@@ -62,7 +62,7 @@ def _check(data: SweepData, other: SweepData, folder: Folder, against: Folder) -
         )
 
 
-def _warnings(own: Manifest, other: Manifest) -> list[str]:
+def _warnings(own: SweepManifest, other: SweepManifest) -> list[str]:
     lines = [
         f"They differ in {name.replace('_', ' ')}: {here or 'none'} here, {there or 'none'} there."
         for name in _SAID

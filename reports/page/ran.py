@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from reports.manifest import CampaignManifest, Manifest, State
+from reports.manifest import CampaignManifest, State, SweepManifest
 from reports.masking import MASK
 from reports.page.document import Command, Fact
 
@@ -16,7 +16,7 @@ _JOINED: Final = ("modes", "plans", "tasks")
 _LEFT_OUT: Final = ("retry-failed",)
 
 
-def run_facts(manifest: Manifest | CampaignManifest) -> list[Fact]:
+def run_facts(manifest: SweepManifest | CampaignManifest) -> list[Fact]:
     """Return the facts that every kind of run has."""
     seconds = manifest.wall_seconds
     return [
@@ -29,7 +29,7 @@ def run_facts(manifest: Manifest | CampaignManifest) -> list[Fact]:
     ]
 
 
-def state_warnings(manifest: Manifest | CampaignManifest, unit: str) -> list[str]:
+def state_warnings(manifest: SweepManifest | CampaignManifest, unit: str) -> list[str]:
     """Return what a reader must know first: that a run has not ended, or that part of it failed."""
     if manifest.state is State.RUNNING:
         return ["This run is not finished: it is being written, or was stopped. This page may show only part of it."]
@@ -38,7 +38,7 @@ def state_warnings(manifest: Manifest | CampaignManifest, unit: str) -> list[str
     return []
 
 
-def command_of(manifest: Manifest | CampaignManifest) -> Command:
+def command_of(manifest: SweepManifest | CampaignManifest) -> Command:
     """Return the command line that repeats a run in a new folder."""
     arguments = {name.replace("_", "-"): value for name, value in manifest.arguments.items()}
     words = [word for name, value in arguments.items() for word in _option(name, value)]

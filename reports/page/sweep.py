@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
 from reports.page.ran import command_of, run_facts, state_warnings
 from reports.page.sweep_charts import heat_chart, lc_chart, plan_strips, rank_chart
@@ -167,7 +167,7 @@ def _errors(data: SweepData) -> Section:
     )
 
 
-def _ran(manifest: Manifest) -> Section:
+def _ran(manifest: SweepManifest) -> Section:
     facts: list[Fact] = [
         ("model", manifest.model),
         ("revision", manifest.revision or "none"),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.schemas import schema_of
 from reports.store import Folder
 from shortv.errors import Refused
@@ -35,7 +35,7 @@ class Measured:
 class SweepData:
     """A sweep folder. Of a run that is not finished, only what is there; `layers` are rows of lc_layers."""
 
-    manifest: Manifest
+    manifest: SweepManifest
     layers: Sequence[Mapping[str, Any]]
     samples: pa.Table
     errors: pa.Table
@@ -53,7 +53,7 @@ class SweepData:
 
 def read_sweep_data(folder: Folder, *, measurements: bool = True) -> SweepData:
     """Read a sweep folder. Raises ShortVError if it is not one, is damaged, or contradicts itself."""
-    manifest = Manifest.load(folder)
+    manifest = SweepManifest.load(folder)
     finished = manifest.state is not State.RUNNING
     data = SweepData(
         manifest=manifest,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from reports.manifest import CampaignManifest, Manifest, TrainingManifest
+from reports.manifest import CampaignManifest, SweepManifest, TrainingManifest
 from reports.page.campaign_data import KINDS, CampaignData, Group, Point
 from reports.service.files import Files, shown
 from reports.service.runs import PARTS, PLANS, Contents
@@ -13,7 +13,7 @@ from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode
 from shortv.untrusted import parse_json
 
-AnyManifest = Manifest | CampaignManifest | TrainingManifest
+AnyManifest = SweepManifest | CampaignManifest | TrainingManifest
 LOWEST: Final = 5
 _LC, _FULL, _CONTROLS = KINDS[0], KINDS[4], frozenset(KINDS[1:4])
 # The FLOPs of a plan that computes everything sum up to 1 within rounding.

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
-from reports.manifest import MANIFEST_NAME, CampaignManifest, Manifest, State, TrainingManifest
+from reports.manifest import MANIFEST_NAME, CampaignManifest, State, SweepManifest, TrainingManifest
 from reports.page import PAGE_NAME
 from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
 from reports.service.headline import AnyManifest, Headline, headline_of
@@ -31,7 +31,7 @@ _UNFINISHED: Final = (
 _PARTIAL: Final = "This run is partial: some {unit} failed. The numbers are over the others."
 _UNITS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
 _MANIFESTS: Final[Mapping[str, type[AnyManifest]]] = {
-    kind.KIND: kind for kind in (Manifest, CampaignManifest, TrainingManifest)
+    kind.KIND: kind for kind in (SweepManifest, CampaignManifest, TrainingManifest)
 }
 # The folders of one list, and as many other versions of them.
 _MAX_SUMMARIES: Final = 2 * MAX_FOLDERS
@@ -155,7 +155,7 @@ def _choices(manifest: AnyManifest) -> dict[str, list[str]]:
     if isinstance(manifest, CampaignManifest):
         plans = list(dict.fromkeys(str(item["name"]) for item in manifest.plans))
         return {"plans": plans, "tasks": [str(item["name"]) for item in manifest.tasks]}
-    return {"modes": list(manifest.modes)} if isinstance(manifest, Manifest) else {"parts": [manifest.parts]}
+    return {"modes": list(manifest.modes)} if isinstance(manifest, SweepManifest) else {"parts": [manifest.parts]}
 
 
 def link_of(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from jobs.common import run
 from jobs.plan import make
-from reports.manifest import Manifest
+from reports.manifest import SweepManifest
 from reports.store import Folder
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
@@ -63,7 +63,7 @@ def _row(sample_id: str, mode: Mode, layer: int, kl: float) -> LcRecord:
     )
 
 
-def manifest(**changes: Any) -> Manifest:
+def manifest(**changes: Any) -> SweepManifest:
     fields: dict[str, Any] = {
         "state": "complete",
         "arguments": {},
@@ -82,7 +82,7 @@ def manifest(**changes: Any) -> Manifest:
         "started": "2026-01-01T00:00:00+00:00",
         "details": {"architecture": dataclasses.asdict(ARCH)},
     }
-    return Manifest(**fields | changes)
+    return SweepManifest(**fields | changes)
 
 
 def plan_job(*arguments: object, status: int = 0) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs import campaign, common, lc_sweep
-from reports.manifest import CampaignManifest, Manifest, State
+from reports.manifest import CampaignManifest, State, SweepManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.campaign.driver import run_campaign
@@ -122,7 +122,7 @@ def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert run_sweep(request, engine=FakeEngine()) == 0, "a finished sweep is shown"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    assert Manifest.load(Folder(request.output_path)).attempts == 3
+    assert SweepManifest.load(Folder(request.output_path)).attempts == 3
 
 
 def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(driver, "run_units", run_another)
     assert run_sweep(request, engine=FakeEngine()) == 0
-    assert Manifest.load(Folder(request.output_path)).attempts == 1
+    assert SweepManifest.load(Folder(request.output_path)).attempts == 1
 
 
 def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
@@ -167,7 +167,7 @@ def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
 
     monkeypatch.setattr(driver, "prepare", prepare_slowly)
     assert run_sweep(request, engine=FakeEngine()) == 0
-    manifest = Manifest.load(Folder(request.output_path))
+    manifest = SweepManifest.load(Folder(request.output_path))
     assert manifest.state is State.COMPLETE and manifest.attempts == 1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reports.manifest import CampaignManifest, Manifest
+from reports.manifest import CampaignManifest, SweepManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
 from shortv.plan import VISUAL_MODES, Mode, Plan
@@ -57,7 +57,7 @@ def make_sweep(
     return folder
 
 
-def sweep_manifest(*, samples: int, layers: int, modes: Sequence[Mode], **changes: Any) -> Manifest:
+def sweep_manifest(*, samples: int, layers: int, modes: Sequence[Mode], **changes: Any) -> SweepManifest:
     """The manifest of `make_sweep`."""
     values: dict[str, Any] = {
         "state": "complete",
@@ -86,7 +86,7 @@ def sweep_manifest(*, samples: int, layers: int, modes: Sequence[Mode], **change
         "finished": "2026-01-01T00:01:00+00:00",
         "wall_seconds": 60.0,
     }
-    return Manifest(**(values | changes))
+    return SweepManifest(**(values | changes))
 
 
 def _measurements(ids: Sequence[str], mode: Mode, kl_SL: Any) -> pa.Table:

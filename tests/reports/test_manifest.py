@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from reports.manifest import (
     CampaignManifest,
-    Manifest,
     RunManifest,
     State,
+    SweepManifest,
     TrainingManifest,
     arguments_digest,
     utc_now,
@@ -24,7 +24,7 @@ from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 
 
-def manifest(**changes: Any) -> Manifest:
+def manifest(**changes: Any) -> SweepManifest:
     values: dict[str, Any] = {
         "state": State.RUNNING,
         "arguments": {"model": "m", "layers": [0, 1], "hf_token": "hidden"},
@@ -41,7 +41,7 @@ def manifest(**changes: Any) -> Manifest:
         "seed": 0,
         "started": utc_now(),
     }
-    return Manifest(**(values | changes))
+    return SweepManifest(**(values | changes))
 
 
 def training(**changes: Any) -> TrainingManifest:
@@ -82,7 +82,7 @@ def test_a_manifest_comes_back_as_saved(tmp_path: Path, make: Callable[..., RunM
 def test_what_a_sweep_found_comes_back(tmp_path: Path) -> None:
     final = manifest(noise_floor=1e-7, stability={"freeze-visual": {"0.5": 1.0}}, details={"device": "cpu"})
     final.save(Folder(tmp_path))
-    assert Manifest.load(Folder(tmp_path)) == final
+    assert SweepManifest.load(Folder(tmp_path)) == final
 
 
 @pytest.mark.parametrize("make", RUNS)
@@ -118,7 +118,7 @@ def test_malformed_fields_are_refused_in_one_line_that_names_them(make: Callable
 )
 def test_values_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(Refused, match=next(iter(change))) as caught:
-        Manifest.from_json(manifest().to_json() | change)
+        SweepManifest.from_json(manifest().to_json() | change)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
@@ -137,7 +137,7 @@ def test_values_out_of_range_are_refused(change: dict[str, Any]) -> None:
 def test_hostile_manifest_files_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ShortVError) as caught:
-        Manifest.load(Folder(tmp_path))
+        SweepManifest.load(Folder(tmp_path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 

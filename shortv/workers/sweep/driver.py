@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from reports.manifest import Manifest, State, arguments_digest, utc_now, versions
+from reports.manifest import State, SweepManifest, arguments_digest, utc_now, versions
 from reports.store import Folder
 from reports.tables import print_layers
 from shortv import terminal
@@ -53,7 +53,7 @@ class Prepared:
     folder: Folder
     batches: tuple[tuple[Sample, ...], ...]
     architecture: Architecture
-    manifest: Manifest
+    manifest: SweepManifest
 
 
 def run_sweep(spec: SweepSpec, *, engine: SweepEngine | None = None, console: Console | None = None) -> int:
@@ -99,7 +99,7 @@ def prepare(spec: SweepSpec, engine: SweepEngine) -> Prepared:
 
 def _manifest(
     spec: SweepSpec, samples: Sequence[Sample], architecture: Architecture, model_digest: str | None
-) -> Manifest:
+) -> SweepManifest:
     samples_digest = calibration_digest(samples)
     arguments = {
         **spec.arguments(),
@@ -107,7 +107,7 @@ def _manifest(
         "config-digest": architecture.config_digest,
         "calibration-digest": samples_digest,
     }
-    return Manifest(
+    return SweepManifest(
         state=State.RUNNING,
         arguments=arguments,
         arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
@@ -126,7 +126,7 @@ def _manifest(
     )
 
 
-def _measure(prepared: Prepared, console: Console) -> Manifest:
+def _measure(prepared: Prepared, console: Console) -> SweepManifest:
     """Measure what is missing and write the tables; returns the final manifest."""
     parts = Parts(prepared.folder)
     details: dict[str, Any] = {}

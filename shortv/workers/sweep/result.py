@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused
@@ -22,7 +22,7 @@ from shortv.sweep.ranking import Matrix, kl_matrix, rank_layers
 class SweepResult:
     """A finished sweep folder, read for one mode and one KL direction."""
 
-    manifest: Manifest
+    manifest: SweepManifest
     direction: KlDirection
     kl_SL: Matrix
     evidence: Evidence
@@ -38,7 +38,7 @@ def read_sweep(folder: Folder, mode: Mode, direction: KlDirection | None) -> Swe
 
     `direction` is the sweep's own unless given. Only samples with visual tokens count for visual modes.
     """
-    manifest = Manifest.load(folder)
+    manifest = SweepManifest.load(folder)
     if manifest.state is State.RUNNING:
         raise Refused(f"the sweep in {folder.shown} is not finished; run its command again to complete it")
     own_direction = KlDirection(manifest.kl_direction)
@@ -83,7 +83,7 @@ def _measurements(folder: Folder, mode: Mode, direction: KlDirection, samples: p
     return kl_SL
 
 
-def _architecture(manifest: Manifest, folder: Folder) -> Architecture:
+def _architecture(manifest: SweepManifest, folder: Folder) -> Architecture:
     sizes = manifest.details.get("architecture")
     try:
         architecture = Architecture(**sizes) if isinstance(sizes, dict) else None

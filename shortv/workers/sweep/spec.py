@@ -102,7 +102,7 @@ class SweepSpec(LoadingSpec):
 
 def sweep_submission_id(spec: SweepSpec) -> str:
     """Return the id for the next attempt of a sweep. Raises Refused when its folder holds something else."""
-    from reports.manifest import Manifest, arguments_digest
+    from reports.manifest import SweepManifest, arguments_digest
     from shortv.workers.run import submission_id
 
-    return submission_id("lc", arguments_digest(spec.arguments()), spec.output_path, Manifest)
+    return submission_id("lc", arguments_digest(spec.arguments()), spec.output_path, SweepManifest)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError
@@ -191,11 +191,11 @@ def _count(tables: Tables, batch: Sorted, kl_direction: KlDirection) -> None:
 def finish(
     folder: Folder,
     parts: Parts,
-    manifest: Manifest,
+    manifest: SweepManifest,
     *,
     batches: Sequence[Sequence[Sample]],
     architecture: Architecture,
-) -> Manifest:
+) -> SweepManifest:
     """Write all tables and the default plan, and return the final manifest.
 
     Raises:
@@ -230,7 +230,7 @@ def finish(
 
 
 def default_plan(
-    manifest: Manifest, tables: Tables, rows: Sequence[LayerRecord], architecture: Architecture
+    manifest: SweepManifest, tables: Tables, rows: Sequence[LayerRecord], architecture: Architecture
 ) -> Plan | None:
     """The plan that jobs/plan.py makes without options, for freeze-visual or the first mode that was measured."""
     measured = list(dict.fromkeys(row.mode for row in rows))
@@ -258,7 +258,7 @@ def default_plan(
     )
 
 
-def _stability(manifest: Manifest, tables: Tables, num_layers: int) -> dict[str, dict[str, float]]:
+def _stability(manifest: SweepManifest, tables: Tables, num_layers: int) -> dict[str, dict[str, float]]:
     return {
         str(mode): {
             f"{share:g}": same

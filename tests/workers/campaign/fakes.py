@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from reports.manifest import Manifest
+from reports.manifest import SweepManifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
@@ -162,7 +162,7 @@ def make_sweep(path: Path, arch: Architecture = ARCH) -> Path:
     folder.write_table("samples", used)
     folder.write_table("lc_samples/part-00000", rows)
     folder.write_table("lc_layers", statistics)
-    Manifest(
+    SweepManifest(
         state="complete",  # type: ignore[arg-type]
         arguments={},
         arguments_digest="a" * 64,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import ray
 
-from reports.manifest import Manifest, State
+from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.shipping import CHUNK, folder_digest, ship
@@ -78,7 +78,7 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
     assert all("\n" not in row["message"] for row in found["errors"])
     for name in ("samples", "lc_samples"):
         assert found[name] == [row for row in whole[name] if row["sample_id"] not in bad]
-    assert Manifest.load(Folder(request.output_path)).state is State.PARTIAL
+    assert SweepManifest.load(Folder(request.output_path)).state is State.PARTIAL
     # A finished command does nothing and repeats its status; a tolerated share counts as success.
     assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
     assert run_sweep(make_spec(tmp_path, batch_size=4, fail_on_error=0.4), engine=engine) == 0
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
         run_sweep(request, engine=engine)
     assert closed, "Ray Data is left to the garbage collector, after Ray"
     assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
-    assert Manifest.load(Folder(request.output_path)).state is State.RUNNING
+    assert SweepManifest.load(Folder(request.output_path)).state is State.RUNNING
 
 
 DRIVER = """
