@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shortv.tiny.conversations import draw_conversation
+from shortv.tiny.questions import draw_conversation
 from shortv.tiny.scenes import IMAGE_SIZE, PLACES
 
 PATCH_SIZE = 10
@@ -63,14 +63,14 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     A place such as "top left" is one token: what can be asked of the picture is then a matter of seeing it, not of
     putting words together.
     """
+    rng = random.Random(f"{seed}-tokenizer")
+    corpus = [
+        f"USER: \n{turn.prompt} ASSISTANT: {turn.answer}" for _ in range(1000) for turn in draw_conversation(rng).turns
+    ]
     tokenizer = Tokenizer(models.BPE())
     words = rf" (?:{'|'.join(PLACES)})| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
@@ -78,7 +78,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(seed), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -115,9 +115,30 @@ def build_model(
     architecture: Architecture, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> LlavaForConditionalGeneration:
     """Build the model with fresh weights drawn from the seed."""
+    shared: dict[str, Any] = {"hidden_size": architecture.width, "intermediate_size": architecture.feed_forward}
+    special: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = LlavaConfig(
-        vision_config=_vision_config(architecture),
-        text_config=_text_config(architecture, tokenizer),
+        vision_config=CLIPVisionConfig(
+            **shared,
+            num_hidden_layers=architecture.vision_layers,
+            num_attention_heads=architecture.heads,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=architecture.width,
+        ),
+        text_config=LlamaConfig(
+            **shared,
+            **special,
+            vocab_size=len(tokenizer),
+            num_hidden_layers=architecture.layers,
+            num_attention_heads=architecture.heads,
+            num_key_value_heads=architecture.kv_heads,
+            # A matrix then keeps the size of what it multiplies; the customary 0.02 is for models thirty times as wide.
+            initializer_range=architecture.width**-0.5,
+            max_position_embeddings=MAX_POSITIONS,
+        ),
         image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE)),
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=-1,
@@ -126,50 +147,5 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    model.generation_config = cast(Any, GenerationConfig)(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=64,
-        do_sample=False,
-    )
+    model.generation_config = cast(Any, GenerationConfig)(**special, max_new_tokens=64, do_sample=False)
     return model
-
-
-def _vision_config(architecture: Architecture) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=architecture.width,
-        intermediate_size=architecture.feed_forward,
-        num_hidden_layers=architecture.vision_layers,
-        num_attention_heads=architecture.heads,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=architecture.width,
-    )
-
-
-def _text_config(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=architecture.width,
-        intermediate_size=architecture.feed_forward,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        num_key_value_heads=architecture.kv_heads,
-        # A matrix then keeps the size of what it multiplies; the customary 0.02 is for models thirty times as wide.
-        initializer_range=architecture.width**-0.5,
-        max_position_embeddings=MAX_POSITIONS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _corpus(seed: int) -> list[str]:
-    rng = random.Random(f"{seed}-tokenizer")
-    conversations = [draw_conversation(rng) for _ in range(1000)]
-    return [
-        f"USER: \n{turn.prompt} ASSISTANT: {turn.answer}"
-        for conversation in conversations
-        for turn in conversation.turns
-    ]

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from shortv.tiny.architecture import IMAGE, PATCH_SIZE, VISUAL_TOKENS
-from shortv.tiny.conversations import Conversation, draw_conversation
+from shortv.tiny.questions import Conversation, draw_conversation
 from shortv.tiny.scenes import CELL, COLOURS, GRID, IMAGE_SIZE, PLACES, SHAPES, Scene, render
 
 IGNORED = -100
@@ -52,12 +53,7 @@ class Row:
 
 
 def draw_batch(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    seed: int,
-    step: int,
-    size: int,
-    blank_share: float = 0.0,
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, step: int, size: int, blank_share: float = 0.0
 ) -> Batch:
     """Draw the batch of a step; it depends on seed and step alone, so a resumed run sees the same data.
 
@@ -75,15 +71,23 @@ def collate(
     tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation], scenes: Sequence[Scene]
 ) -> Batch:
     """Make a batch of conversations, each with the scene that its image shows."""
-    rows = encode(tokenizer, conversations)
-    segments_BT = _padded([row.segments for row in rows], PADDING)
+    rows = [encode(tokenizer, conversation) for conversation in conversations]
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(getattr(row, name)) for row in rows], batch_first=True, padding_value=value)
+
+    segments_BT = padded("segments", PADDING)
+    query_BT1, key_B1T = segments_BT[:, :, None], segments_BT[:, None, :]
+    length = segments_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
+    sees_BTT = causal_TT & ((key_B1T == SHARED) | (key_B1T == query_BT1))
     contents_BPC = torch.tensor([patch_contents(scene) for scene in scenes])
     pixels_BHWC = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     return Batch(
-        input_ids_BT=_padded([row.ids for row in rows], tokenizer.pad_token_id),
-        labels_BT=_padded([row.labels for row in rows], IGNORED),
-        positions_BT=_padded([row.positions for row in rows], 0),
-        sees_B1TT=_sees(segments_BT)[:, None],
+        input_ids_BT=padded("ids", tokenizer.pad_token_id),
+        labels_BT=padded("labels", IGNORED),
+        positions_BT=padded("positions", 0),
+        sees_B1TT=sees_BTT[:, None],
         # The image processor's arithmetic for these settings: a mean and deviation of one half.
         pixels_BCHW=pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
         colours_BP=contents_BPC[..., 0],
@@ -91,30 +95,24 @@ def collate(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]) -> list[Row]:
-    """Turn conversations into rows, each turn as the chat template and the processor lay it out.
+def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Row:
+    """Turn a conversation into a row, each turn as the chat template and the processor lay it out.
 
     Turns that are not joined stand side by side behind the image: each begins at the position after it.
     """
-    head = [tokenizer.bos_token_id, *_tokens(tokenizer, ["USER: " + IMAGE * VISUAL_TOKENS])[0]]
-    prompts = [
-        ("USER: " if conversation.joined and index else "\n") + f"{turn.prompt} ASSISTANT:"
-        for conversation in conversations
-        for index, turn in enumerate(conversation.turns)
-    ]
-    answers = [f" {turn.answer}{tokenizer.eos_token}" for conversation in conversations for turn in conversation.turns]
-    turns = iter(zip(_tokens(tokenizer, prompts), _tokens(tokenizer, answers), strict=True))
-    rows = []
-    for conversation in conversations:
-        row = Row()
-        row.append(head, start=0, segment=SHARED)
-        for index in range(len(conversation.turns)):
-            prompt, answer = next(turns)
-            start, segment = (len(row.ids), SHARED) if conversation.joined else (len(head), 1 + index)
-            row.append(prompt, start=start, segment=segment)
-            row.append(answer, start=start + len(prompt), segment=segment, learned=True)
-        rows.append(row)
-    return rows
+    joined, texts = conversation.joined, ["USER: " + IMAGE * VISUAL_TOKENS]
+    for index, turn in enumerate(conversation.turns):
+        texts.append(("USER: " if joined and index else "\n") + f"{turn.prompt} ASSISTANT:")
+        texts.append(f" {turn.answer}{tokenizer.eos_token}")
+    head, *tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    head = [tokenizer.bos_token_id, *head]
+    row = Row()
+    row.append(head, start=0, segment=SHARED)
+    for index, (prompt, answer) in enumerate(zip(tokens[::2], tokens[1::2], strict=True)):
+        start, segment = (len(row.ids), SHARED) if joined else (len(head), 1 + index)
+        row.append(prompt, start=start, segment=segment)
+        row.append(answer, start=start + len(prompt), segment=segment, learned=True)
+    return row
 
 
 def patch_places() -> list[int]:
@@ -130,19 +128,3 @@ def patch_contents(scene: Scene) -> list[tuple[int, int]]:
         for thing in scene.objects
     }
     return [cells.get(place, (0, 0)) for place in patch_places()]
-
-
-def _sees(segments_BT: torch.Tensor) -> torch.Tensor:
-    query_BT1, key_B1T = segments_BT[:, :, None], segments_BT[:, None, :]
-    length = segments_BT.shape[1]
-    causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
-    return causal_TT & ((key_B1T == SHARED) | (key_B1T == query_BT1))
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-
-def _tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -1,56 +1,30 @@
-"""The calibration and benchmark files: scenes and questions by seed, written as Parquet.
+"""Samples drawn by seed: the calibration and benchmark files as Parquet, and the training samples of learned parts.
 
-`python -m shortv.tiny.dataset --output FOLDER` writes all of them again, row for row.
+`python -m shortv.tiny.dataset --output FOLDER` writes the files again, row for row.
 """
 
 import io
-import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from shortv.tiny.questions import KINDS, NEW_KINDS, Turn, ask
-from shortv.tiny.scenes import COLOURS, PLACES, SHAPES, Pixels, Scene, draw_scene, render
-
-SEED = 0
-BENCHMARK_SIZE = 1000
-NEW_BENCHMARK_SIZE = 460
-CALIBRATION_SIZE = 64
-# Every fourth calibration sample is a describe turn, as the paper mixes question answering with captions.
-CALIBRATION_KINDS = (*KINDS[:3], "describe", *KINDS[3:], "describe")
-
-# A kind that the bundled model was not trained on, which adapters can learn.
-NEW_BENCHMARK_KIND = "shape-of-colour"
-
-# A benchmark holds each kind's answers equally often, so that guessing without the image gains little.
-ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "count": ("2", "3", "4", "5"),
-        "count-by-colour": ("0", "1", "2", "3"),
-        "existence": ("yes", "no"),
-        "colour-at-place": tuple(COLOURS),
-        "shape-at-place": tuple(SHAPES),
-        "place-of-object": PLACES,
-        "shape-of-colour": tuple(SHAPES),
-        "colour-of-shape": tuple(COLOURS),
-    }
-)
+from shortv.atomic import replace_file
+from shortv.errors import Refused
+from shortv.tiny.questions import KINDS, NEW_KINDS, QUESTIONS, Turn, ask
+from shortv.tiny.scenes import Scene, draw_scene, render
 
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("dataset", pa.string()),
-        pa.field("kind", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("answer", "dataset", "kind")),
     ]
 )
 
@@ -64,50 +38,68 @@ class Sample:
     turn: Turn
 
 
-def benchmark_samples(seed: int = SEED, size: int = BENCHMARK_SIZE) -> list[Sample]:
+def benchmark_samples(size: int = 1000) -> list[Sample]:
     """Draw the benchmark: the kinds in turn, within a kind its answers in turn, no layout twice."""
-    return _balanced_samples(KINDS, "benchmark", seed=seed, size=size)
+    return _draw(KINDS, size, seed="0-benchmark", split="benchmark", names="benchmark-{:04d}", balanced=True)
 
 
-def new_benchmark_samples(seed: int = SEED, size: int = NEW_BENCHMARK_SIZE) -> list[Sample]:
-    """Draw the benchmark of a new kind of question in the same way, from scenes of the same split."""
-    return _balanced_samples((NEW_BENCHMARK_KIND,), "new", seed=seed, size=size)
+def new_benchmark_samples(size: int = 460) -> list[Sample]:
+    """Draw the benchmark of a kind that the bundled model was not trained on, from scenes of the same split."""
+    return _draw(NEW_KINDS[:1], size, seed="0-new", split="benchmark", names="new-{:04d}", balanced=True)
 
 
-def _balanced_samples(kinds: Sequence[str], name: str, *, seed: int, size: int) -> list[Sample]:
-    rng = random.Random(f"{seed}-{name}")
+def calibration_samples(size: int = 64) -> list[Sample]:
+    """Draw the calibration set, no layout twice; every fourth is a describe turn, as the paper mixes in captions."""
+    kinds = (*KINDS[:3], "describe", *KINDS[3:], "describe")
+    return _draw(kinds, size, seed="0-calibration", split="calibration", names="calibration-{:02d}")
+
+
+def training_samples(kinds: Sequence[str], size: int, *, seed: int, split: str = "training") -> list[Sample]:
+    """Draw samples about scenes of a split, the kinds in turn; no question is asked twice of one layout.
+
+    Raises:
+        Refused: an unknown kind, or none.
+    """
+    unknown = [kind for kind in kinds if kind not in QUESTIONS]
+    if unknown or not kinds:
+        found = ", ".join(unknown) or "none given"
+        raise Refused(f"unknown kinds of question: {found}; choose from {', '.join(QUESTIONS)}")
+    seeded = f"{seed}-{split}-{','.join(kinds)}"
+    return _draw(kinds, size, seed=seeded, split=split, names=split + "-{:06d}", layouts_again=True)
+
+
+def _draw(
+    kinds: Sequence[str],
+    size: int,
+    *,
+    seed: str,
+    split: str,
+    names: str,
+    balanced: bool = False,
+    layouts_again: bool = False,
+) -> list[Sample]:
+    """Draw scenes until so many allow the question that is next.
+
+    Where `balanced`, a kind's answers come equally often, so that guessing without the image gains little.
+    """
+    rng = random.Random(seed)
     samples: list[Sample] = []
-    used: set[str] = set()
+    used: set[tuple[str, str]] = set()
     while len(samples) < size:
         round_, position = divmod(len(samples), len(kinds))
-        kind = kinds[position]
-        answer = ANSWERS[kind][round_ % len(ANSWERS[kind])]
-        scene = draw_scene(rng, "benchmark")
-        turn = NEW_KINDS[kind](scene, rng) if kind in NEW_KINDS else ask(kind, scene, rng)
-        if turn is None or turn.answer != answer or scene.layout in used:
+        answers = QUESTIONS[kinds[position]].answers
+        scene = draw_scene(rng, split)
+        turn = ask(kinds[position], scene, rng)
+        if turn is None or (balanced and turn.answer != answers[round_ % len(answers)]):
             continue
-        used.add(scene.layout)
-        samples.append(Sample(sample_id=f"{name}-{len(samples):04d}", scene=scene, turn=turn))
+        key = (scene.layout, turn.prompt if layouts_again else "")
+        if key not in used:
+            used.add(key)
+            samples.append(Sample(sample_id=names.format(len(samples)), scene=scene, turn=turn))
     return samples
 
 
-def calibration_samples(seed: int = SEED, size: int = CALIBRATION_SIZE) -> list[Sample]:
-    """Draw the calibration set: questions of every kind and describe turns, no layout twice."""
-    rng = random.Random(f"{seed}-calibration")
-    samples: list[Sample] = []
-    used: set[str] = set()
-    while len(samples) < size:
-        kind = CALIBRATION_KINDS[len(samples) % len(CALIBRATION_KINDS)]
-        scene = draw_scene(rng, "calibration")
-        turn = ask(kind, scene, rng)
-        if turn is None or scene.layout in used:
-            continue
-        used.add(scene.layout)
-        samples.append(Sample(sample_id=f"calibration-{len(samples):02d}", scene=scene, turn=turn))
-    return samples
-
-
-def to_table(samples: list[Sample], *, dataset: str = "shapes_vqa") -> pa.Table:
+def to_table(samples: Sequence[Sample], *, dataset: str = "shapes_vqa") -> pa.Table:
     """Lay samples out in the calibration format, with the kind of question as one more column.
 
     `dataset` names what the questions belong to; describe turns belong to shapes_describe.
@@ -115,7 +107,7 @@ def to_table(samples: list[Sample], *, dataset: str = "shapes_vqa") -> pa.Table:
     rows = [
         {
             "sample_id": sample.sample_id,
-            "images": [encode_png(render(sample.scene))],
+            "images": [_png(sample.scene)],
             "prompt": sample.turn.prompt,
             "answer": sample.turn.answer,
             "dataset": "shapes_describe" if sample.turn.kind == "describe" else dataset,
@@ -126,10 +118,9 @@ def to_table(samples: list[Sample], *, dataset: str = "shapes_vqa") -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """Give an image of height x width x RGB as PNG bytes."""
+def _png(scene: Scene) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(render(scene)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -137,16 +128,15 @@ def encode_png(pixels: Pixels) -> bytes:
 @click.option("--output", default=Path(__file__).parent, type=click.Path(path_type=Path), help="Folder to write to.")
 def main(output: Path) -> None:
     """Write calibration.parquet, benchmark.parquet and new_benchmark.parquet."""
-    output.mkdir(parents=True, exist_ok=True)
     for name, dataset, samples in (
         ("calibration", "shapes_vqa", calibration_samples()),
         ("benchmark", "shapes_vqa", benchmark_samples()),
         ("new_benchmark", "shapes_new", new_benchmark_samples()),
     ):
-        partial, path = output / f"{name}.partial", output / f"{name}.parquet"
-        pq.write_table(to_table(samples, dataset=dataset), partial, compression="zstd")
-        os.replace(partial, path)
-        click.echo(f"{path}: {len(samples)} samples, {path.stat().st_size} bytes")
+        buffer = io.BytesIO()
+        pq.write_table(to_table(samples, dataset=dataset), buffer, compression="zstd")
+        replace_file(output / f"{name}.parquet", buffer.getvalue())
+        click.echo(f"{output / name}.parquet: {len(samples)} samples, {buffer.tell()} bytes")
 
 
 if __name__ == "__main__":

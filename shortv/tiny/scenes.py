@@ -4,7 +4,6 @@ import random
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +13,14 @@ GRID = 3
 CELL = IMAGE_SIZE // GRID
 BACKGROUND = (240, 240, 240)
 
-COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {
-        "red": (220, 40, 40),
-        "green": (40, 160, 60),
-        "blue": (50, 80, 220),
-        "yellow": (235, 200, 30),
-        "purple": (150, 60, 180),
-        "black": (25, 25, 25),
-    }
-)
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 200, 30),
+    "purple": (150, 60, 180),
+    "black": (25, 25, 25),
+}
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
 SPLITS = ("benchmark", "calibration", *("training",) * 14)
 
@@ -31,14 +28,12 @@ Coordinates = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
 # Each shape says which offsets (x, y) from its centre belong to it, for a radius of r pixels; y grows downwards.
-SHAPES: Mapping[str, Callable[[Coordinates, Coordinates, float], NDArray[np.bool_]]] = MappingProxyType(
-    {
-        "circle": lambda x, y, r: x * x + y * y <= r * r,
-        "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= 0.85 * r,
-        "triangle": lambda x, y, r: (abs(x) <= 0.55 * (y + r)) & (y <= 0.8 * r),
-        "cross": lambda x, y, r: (np.minimum(abs(x), abs(y)) <= 0.3 * r) & (np.maximum(abs(x), abs(y)) <= r),
-    }
-)
+SHAPES: Mapping[str, Callable[[Coordinates, Coordinates, float], NDArray[np.bool_]]] = {
+    "circle": lambda x, y, r: x * x + y * y <= r * r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= 0.85 * r,
+    "triangle": lambda x, y, r: (abs(x) <= 0.55 * (y + r)) & (y <= 0.8 * r),
+    "cross": lambda x, y, r: (np.minimum(abs(x), abs(y)) <= 0.3 * r) & (np.maximum(abs(x), abs(y)) <= r),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +60,28 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """The one of `benchmark`, `calibration` and `training` that may use this layout."""
+        """The split, one of SPLITS, that may use this layout."""
         return SPLITS[zlib.crc32(self.layout.encode()) % len(SPLITS)]
 
 
 def draw_scene(rng: random.Random, split: str) -> Scene:
     """Draw a scene of two to five objects whose layout belongs to the split."""
     while True:
-        scene = _draw_any_scene(rng)
+        # Few colours in most scenes: otherwise counts by colour above one would hardly ever occur.
+        palette = rng.sample(sorted(COLOURS), rng.choice((2, 2, 3, 6)))
+        cells = sorted(rng.sample(range(GRID * GRID), rng.randint(2, 5)))
+        scene = Scene(
+            objects=tuple(
+                SceneObject(
+                    place=PLACES[cell],
+                    colour=rng.choice(palette),
+                    shape=rng.choice(tuple(SHAPES)),
+                    shift=(rng.randint(-2, 2), rng.randint(-2, 2)),
+                    radius=rng.randint(6, 8),
+                )
+                for cell in cells
+            )
+        )
         if scene.split == split:
             return scene
 
@@ -92,21 +101,3 @@ def render(scene: Scene) -> Pixels:
 def blank_image() -> Pixels:
     """Give the image of an empty scene: nothing but background."""
     return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
-
-
-def _draw_any_scene(rng: random.Random) -> Scene:
-    # Few colours in most scenes: otherwise counts by colour above one would hardly ever occur.
-    palette = rng.sample(sorted(COLOURS), rng.choice((2, 2, 3, 6)))
-    cells = sorted(rng.sample(range(GRID * GRID), rng.randint(2, 5)))
-    return Scene(
-        objects=tuple(
-            SceneObject(
-                place=PLACES[cell],
-                colour=rng.choice(palette),
-                shape=rng.choice(tuple(SHAPES)),
-                shift=(rng.randint(-2, 2), rng.randint(-2, 2)),
-                radius=rng.randint(6, 8),
-            )
-            for cell in cells
-        )
-    )

@@ -1,60 +1,44 @@
-"""The shipped model: how it loads, and that processor and weights agree."""
+"""The shipped model: that processor and weights agree, its chat template, and what it sees."""
 
 import io
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-import shortv.tiny
 from shortv.tiny.accuracy import majority_accuracy, measure_accuracy, read_questions
 from shortv.tiny.batches import encode
-from shortv.tiny.conversations import Conversation
 from shortv.tiny.dataset import calibration_samples
+from shortv.tiny.questions import Conversation
 from shortv.tiny.scenes import render
-
-FOLDER = Path(shortv.tiny.__file__).parent / "model"
+from tests.tiny_model import TINY, bundled
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True).eval()
+    return bundled().model
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+    return bundled().processor
 
 
-def test_model_is_a_small_llava_with_grouped_query_attention(model):
+def test_the_model_is_small_with_grouped_query_attention(model):
     config = model.config.text_config
-    assert type(model) is LlavaForConditionalGeneration
-    assert config.num_hidden_layers >= 8
     assert config.num_key_value_heads < config.num_attention_heads
-    assert (FOLDER / "model.safetensors").stat().st_size < 16_000_000
-    assert {path.suffix for path in FOLDER.iterdir()} <= {".json", ".jinja", ".safetensors"}
+    assert (TINY / "model" / "model.safetensors").stat().st_size < 16_000_000
+    assert {path.suffix for path in (TINY / "model").iterdir()} <= {".json", ".jinja", ".safetensors"}
 
 
-@pytest.mark.parametrize("size", [(60, 60), (97, 41)])
-def test_placeholders_match_the_features(model, processor, size):
-    image = Image.new("RGB", size, "red")
-    inputs = processor(text="USER: <image>\nDescribe the picture. ASSISTANT:", images=image, return_tensors="pt")
+@pytest.mark.parametrize("sizes", [[(60, 60)], [(640, 40)], [(60, 60), (61, 300)]])
+def test_the_processor_writes_as_many_placeholders_as_the_model_has_features(model, processor, sizes):
+    images = [Image.new("RGB", size, "red") for size in sizes]
+    text = "USER: " + "<image>\n" * len(sizes) + "Describe the picture. ASSISTANT:"
+    inputs = processor(text=text, images=images, return_tensors="pt")
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
-    assert placeholders == sum(len(feature) for feature in features) == model.config.image_seq_length == 36
-    with torch.inference_mode():
-        assert model(**inputs).logits.isfinite().all()
-
-
-def test_two_images_in_one_prompt(model, processor):
-    images = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "How many objects are there?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=text, images=images, return_tensors="pt")
-    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 72
+    assert placeholders == sum(map(len, features)) == len(sizes) * model.config.image_seq_length == 36 * len(sizes)
     with torch.inference_mode():
         assert model(**inputs).logits.isfinite().all()
 
@@ -66,13 +50,11 @@ IMAGE, WHAT, RED = {"type": "image"}, {"type": "text", "text": "What?"}, {"role"
     ("messages", "generate", "expected"),
     [
         ([{"role": "user", "content": "What?"}], True, "USER: What? ASSISTANT:"),
-        ([{"role": "user", "content": [IMAGE, WHAT]}], True, "USER: <image>\nWhat? ASSISTANT:"),
         ([{"role": "user", "content": [WHAT, IMAGE]}], False, "USER: What?<image>\n "),
-        ([{"role": "user", "content": [IMAGE, IMAGE, WHAT]}], True, "USER: <image>\n<image>\nWhat? ASSISTANT:"),
         (
-            [{"role": "user", "content": [IMAGE, WHAT]}, RED, {"role": "user", "content": "And?"}],
+            [{"role": "user", "content": [IMAGE, IMAGE, WHAT]}, RED, {"role": "user", "content": "And?"}],
             True,
-            "USER: <image>\nWhat? ASSISTANT: red</s>USER: And? ASSISTANT:",
+            "USER: <image>\n<image>\nWhat? ASSISTANT: red</s>USER: And? ASSISTANT:",
         ),
         (
             [{"role": "system", "content": "Look."}, {"role": "user", "content": [WHAT]}, RED],
@@ -90,24 +72,18 @@ def test_chat_template_refuses_an_unknown_role(processor):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-@pytest.mark.parametrize("text", ["Grüße, 漢字 🙂", "\t\n", "Zebra/1e-3 {}", "x" * 300])
-def test_tokenizer_keeps_any_text(processor, text):
-    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids
-    assert processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-
-
-def test_tokenizer_knows_whole_words(processor):
+def test_the_tokenizer_keeps_any_text_and_knows_whole_words(processor):
+    for text in ("Grüße, 漢字 🙂", "\t\n", "Zebra/1e-3 {}"):
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert len(processor.tokenizer.tokenize("What color is the object at the top left?")) == 9
 
 
 def test_training_layout_is_that_of_processor_and_chat_template(processor):
-    sample = calibration_samples(size=1)[0]
-    conversation = Conversation(scene=sample.scene, turns=(sample.turn, sample.turn), joined=True)
-    [row] = encode(processor.tokenizer, [conversation])
-    image, text = {"type": "image"}, {"type": "text", "text": sample.turn.prompt}
-    answer = {"role": "assistant", "content": sample.turn.answer}
-    messages = [{"role": "user", "content": [image, text]}, answer, {"role": "user", "content": [text]}, answer]
+    [sample] = calibration_samples(size=1)
+    row = encode(processor.tokenizer, Conversation(scene=sample.scene, turns=(sample.turn, sample.turn), joined=True))
+    text, answer = {"type": "text", "text": sample.turn.prompt}, {"role": "assistant", "content": sample.turn.answer}
+    messages = [{"role": "user", "content": [IMAGE, text]}, answer, {"role": "user", "content": [text]}, answer]
     inputs = processor(text=processor.apply_chat_template(messages), images=Image.fromarray(render(sample.scene)))
     assert list(inputs["input_ids"][0]) == row.ids
 
@@ -122,34 +98,12 @@ def test_generation_stops_at_the_end_token_and_ignores_left_padding(model, proce
     assert batch["attention_mask"][0, 0] == 0
     together = model.generate(**batch)[0, batch["input_ids"].shape[1] :].tolist()
     single = model.generate(**alone)[0, alone["input_ids"].shape[1] :].tolist()
-    assert single[-1] == processor.tokenizer.eos_token_id
-    assert together[: len(single)] == single
+    assert single[-1] == processor.tokenizer.eos_token_id and together[: len(single)] == single
 
 
-def test_model_sees_and_is_at_chance_without_the_image(model, processor):
-    questions = read_questions()
+def test_the_model_sees_and_is_at_chance_without_the_image(model, processor):
+    questions = read_questions(limit=300)
     seen = measure_accuracy(model, processor, questions)
     blank = measure_accuracy(model, processor, questions, blank=True)
-    assert seen.overall >= 0.92, seen
-    assert min(seen.by_kind.values()) >= 0.80, seen
-    assert abs(blank.overall - majority_accuracy(questions).overall) <= 0.05, blank
-
-
-def test_intervention_wraps_all_generation(model, processor):
-    events = []
-
-    class Recorder:
-        def __enter__(self):
-            events.append("enter")
-
-        def __exit__(self, *exc):
-            events.append("exit")
-
-    measure_accuracy(model, processor, read_questions(limit=4), intervention=Recorder(), batch_size=2)
-    assert events == ["enter", "exit"]
-
-
-def test_calibration_prompts_fit_the_model(processor, model):
-    table = pq.read_table(FOLDER.parent / "calibration.parquet")
-    longest = max(len(processor.tokenizer(prompt)["input_ids"]) for prompt in table["prompt"].to_pylist())
-    assert longest + 36 + 10 < model.config.text_config.max_position_embeddings
+    assert min(seen.values()) >= 0.92, seen
+    assert abs(blank["overall"] - majority_accuracy(questions)["overall"]) <= 0.05, blank

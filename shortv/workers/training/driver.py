@@ -19,7 +19,8 @@ from shortv.errors import Refused, ShortVError
 from shortv.learned.system import System
 from shortv.spec import ModelSpec, Spec, WorkerRange
 from shortv.terminal import say
-from shortv.tiny.training_data import LEARNED_KINDS, training_table
+from shortv.tiny.dataset import to_table, training_samples
+from shortv.tiny.questions import LEARNED_KINDS
 from shortv.workers.models import ModelLoader, model_folder, remote_model
 from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
@@ -140,8 +141,8 @@ def _sources(spec: TrainSpec, seed: int, system: System, scratch: Path) -> tuple
     if spec.data:
         found = sources_of(spec.data, limit=spec.limit, seed=seed, include_path=spec.include_path, scratch=scratch)
         return tuple(found)
-    table = training_table(spec.kinds or system.questions or LEARNED_KINDS, samples=spec.samples, seed=seed)
-    pq.write_table(table, scratch / DATA_NAME, compression="zstd")
+    drawn = training_samples(spec.kinds or system.questions or LEARNED_KINDS, spec.samples, seed=seed)
+    pq.write_table(to_table(drawn), scratch / DATA_NAME, compression="zstd")
     return (Source(path=str(scratch / DATA_NAME)),)
 
 
