@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused, ShortVError, one_line
 from shortv.workers.placement import Node
 
 VERBOSE = "SHORTV_VERBOSE"
@@ -40,7 +39,7 @@ def connected() -> Iterator[None]:
         raise
     except Exception as error:  # ray.init raises bare Exceptions for a node that does not come up
         raise ShortVError(
-            f"Ray at {os.environ.get('RAY_ADDRESS') or 'this machine'} cannot be reached: {first_line(error)}; "
+            f"Ray at {os.environ.get('RAY_ADDRESS') or 'this machine'} cannot be reached: {one_line(error)}; "
             "check RAY_ADDRESS and the token (RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine"
         ) from error
     try:
@@ -61,7 +60,7 @@ def join() -> None:
     try:
         _connect()
     except Exception as error:  # ray.init raises ConnectionError and bare Exceptions
-        raise Refused(f"there is no Ray cluster at {os.environ['RAY_ADDRESS']}: {first_line(error)}") from error
+        raise Refused(f"there is no Ray cluster at {os.environ['RAY_ADDRESS']}: {one_line(error)}") from error
 
 
 def _connect() -> None:
@@ -115,13 +114,6 @@ def start(**options: Any) -> None:
                 raise
 
 
-def driver_actor(cls: type) -> Any:
-    """Make an actor class whose actor lives on the driver's node, takes no CPU and comes back when it dies."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(cls)
-
-
 def free_nodes() -> list[Node]:
     """What each living node has free, and what it has in all."""
     from ray._private.state import available_resources_per_node
@@ -132,13 +124,7 @@ def free_nodes() -> list[Node]:
         total = node["Resources"]
         # A node that has just joined has not reported yet.
         left = free.get(node["NodeID"], total)
-        nodes.append(
-            Node(
-                cpus=left.get("CPU", 0.0),
-                gpus=left.get("GPU", 0.0),
-                total_gpus=total.get("GPU", 0.0),
-            )
-        )
+        nodes.append(Node(cpus=left.get("CPU", 0), gpus=left.get("GPU", 0), total_gpus=total.get("GPU", 0)))
     return nodes
 
 
@@ -146,9 +132,3 @@ def living_nodes() -> list[dict[str, Any]]:
     """Ray's description of each node that is alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in nodes if node["Alive"]]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, for one-line reports."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -7,16 +7,18 @@ A worker calls `load` or `load_preprocessor`. A folder of the driver's node is s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError, one_line
 from shortv.spec import ModelSpec
-from shortv.workers.shipping import ShippedFolder, folder_digest, offer
+from shortv.workers.shipping import ShippedFolder, offer
 
 _HUB = ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+_CONFIG = {"name", "revision", "trust_remote_code"}
+_PROCESSOR = {*_CONFIG, "chat_template"}
 
 
 class Environment(dict[str, str]):
@@ -37,27 +39,17 @@ class ModelLoader:
     """Loads models through `shortv.families`. Tests override its methods."""
 
     def pin(self, spec: ModelSpec) -> ModelSpec:
-        """Return the same model at the commit that its revision names now, for all workers and attempts.
-
-        Raises:
-            Refused: no such model.
-        """
+        """Return the model at the commit that its revision names now, for all workers and attempts. Raises Refused."""
         from shortv.families import commit_of
 
-        commit = commit_of(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-        return spec.model_copy(update={"revision": commit})
+        return spec.model_copy(update={"revision": commit_of(**spec.model_dump(include=_CONFIG))})
 
     def describe(self, spec: ModelSpec) -> Architecture:
         """Read the configuration and the processor, not the weights. Raises Refused."""
-        from shortv.families import load_architecture, load_preprocessor
+        from shortv.families import load_architecture
 
-        load_preprocessor(
-            spec.name,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            chat_template=spec.chat_template,
-        )
-        return load_architecture(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        self.load_preprocessor(spec)
+        return load_architecture(**spec.model_dump(include=_CONFIG))
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> Any:
         """Load weights and processor. Raises ShortVError.
@@ -72,26 +64,13 @@ class ModelLoader:
 
         if threads:
             torch.set_num_threads(threads)
-        return load(
-            spec.name,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            device=device,
-            attn_implementation=spec.attn_implementation,
-            trust_remote_code=spec.trust_remote_code,
-            chat_template=spec.chat_template,
-        )
+        return load(**spec.model_dump(), device=device)
 
     def load_preprocessor(self, spec: ModelSpec) -> Any:
         """Load what prepares inputs, without the weights. Raises ShortVError."""
         from shortv.families import load_preprocessor
 
-        return load_preprocessor(
-            spec.name,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            chat_template=spec.chat_template,
-        )
+        return load_preprocessor(**spec.model_dump(include=_PROCESSOR))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +90,11 @@ class RemoteModel:
         """Load what prepares inputs in this process. Raises ShortVError."""
         return self._guarded(self.loader.load_preprocessor)
 
-    def _guarded(self, load: Any) -> Any:
+    def _guarded(self, load: Callable[[ModelSpec], Any]) -> Any:
         os.environ.update(self.environment)
         try:
-            folder = self.folder.local() if self.folder else None
-            return load(self.spec.model_copy(update={"name": str(folder)}) if folder else self.spec)
+            name = str(self.folder.local()) if self.folder else self.spec.name
+            return load(self.spec.model_copy(update={"name": name}))
         except ShortVError:
             raise
         except Exception as error:  # loading runs code of the model's library
@@ -123,19 +102,9 @@ class RemoteModel:
             raise ShortVError(f"{self.spec.name!r} cannot be loaded: {message}") from error
 
 
-def model_folder(name: str) -> tuple[Path, str] | None:
-    """Return the folder that a model is in and the digest of its files, or None for a hub id."""
-    path = Path(name)
-    if not path.is_dir():
-        return None
-    path = path.resolve()
-    return path, folder_digest(path)
-
-
 def remote_model(loader: ModelLoader, spec: ModelSpec) -> RemoteModel:
     """Return a model for the workers of the connected cluster."""
-    found = model_folder(spec.name)
-    return RemoteModel(loader=loader, spec=spec, folder=offer(*found) if found else None, environment=hub_environment())
+    return RemoteModel(loader=loader, spec=spec, folder=offer(spec.name), environment=hub_environment())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shortv.errors import Refused
 from shortv.spec import WorkerRange
@@ -61,9 +61,14 @@ def place(
         Refused: GPUs are asked for and no node has enough of them free.
     """
     on_gpu = device == "cuda" or (device == "auto" and any(node.total_gpus > 0 for node in nodes))
-    if not on_gpu:
-        nodes = _less(nodes, spare_cpus)
-    slots = sum(_slots(node, gpus) if on_gpu else math.floor(node.cpus) for node in nodes)
+    cpus = sorted((math.floor(node.cpus) for node in nodes), reverse=True)
+    if on_gpu:
+        slots = sum(math.floor(node.gpus / gpus + 1e-9) for node in nodes)
+        kind, wish = f"places of {gpus:g} GPU", workers or WorkerRange(slots, slots)
+    else:
+        cpus[:1] = [max(0, most - spare_cpus) for most in cpus[:1]]
+        slots = sum(cpus)
+        kind, wish = "CPUs", workers or WorkerRange(1, 1)
     if on_gpu and not slots:
         most = max((node.total_gpus for node in nodes), default=0)
         free = max((node.gpus for node in nodes), default=0)
@@ -71,38 +76,17 @@ def place(
             f"a worker needs {gpus:g} GPU on one node; the largest has {most:g}, at most {free:g} free: "
             "ask for fewer GPUs per worker, wait for other work to end, or use --device cpu"
         )
-    wish = workers or (WorkerRange(slots, slots) if on_gpu else WorkerRange(1, 1))
     low = min(wish.low, max(slots, 1))
     high = wish.high if wish.high > wish.low else low
     note = None
     if low < wish.low:
-        kind = f"places of {gpus:g} GPU" if on_gpu else "CPUs"
         note = f"{low} of {wish.low} workers fit: the cluster has {slots} {kind} free; going on with {low}"
-    cpus = min(1, slots and _spare_cpu(nodes)) if on_gpu else _cpus_each(nodes, max(low, min(high, slots)))
-    return Placement(low=low, high=high, cpus=cpus, gpus=gpus if on_gpu else 0, note=note)
-
-
-def _slots(node: Node, gpus: float) -> int:
-    return math.floor(node.gpus / gpus + 1e-9)
-
-
-def _less(nodes: Sequence[Node], cpus: int) -> list[Node]:
-    """Take CPUs away from the node that has the most."""
-    largest = max(range(len(nodes)), key=lambda index: nodes[index].cpus, default=-1)
-    return [
-        replace(node, cpus=max(0.0, node.cpus - cpus)) if index == largest else node for index, node in enumerate(nodes)
-    ]
-
-
-def _spare_cpu(nodes: Sequence[Node]) -> int:
-    """Return 1 when each node with a free GPU has a CPU free for each of its GPUs."""
-    return int(all(node.cpus >= node.gpus for node in nodes if node.gpus > 0))
-
-
-def _cpus_each(nodes: Sequence[Node], workers: int) -> int:
-    """Return the most CPUs that each of so many workers can have; 0 when not even one each is free."""
-    most = max((math.floor(node.cpus) for node in nodes), default=0)
-    for each in range(most, 0, -1):
-        if sum(math.floor(node.cpus) // each for node in nodes) >= workers:
-            return each
-    return 0
+    if on_gpu:
+        # One each, where each node with a free GPU has a CPU for each of its GPUs.
+        each = int(all(node.cpus >= node.gpus for node in nodes if node.gpus > 0))
+    else:
+        # The most that each of the workers can have; 0 when not even one each is free.
+        wanted = max(low, min(high, slots))
+        fitting = (each for each in range(max(cpus, default=0), 0, -1) if sum(c // each for c in cpus) >= wanted)
+        each = next(fitting, 0)
+    return Placement(low=low, high=high, cpus=each, gpus=gpus if on_gpu else 0, note=note)

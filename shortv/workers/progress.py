@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +20,7 @@ class SampleProgress:
         *,
         total: int,
         done: float = 0.0,
-        console: Console | None = None,
+        console: Console,
         label: str = "sweep",
         brief: bool = False,
     ) -> None:
@@ -29,47 +28,43 @@ class SampleProgress:
 
         Where there is no terminal, `brief` leaves out the lines at the start and at the end.
         """
-        self._label = label
-        self._brief = brief
-        self._console = console or Console()
+        self._console, self._brief = console, brief
         self._total, self._before, self._done = total, done, done
         self._started = self._last_line = time.monotonic()
-        self._errors = 0
-        self._note = ""
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._errors, self._note = 0, ""
+        name = TextColumn("{task.fields[label]}", markup=False)
+        columns = (name, BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(self._text(), total=total, completed=int(done), label=printable(label))
 
     def __enter__(self) -> SampleProgress:
-        if self._console.is_terminal:
-            label = TextColumn("{task.fields[label]}", markup=False)
-            columns = (label, BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
+        if not self._bar.disable:
             self._bar.start()
-            done, shown = int(self._done), printable(self._label)
-            self._task = self._bar.add_task(self._text(), total=self._total, completed=done, label=shown)
         elif not self._brief:
-            self._console.print(self._text(), highlight=False)
+            self._print()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.stop()
         elif self._done > self._before and not self._brief:
-            self._console.print(self._text(), highlight=False)
+            self._print()
 
     def advance(self, samples: float, errors: int) -> None:
         """Note a finished unit: its samples times its share of the layers, and its error rows."""
         self._done += samples
         self._errors += errors
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._text())
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        self._bar.update(self._task, completed=self._done, description=self._text())
+        if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._console.print(self._text(), highlight=False)
+            self._print()
 
     def note(self, text: str) -> None:
         """Show a word on how the run goes, such as its loss, from the next line on."""
         self._note = text
+
+    def _print(self) -> None:
+        self._console.print(self._text(), highlight=False)
 
     def _text(self) -> str:
         seconds = time.monotonic() - self._started

@@ -28,18 +28,21 @@ from reports.manifest import (
     State,
     arguments_digest,
     utc_now,
+    versions,
 )
 from reports.store import Folder
+from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
+from shortv.spec import ModelSpec
 from shortv.terminal import printable, say
+from shortv.workers.shipping import folder_digest
 
 PARTIAL_STATUS: Final = 3
 """Exit status of a run that finished although some samples failed."""
 LOCK_NAME: Final = ".driver.lock"
 """A file of every local output folder in which work was done. It stays there; only the lock on it has a meaning."""
-NOT_DECIDING: Final = ("calibration", "data")
+_NOT_DECIDING: Final = ("calibration", "data")
 """Arguments that do not decide a result: the digest of the samples stands for the places they were read from."""
-_HASH_LENGTH: Final = 12
 # Set by Ray for the entrypoint of a submitted job.
 _SUBMITTED: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -63,8 +66,8 @@ class Stopped(ShortVError, SystemExit):
 def stop_on_signal() -> Iterator[None]:
     """Raise Stopped in the block when SIGTERM or SIGINT arrives; the earlier handlers return afterwards.
 
-    Ray's compiled code may turn the exception of a handler into a SystemError, and what it interrupts may fail in its
-    own way: whatever leaves the block after a signal leaves it as Stopped.
+    Ray's compiled code may turn the exception of a handler into another one: whatever leaves the block after a signal
+    leaves it as Stopped.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -96,6 +99,31 @@ def check_output(path: str, option: str = "--output-path") -> None:
             f"{option} {path!r} is relative, and the working directory of a submitted job vanishes with it; "
             "give an absolute path that outlives the job, or a URI such as s3://bucket/sweep"
         )
+
+
+def new_manifest(
+    kind: type[M], arguments: Mapping[str, Any], model: ModelSpec, architecture: Architecture, **fields: Any
+) -> M:
+    """Return the manifest of a run on one model that has not begun.
+
+    Args:
+        arguments: what decides the result, by the name of its option; the digests of the model are added.
+        fields: those that only this kind of manifest has.
+    """
+    digests = {"model-digest": folder_digest(model.name), "config-digest": architecture.config_digest}
+    arguments = {**arguments, **digests}
+    return kind(
+        state=State.RUNNING,
+        arguments=arguments,
+        arguments_digest=arguments_digest(arguments, ignore=_NOT_DECIDING),
+        versions=versions(),
+        model=model.name,
+        revision=model.revision,
+        config_digest=architecture.config_digest,
+        num_layers=architecture.num_layers,
+        started=utc_now(),
+        **fields,
+    )
 
 
 def find_manifest(folder: Folder, kind: type[RunManifest]) -> Any:
@@ -138,6 +166,15 @@ def open_run(folder: Folder, wanted: M) -> M:
     return found or wanted
 
 
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        return printable(repr(value) if isinstance(value, str) else value, limit=80)
+
+    names = [name for name in {**wanted, **found} if name not in _NOT_DECIDING and found.get(name) != wanted.get(name)]
+    pairs = (f"{name} {shown(found.get(name))} there, {shown(wanted.get(name))} here" for name in names)
+    return "; ".join(pairs) or "of another release"
+
+
 def complete(folder: Folder, manifest: M, work: Callable[[M], M]) -> M:
     """Do what is left of a run and return its final manifest; a finished run is returned as it is.
 
@@ -153,9 +190,7 @@ def complete(folder: Folder, manifest: M, work: Callable[[M], M]) -> M:
     with one_driver(folder):
         # Another driver may have finished the run before the lock was free.
         manifest = open_run(folder, manifest)
-        if manifest.state is not State.RUNNING:
-            return manifest
-        return attempt(folder, manifest, work)
+        return attempt(folder, manifest, work) if manifest.state is State.RUNNING else manifest
 
 
 def attempt(folder: Folder, manifest: R, work: Callable[[R], R]) -> R:
@@ -167,9 +202,9 @@ def attempt(folder: Folder, manifest: R, work: Callable[[R], R]) -> R:
     started = time.monotonic()
     manifest = manifest.updated(attempts=manifest.attempts + 1)
     manifest.save(folder)
-    seconds = manifest.wall_seconds or 0.0
     final = work(manifest)
-    final = final.updated(finished=utc_now(), wall_seconds=seconds + time.monotonic() - started)
+    seconds = (manifest.wall_seconds or 0.0) + time.monotonic() - started
+    final = final.updated(finished=utc_now(), wall_seconds=seconds)
     final.save(folder)
     return final
 
@@ -214,6 +249,13 @@ def one_driver(folder: Folder) -> Iterator[None]:
         yield
 
 
+def _open_lock(folder: Folder) -> IO[str] | None:
+    if folder.local_path is None:
+        return None
+    folder.local_path.mkdir(parents=True, exist_ok=True)
+    return (folder.local_path / LOCK_NAME).open("a+")
+
+
 def write_report(folder: Folder, console: Console, *, anew: bool) -> None:
     """Write the page beside the tables, also where an earlier end of the run did not get to it.
 
@@ -242,23 +284,5 @@ def submission_id(prefix: str, digest: str, output_path: str, kind: type[RunMani
     """
     folder = Folder(output_path)
     attempts = kind.load(folder).attempts if folder.exists(MANIFEST_NAME) else 0
-    place = str(folder.local_path or folder.shown)
-    found = arguments_digest({"arguments": digest, "output-path": place})
-    return f"{prefix}-{found[:_HASH_LENGTH]}-{attempts + 1}"
-
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = [name for name in {**wanted, **found} if name not in NOT_DECIDING and found.get(name) != wanted.get(name)]
-    pairs = (f"{name} {_shown(found.get(name))} there, {_shown(wanted.get(name))} here" for name in names)
-    return "; ".join(pairs) or "of another release"
-
-
-def _shown(value: Any) -> str:
-    return printable(repr(value) if isinstance(value, str) else value, limit=80)
-
-
-def _open_lock(folder: Folder) -> IO[str] | None:
-    if folder.local_path is None:
-        return None
-    folder.local_path.mkdir(parents=True, exist_ok=True)
-    return (folder.local_path / LOCK_NAME).open("a+")
+    found = arguments_digest({"arguments": digest, "output-path": str(folder.local_path or folder.shown)})
+    return f"{prefix}-{found[:12]}-{attempts + 1}"

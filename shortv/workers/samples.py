@@ -15,17 +15,8 @@ from reports.manifest import digest_of
 from shortv.errors import Refused
 from shortv.sample import Sample
 
-SAMPLES_TYPE = pa.list_(
-    pa.struct(
-        [
-            pa.field("sample_id", pa.string()),
-            pa.field("images", pa.list_(pa.large_binary())),
-            pa.field("prompt", pa.string()),
-            pa.field("answer", pa.string()),
-            pa.field("dataset", pa.string()),
-        ]
-    )
-)
+_TEXT = {name: pa.string() for name in ("sample_id", "prompt", "answer", "dataset")}
+SAMPLES_TYPE = pa.list_(pa.struct({**_TEXT, "images": pa.list_(pa.large_binary())}))
 """Samples on their way to workers."""
 
 
@@ -43,13 +34,12 @@ def resolve_calibration(
     """
     if not sources:
         raise Refused("no calibration samples are named; give --calibration FILE.parquet or --calibration TASK:NUMBER")
-    samples = [
-        sample
-        for source in sources
-        for sample in (
-            _limited(read_calibration(source), limit) if _is_file(source) else _task(source, limit, seed, include_path)
-        )
-    ]
+    samples: list[Sample] = []
+    for source in sources:
+        if source.endswith(".parquet") or "/" in source:
+            samples += _limited(read_calibration(source), limit)
+        else:
+            samples += _task(source, limit, seed, include_path)
     counts = Counter(sample.sample_id for sample in samples)
     repeated = [sample_id for sample_id, count in counts.items() if count > 1]
     if repeated:
@@ -73,10 +63,6 @@ def samples_of(rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
 def calibration_digest(samples: Sequence[Sample]) -> str:
     """SHA-256, in hex, of all samples in order."""
     return digest_of([sample.digest for sample in samples])
-
-
-def _is_file(source: str) -> bool:
-    return source.endswith(".parquet") or "/" in source
 
 
 def _limited(samples: list[Sample], limit: float | None) -> list[Sample]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -248,13 +247,12 @@ def _is_finished(before: CampaignManifest | None, wanted: CampaignManifest) -> b
 
 
 def _model_of(name: str, spec: CampaignSpec, runner: Runner) -> ModelFacts:
-    folder = Path(name)
     revision = runner.pin(name, spec)
     return ModelFacts(
         name=name,
         revision=revision,
         architecture=runner.describe(name, spec.model_copy(update={"revision": revision})),
-        digest=folder_digest(folder.resolve()) if folder.is_dir() else None,
+        digest=folder_digest(name),
     )
 
 

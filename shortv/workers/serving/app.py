@@ -22,12 +22,12 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from reports.access import key_digests_of
 from reports.http import log_requests
 from reports.service import make_service
-from shortv.errors import ShortVError
+from shortv.errors import ShortVError, one_line
 from shortv.plan import Plan
 from shortv.spec import WorkerRange
 from shortv.terminal import printable
-from shortv.workers.cluster import first_line, living_nodes
-from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment, model_folder
+from shortv.workers.cluster import living_nodes
+from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement, place
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import limits_of, make_endpoint
@@ -88,13 +88,12 @@ def replica_app(
     """
     cpus = placement.cpus if cpus is None else cpus
     public = Environment({name: value for name, value in model.environment.items() if name != "HF_TOKEN"})
-    folders = {plan.parts.path: model_folder(plan.parts.path) for plan in plans if plan.parts is not None}
-    offered = {path: offer(*found) for path, found in folders.items() if found is not None}
+    offered = {plan.parts.path: offer(plan.parts.path) for plan in plans if plan.parts is not None}
     setup = ReplicaSetup(
         model=replace(model, environment=public),
         device=placement.device,
         threads=0 if placement.gpus else max(1, math.floor(cpus)),
-        parts={path: folder for path, folder in offered.items() if folder is not None and folder.source},
+        parts={path: folder for path, folder in offered.items() if folder is not None},
         engine=engine,
     )
     low, high = placement.low, placement.high
@@ -219,7 +218,7 @@ def deploy(app: Any, *, name: str, route_prefix: str | None, timeout_s: float = 
             time.sleep(_POLL_S)
         return serve.get_app_handle(name)
     except (RuntimeError, ray.exceptions.RayError, RayServeException) as error:
-        raise ShortVError(f"the replicas did not start: {_reason(name) or first_line(error)}") from error
+        raise ShortVError(f"the replicas did not start: {_reason(name) or one_line(error)}") from error
 
 
 def _status(name: str) -> ApplicationStatus | None:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-
-from shortv.workers.cluster import driver_actor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOADING = "loading the model"
 WHOLE = "the whole batch"
@@ -122,4 +121,6 @@ class RemoteAttempts:
 
 def start_attempts(path: Path) -> RemoteAttempts:
     """Start the actor on the driver's node; it takes no CPU and restarts with its counts."""
-    return RemoteAttempts(driver_actor(Attempts).remote(str(path)))
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: Any = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return RemoteAttempts(ray.remote(**options)(Attempts).remote(str(path)))

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from reports.manifest import State, SweepManifest, arguments_digest, utc_now, versions
+from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from reports.tables import print_layers
 from shortv import terminal
@@ -22,14 +22,14 @@ from shortv.plan import Plan
 from shortv.sample import Sample
 from shortv.terminal import say
 from shortv.workers.cluster import connected, free_nodes
-from shortv.workers.models import model_folder, remote_model
+from shortv.workers.models import remote_model
 from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import (
-    NOT_DECIDING,
     check_output,
     complete,
     exit_status,
+    new_manifest,
     open_run,
     stop_on_signal,
     write_report,
@@ -84,8 +84,7 @@ def prepare(spec: SweepSpec, engine: SweepEngine) -> Prepared:
     samples = resolve_calibration(spec.calibration, limit=spec.limit, seed=spec.seed, include_path=spec.include_path)
     spec = spec.model_copy(update={"revision": engine.pin(spec.model_spec()).revision})
     architecture = engine.describe(spec.model_spec())
-    found = model_folder(spec.model)
-    wanted = _manifest(spec, samples, architecture, found[1] if found else None)
+    wanted = _manifest(spec, samples, architecture)
     size = spec.batch_size
     return Prepared(
         spec=spec,
@@ -97,31 +96,18 @@ def prepare(spec: SweepSpec, engine: SweepEngine) -> Prepared:
     )
 
 
-def _manifest(
-    spec: SweepSpec, samples: Sequence[Sample], architecture: Architecture, model_digest: str | None
-) -> SweepManifest:
-    samples_digest = calibration_digest(samples)
-    arguments = {
-        **spec.arguments(),
-        "model-digest": model_digest,
-        "config-digest": architecture.config_digest,
-        "calibration-digest": samples_digest,
-    }
-    return SweepManifest(
-        state=State.RUNNING,
-        arguments=arguments,
-        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
-        versions=versions(),
-        model=spec.model,
-        revision=spec.revision,
-        config_digest=architecture.config_digest,
-        num_layers=architecture.num_layers,
+def _manifest(spec: SweepSpec, samples: Sequence[Sample], architecture: Architecture) -> SweepManifest:
+    digest = calibration_digest(samples)
+    return new_manifest(
+        SweepManifest,
+        {**spec.arguments(), "calibration-digest": digest},
+        spec.model_spec(),
+        architecture,
         modes=spec.modes,
         kl_direction=spec.kl_direction,
         calibration_ids=tuple(sample.sample_id for sample in samples),
-        calibration_digest=samples_digest,
+        calibration_digest=digest,
         seed=spec.seed,
-        started=utc_now(),
         details={"architecture": asdict(architecture)},
     )
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from reports.locations import locate
-from reports.manifest import State, TrainingManifest, arguments_digest, utc_now, versions
+from reports.manifest import State, TrainingManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.learned.system import System
@@ -21,10 +21,10 @@ from shortv.spec import ModelSpec, Spec, WorkerRange
 from shortv.terminal import say
 from shortv.tiny.dataset import to_table, training_samples
 from shortv.tiny.questions import LEARNED_KINDS
-from shortv.workers.models import ModelLoader, model_folder, remote_model
+from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
-from shortv.workers.run import NOT_DECIDING, check_output, complete, exit_status, open_run, stop_on_signal
+from shortv.workers.run import check_output, complete, exit_status, new_manifest, open_run, stop_on_signal
 from shortv.workers.training.checkpoint import CHECKPOINTS, RESULT, Checkpoint, latest_checkpoint, remove_before
 from shortv.workers.training.data import SHARDS, Contents, Order, Source, scan, sources_of, write_shards
 from shortv.workers.training.result import publish_result
@@ -102,26 +102,15 @@ def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader, s
     contents = scan(sources, needs_images=system.needs_images)
     _check_contents(contents, needs_answers=system.needs_answers(recipe))
     order = Order(samples=contents.samples - len(contents.unusable), batch_size=recipe.batch_size, seed=recipe.seed)
-    found, folder = model_folder(model.name), Folder(spec.output_path)
-    arguments = {
-        **spec.arguments(model, system, recipe),
-        "model-digest": found[1] if found else None,
-        "config-digest": architecture.config_digest,
-        "data-digest": contents.digest,
-    }
-    wanted = TrainingManifest(
+    folder = Folder(spec.output_path)
+    wanted = new_manifest(
+        TrainingManifest,
+        {**spec.arguments(model, system, recipe), "data-digest": contents.digest},
+        model,
+        architecture,
         parts=str(system.kind),
-        state=State.RUNNING,
-        arguments=arguments,
-        arguments_digest=arguments_digest(arguments, ignore=NOT_DECIDING),
-        versions=versions(),
-        model=model.name,
-        revision=model.revision,
-        config_digest=architecture.config_digest,
-        num_layers=architecture.num_layers,
         data_digest=contents.digest,
         counts={"steps": recipe.steps, "samples": contents.samples},
-        started=utc_now(),
     )
     return Prepared(
         spec=spec,

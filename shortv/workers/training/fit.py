@@ -19,8 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from reports.locations import locate
-from shortv.errors import ShortVError
-from shortv.workers.cluster import first_line
+from shortv.errors import ShortVError, one_line
 from shortv.workers.placement import Placement
 from shortv.workers.training.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, new_attempt
 from shortv.workers.training.worker import Failed, Progressed, WorkerJob, train_worker
@@ -84,7 +83,7 @@ def _reason(error: BaseException | None) -> str:
     if error is None:
         return "Ray Train ended before the last step"
     failures = getattr(error, "worker_failures", None)
-    return first_line(failures[min(failures)] if failures else error)
+    return one_line(failures[min(failures)] if failures else error)
 
 
 def _attempts(
@@ -117,7 +116,7 @@ def _attempts(
             elif (found := latest_checkpoint(job.output, job.identity)) is not None:
                 watcher.saved(found)
     except RayError as error:
-        raise ShortVError(f"Ray failed during the training: {first_line(error)}; the same command continues") from error
+        raise ShortVError(f"Ray failed during the training: {one_line(error)}; the same command continues") from error
     finally:
         events.shutdown(force=True)
 

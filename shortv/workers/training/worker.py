@@ -16,12 +16,11 @@ from ray.exceptions import RayError
 from ray.train import Checkpoint as StoredCheckpoint
 from torch import Tensor
 
-from shortv.errors import ShortVError
+from shortv.errors import ShortVError, one_line
 from shortv.families import LoadedModel
 from shortv.learned.system import System
 from shortv.learned.training import Trainer, alone
 from shortv.records import ErrorRecord
-from shortv.workers.cluster import first_line
 from shortv.workers.models import RemoteModel, is_out_of_memory
 from shortv.workers.training.checkpoint import RESULT, checkpoint_at, read_state, write_record, write_state
 from shortv.workers.training.data import Order, steps_of_worker
@@ -90,7 +89,7 @@ def train_worker(config: dict[str, Any]) -> None:
     except ShortVError as error:
         job.events.put(Failed(message=str(error)))
     except Exception as error:  # the model's library may raise anything: one line instead of a traceback
-        message = f"{type(error).__name__}: {first_line(error)}"
+        message = f"{type(error).__name__}: {one_line(error)}"
         advice = "give a smaller --batch-size" if is_out_of_memory(error) else "what is finished is kept"
         job.events.put(Failed(message=f"the training failed with {message}; {advice}"))
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import ray
 from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
-from shortv.workers.shipping import CHUNK, folder_digest, ship
+from shortv.workers.shipping import CHUNK, folder_digest, offer
 from shortv.workers.sweep.attempts import RemoteAttempts, start_attempts
 from shortv.workers.sweep.driver import run_sweep
 from shortv.workers.sweep.pipeline import stream_results
@@ -87,14 +86,17 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path) -> None:
+def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model" / "sub").mkdir(parents=True)
     (tmp_path / "model" / "sub" / "weights").write_bytes(os.urandom(CHUNK + 5))
     (tmp_path / "model" / "empty").touch()
     digest = folder_digest(tmp_path / "model")
-    shipped = ship(tmp_path / "model", digest)
+    shipped = offer(str(tmp_path / "model"))
+    assert shipped is not None
     assert shipped.local() == tmp_path / "model"
-    copy = replace(shipped, path="/not/on/this/node").local()
+    with monkeypatch.context() as patch:
+        patch.setattr("shortv.workers.shipping.folder_digest", lambda name: None)
+        copy = shipped.local()
     assert copy != tmp_path / "model" and folder_digest(copy) == digest
     shutil.rmtree(copy)
 
