@@ -7,6 +7,7 @@ attempt, lets the run do its work, and writes the final manifest last, so that a
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -14,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import IO, Any, Final, TypeVar
@@ -48,13 +49,14 @@ _SUBMITTED: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 M = TypeVar("M", bound=ModelRunManifest)
 R = TypeVar("R", bound=RunManifest)
+T = TypeVar("T")
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(ShortVError, SystemExit):
     """The user, or the cluster, ended the run; the same command continues it.
 
-    It is a SystemExit as well: asyncio logs and drops other errors that are raised in a callback of its loop, and click
-    replaces KeyboardInterrupt.
+    It is a SystemExit as well: click replaces KeyboardInterrupt.
     """
 
     def __init__(self, number: int) -> None:
@@ -78,7 +80,7 @@ def stop_on_signal() -> Iterator[None]:
         received.append(number)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
     try:
         yield
     except Stopped:
@@ -87,6 +89,38 @@ def stop_on_signal() -> Iterator[None]:
         if received:
             raise Stopped(received[0]) from error
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine as `asyncio.run` does, but cancel it when SIGTERM or SIGINT arrives, and raise Stopped then.
+
+    An error that a handler raises in the middle of a loop's step would leave half of its tasks with errors that nobody
+    reads; a cancellation ends them in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(coroutine)
+    received: list[int] = []
+
+    async def watched() -> T:
+        task = asyncio.current_task()
+
+        def stop(number: int) -> None:
+            received.append(number)
+            if task is not None:
+                task.cancel()
+
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+        return await coroutine
+
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        return asyncio.run(watched())
+    except asyncio.CancelledError:
+        raise Stopped(received[0]) if received else ShortVError("the work was cancelled") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

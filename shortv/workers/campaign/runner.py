@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.placement import Placement
 from shortv.workers.progress import SampleProgress
-from shortv.workers.run import stop_on_signal
+from shortv.workers.run import run_async, stop_on_signal
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.engine import EngineSettings
@@ -112,7 +111,7 @@ class ReplicaRunner:
             def advance(_: Conversation, response: Response) -> None:
                 progress.advance(1, int(response.failure is not None))
 
-            responses = asyncio.run(
+            responses = run_async(
                 benchmark.run(
                     # A client belongs to an event loop, and each cell has its own.
                     ReplicaClient(handle, patient=True),
