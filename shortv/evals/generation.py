@@ -13,7 +13,7 @@ from shortv.errors import SampleError
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import Prompt, batch_of
 from shortv.families.supervised import continuation_ids
-from shortv.layers.prompted import prompted
+from shortv.layers.progress import prompted
 from shortv.request import Completion, Likelihood
 
 

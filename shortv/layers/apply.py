@@ -13,8 +13,7 @@ from shortv.errors import Refused
 from shortv.families import Decoder, decoder_of
 from shortv.families.loading import ATTENTION_IMPLEMENTATIONS
 from shortv.layers.fast import PlannedLayer, execute
-from shortv.layers.progress import Progress
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun, Progress
 from shortv.plan import WORK, Mode, Work, parse_mode, works_of
 
 _APPLIED = "_shortv_applied"
@@ -32,31 +31,28 @@ def executing(model: Any, modes: Sequence[Mode], run: LearnedRun | None = None) 
     """
     decoder = decoder_of(model)
     modes = tuple(parse_mode(mode) for mode in modes)
-    _check(model, decoder, modes)
+    progress, works = Progress(decoder, modes, run), works_of(modes)
+    _check(model)
     with ExitStack() as undo:
-        _claim(decoder, undo)
+        token = object()
+        # setdefault is atomic: of two threads, one finds the token of the other. It stands on the decoder, which any
+        # wrapper of the model shares.
+        if decoder.text.__dict__.setdefault(_APPLIED, token) is not token:
+            raise Refused("this model is already under a plan; leave that context first (plans do not nest or overlap)")
+        undo.callback(decoder.text.__dict__.pop, _APPLIED)
         if run is not None or set(modes) != {Mode.FULL}:
-            _follow(model, decoder, modes, run, undo)
+            progress.attach(model, undo)
+        if run is not None:
+            run.attach(model, progress, undo)
+        for index, work in enumerate(works):
+            # A full layer is the model's own.
+            executor = run.executor(index) if run is not None else execute if work != WORK[Mode.FULL] else None
+            if executor is not None:
+                _patch(decoder, index, works, executor, progress, undo)
         yield
 
 
-def _follow(model: Any, decoder: Decoder, modes: Sequence[Mode], run: LearnedRun | None, undo: ExitStack) -> None:
-    progress = Progress(decoder, model.config, modes, run)
-    for handle in progress.attach(model):
-        undo.callback(handle.remove)
-    works = works_of(modes)
-    if run is not None:
-        run.attach(model, progress, undo)
-    for index, work in enumerate(works):
-        # A full layer is the model's own.
-        executor = run.executor(index) if run is not None else execute if work != WORK[Mode.FULL] else None
-        if executor is not None:
-            _patch(decoder, index, works, executor, progress, undo)
-
-
-def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
-    if len(modes) != len(decoder.layers):
-        raise Refused(f"{len(modes)} modes for a model of {len(decoder.layers)} layers; give one mode per layer")
+def _check(model: Any) -> None:
     if model.training:
         raise Refused("the model is in training mode, where a plan would be silently wrong; call model.eval() first")
     attention = model.config.get_text_config()._attn_implementation
@@ -65,15 +61,6 @@ def _check(model: Any, decoder: Decoder, modes: Sequence[Mode]) -> None:
             f"attention implementation {attention!r} gives layers no mask whose rows can be selected; "
             f"load the model with one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
         )
-
-
-def _claim(decoder: Decoder, undo: ExitStack) -> None:
-    token = object()
-    # setdefault is atomic: of two threads, one finds the token of the other. It stands on the decoder, which any
-    # wrapper of the model shares.
-    if decoder.text.__dict__.setdefault(_APPLIED, token) is not token:
-        raise Refused("this model is already under a plan; leave that context first (plans do not nest or overlap)")
-    undo.callback(decoder.text.__dict__.pop, _APPLIED)
 
 
 def _patch(

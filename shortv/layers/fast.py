@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shortv.families import Decoder
@@ -46,6 +47,12 @@ class PlannedLayer:
     def ends(self) -> bool:
         """Whether this layer returns all rows."""
         return self.last or self.progress.joined
+
+    def shorten_cache(self, like: Tensor, cache: Cache | None) -> None:
+        """Let this layer's KV cache count the positions of this forward, also those that it will not store."""
+        if cache is not None:
+            batch = len(self.progress.types.text_BT)
+            shortened_layer(cache, self.index, batch, like).seen += self.progress.length
 
     def updated_rows(self, split: Split, hidden: Tensor) -> Tensor:
         """Return the rows (1, N, D) that this layer updates, from all rows or inside a run as they come in."""
@@ -87,9 +94,7 @@ def _shorten(planned: PlannedLayer, work: Work, hidden: Tensor, arguments: dict[
     progress, keys = planned.progress, planned.work.keys
     if Tokens.TEXT in keys and (Tokens.VISUAL in keys or not progress.history.has_visual):
         return
-    cache = arguments.get("past_key_values")
-    if cache is not None:
-        shortened_layer(cache, planned.index, len(hidden), hidden).seen += progress.length
+    planned.shorten_cache(hidden, arguments.get("past_key_values"))
     if work.queries and not progress.has_visual:
         attention = planned.decoder.attention(planned.layer)
         arguments["attention_mask"] = progress.kept_columns(attention, arguments.get("attention_mask"), hidden.device)

@@ -34,6 +34,13 @@ def may_attend(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
+    """Return a 4D mask, boolean or additive, without the pairs of query and key that are not allowed."""
+    if mask.dtype == torch.bool:
+        return allowed
+    return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+
 def hide_keys(mask: Tensor, hidden_BK: Tensor) -> Tensor:
     """Hide some keys in a 4D mask from every query that keeps another key.
 
@@ -42,10 +49,7 @@ def hide_keys(mask: Tensor, hidden_BK: Tensor) -> Tensor:
     """
     allowed_BHQK = may_attend(mask)
     narrowed_BHQK = allowed_BHQK & ~hidden_BK[:, None, None, :]
-    narrowed_BHQK = torch.where(narrowed_BHQK.any(-1, keepdim=True), narrowed_BHQK, allowed_BHQK)
-    if mask.dtype == torch.bool:
-        return narrowed_BHQK
-    return torch.where(narrowed_BHQK, mask.expand_as(narrowed_BHQK), torch.finfo(mask.dtype).min)
+    return restricted(mask, torch.where(narrowed_BHQK.any(-1, keepdim=True), narrowed_BHQK, allowed_BHQK))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +77,25 @@ class Selection:
         """The selection of some of the samples."""
         return Selection(index_BS=self.index_BS[rows_R], valid_BS=self.valid_BS[rows_R])
 
-    def rows(self, values_BTD: Tensor) -> Tensor:
-        """Gather the selected rows of (B or 1, T, D) values into (B, S, D)."""
-        values_BTD = values_BTD.expand(self.index_BS.shape[0], -1, -1)
-        index_BS = self.index_BS.to(values_BTD.device)
-        return values_BTD.gather(1, index_BS[:, :, None].expand(-1, -1, values_BTD.shape[2]))
-
-    def columns(self, values_BT: Tensor) -> Tensor:
-        """Gather (B or 1, T) values into (B, S)."""
-        return values_BT.expand(self.index_BS.shape[0], -1).gather(1, self.index_BS)
+    def rows(self, values_BT: Tensor) -> Tensor:
+        """Gather the selected positions of (B or 1, T, ...) values into (B, S, ...)."""
+        index_BS = self.index_BS.to(values_BT.device)
+        return values_BT.take_along_dim(index_BS[(..., *[None] * (values_BT.dim() - 2))], dim=1)
 
     def queries(self, mask_BHTT: Tensor) -> Tensor:
         """Gather the selected rows of a 4D mask, with all columns: (B, H, S, T)."""
-        index_BS = self.index_BS.to(mask_BHTT.device)
-        batch, width = index_BS.shape
-        mask = mask_BHTT.expand(batch, -1, -1, -1)
-        return mask.gather(2, index_BS[:, None, :, None].expand(-1, mask.shape[1], width, mask.shape[3]))
+        return mask_BHTT.take_along_dim(self.index_BS.to(mask_BHTT.device)[:, None, :, None], dim=2)
 
     def square(self, mask_BHTT: Tensor) -> Tensor:
         """Gather the selected rows and columns of a 4D mask, (B, H, S, S); padding attends to itself alone."""
         mask = self.queries(mask_BHTT)
-        width = self.index_BS.shape[1]
-        mask = mask.gather(3, self.index_BS[:, None, None, :].to(mask.device).expand(-1, mask.shape[1], width, -1))
-        own_SS = torch.eye(width, dtype=torch.bool, device=mask.device)
+        mask = mask.take_along_dim(self.index_BS.to(mask.device)[:, None, None, :], dim=3)
         valid_BS = self.valid_BS.to(mask.device)
-        allowed = may_attend(mask) & valid_BS[:, None, None, :] & valid_BS[:, None, :, None]
-        allowed = allowed | (own_SS & ~valid_BS[:, None, :, None])
-        if mask.dtype == torch.bool:
-            return allowed
-        return torch.zeros_like(mask).masked_fill(~allowed, torch.finfo(mask.dtype).min)
+        own_BHSS = torch.eye(len(valid_BS[0]), dtype=torch.bool, device=mask.device) & ~valid_BS[:, None, :, None]
+        both_BHSS = valid_BS[:, None, None, :] & valid_BS[:, None, :, None]
+        restricted_BHSS = restricted(mask, may_attend(mask) & both_BHSS)
+        # "May attend" is True in a boolean mask, and 0 in an additive one.
+        return restricted_BHSS.masked_fill(own_BHSS, mask.dtype == torch.bool)
 
 
 class Split:

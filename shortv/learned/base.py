@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import ExitStack
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from shortv.architecture import Architecture
 from shortv.families.decoder import Decoder
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode, PartsKind
 
 
@@ -73,6 +72,3 @@ class PartsRun(LearnedRun, Generic[P]):
         self.decoder, self.modes, self.parts = decoder, tuple(modes), parts
         self.name: str = parts.kind
         self.identity: Hashable = (parts.kind, parts.identity, threshold)
-
-    def attach(self, model: nn.Module, progress: Any, undo: ExitStack) -> None:
-        """Hook nothing beside the layers."""

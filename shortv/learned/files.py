@@ -19,7 +19,7 @@ from shortv.architecture import Architecture
 from shortv.atomic import replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.families.decoder import Decoder
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.learned.base import Parts
 from shortv.learned.header import AGAIN, HEADER_NAME, WEIGHTS_NAME, Header, check_parts
 from shortv.learned.registry import SYSTEMS, run_of

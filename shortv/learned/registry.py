@@ -15,7 +15,7 @@ from shortv.plan import Mode, PartsKind, Plan
 
 if TYPE_CHECKING:
     from shortv.families.decoder import Decoder
-    from shortv.layers.run import LearnedRun
+    from shortv.layers.progress import LearnedRun
     from shortv.learned.base import Parts
 
 SYSTEMS: Mapping[PartsKind, System] = {system.kind: system for system in (Dyvte(), Eas(), Saisa())}

@@ -13,7 +13,7 @@ from shortv.plan import Mode, PartsKind, Plan
 if TYPE_CHECKING:
     from shortv.families.decoder import Decoder
     from shortv.families.loading import LoadedModel
-    from shortv.layers.run import LearnedRun
+    from shortv.layers.progress import LearnedRun
     from shortv.learned.base import Parts
     from shortv.learned.training import Trainer
 

@@ -194,7 +194,7 @@ class _TextStates:
         arguments["position_embeddings"] = (text.rows(cos), text.rows(sin))
         positions = arguments.get("position_ids")
         if isinstance(positions, Tensor):
-            arguments["position_ids"] = self._text_on(positions.device).columns(positions)
+            arguments["position_ids"] = self._text_on(positions.device).rows(positions)
         return arguments
 
     def after(self, layer: int) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shortv.layers.apply import executing
+from shortv.layers.cache import keep_rows
 from shortv.layers.reference import reference
-from shortv.layers.sequence import keep_rows
 from tests.law import SPECS, assert_law, generated, in_dtype, text_logits
 from tests.learned.cases import CASES, EVERYWHERE
 from tests.models import batch_of, make_batch, prompts_of, random_model

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from shortv.errors import ShortVError
 from shortv.families import Batch, decoder_of
 from shortv.layers.apply import executing
-from shortv.layers.prompted import prompted
+from shortv.layers.progress import prompted
 from shortv.layers.reference import reference
 from shortv.learned.dyvte.run import exit_layers
 from tests.law import SPECS, generated, text_logits

@@ -2,7 +2,7 @@
 
 Visual rows of a sample that exits after layer e are in no later layer: not among the rows of its products and not in
 its KV cache. Text keeps its positions. Decoding decides nothing; each layer's mask covers the positions that it kept.
-Routers read the prompt alone, also where its answer passes the model in the same forward (`layers.prompted`).
+Routers read the prompt alone, also where its answer passes the model in the same forward (see `prompted`).
 Shapes: B batch, T positions, S rows of a sample (packed), N rows of all samples, K keys, D width, C width of a head.
 """
 
@@ -21,11 +21,10 @@ from transformers import Cache
 from shortv.errors import Refused
 from shortv.families import Decoder
 from shortv.families.tokens import TokenTypes
-from shortv.layers.cache import shortened_layer
+from shortv.layers.cache import History, history_of
 from shortv.layers.fast import PlannedLayer, layer_among
 from shortv.layers.progress import Progress
 from shortv.layers.rows import Selection, Split, hide_keys
-from shortv.layers.sequence import History, SequenceState, history_of
 from shortv.learned.base import PartsRun
 from shortv.learned.dyvte.parts import ExitRouters, TextRows, averaged, check_can_exit
 from shortv.plan import Mode
@@ -98,15 +97,13 @@ class ExitRun(PartsRun[ExitRouters]):
         progress = planned.progress
         kept = progress.history.kept[planned.index] if progress.history.kept else None
         if kept is not None:
-            cache = arguments.get("past_key_values")
-            if cache is not None:
-                shortened_layer(cache, planned.index, len(hidden), hidden).seen += progress.length
+            planned.shorten_cache(hidden, arguments.get("past_key_values"))
             attention = planned.decoder.attention(planned.layer)
             mask = arguments.get("attention_mask")
             arguments["attention_mask"] = progress.kept_columns(attention, mask, hidden.device, kept)
         return planned.own(hidden, **arguments)
 
-    def attach_reference(self, model: nn.Module, sequence: SequenceState, hooks: ExitStack) -> None:
+    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
         """Hide visual keys from dense layers, sample by sample, behind the layer after which they leave."""
         reference = _Reference(self, sequence, self._threshold)
         for index, layer in enumerate(self.decoder.layers):
@@ -117,7 +114,7 @@ class ExitRun(PartsRun[ExitRouters]):
 class _Prefill:
     """One prefill with images: which samples' visual tokens have left, and which rows remain."""
 
-    def __init__(self, sequence: SequenceState, parts: ExitRouters, threshold: float) -> None:
+    def __init__(self, sequence: Progress, parts: ExitRouters, threshold: float) -> None:
         types, read = sequence.types, prompt_types(sequence)
         self._types, self._parts, self._threshold = types, parts, threshold
         self._num_layers = len(parts.routers)
@@ -166,7 +163,7 @@ class _Prefill:
         self.kept[layer + 1 :] = [self.split.updated] * (self._num_layers - layer - 1)
 
 
-def prompt_types(sequence: SequenceState) -> TokenTypes:
+def prompt_types(sequence: Progress) -> TokenTypes:
     """Return what routers read: the text of the prompts, and where their images are."""
     types = sequence.types
     return TokenTypes(visual_BT=types.visual_BT, text_BT=types.text_BT & sequence.prompt_BT)
@@ -185,9 +182,7 @@ def _prefilled(planned: PlannedLayer, prefill: _Prefill, hidden: Tensor, **argum
     else:
         if progress.joined:
             progress.rows_BTD, hidden = hidden, split.flat(hidden)
-        cache = arguments.get("past_key_values")
-        if cache is not None:
-            shortened_layer(cache, planned.index, len(progress.types.text_BT), hidden).seen += progress.length
+        planned.shorten_cache(hidden, arguments.get("past_key_values"))
         output = layer_among(planned, split, hidden, **arguments)
     prefill.decide(planned.index, output.flatten(0, 1))
     last = planned.index == len(planned.decoder.layers) - 1
@@ -205,7 +200,7 @@ def _prefilled(planned: PlannedLayer, prefill: _Prefill, hidden: Tensor, **argum
 class _Reference:
     """Hooks that mask what the fast run leaves out."""
 
-    def __init__(self, run: ExitRun, sequence: SequenceState, threshold: float) -> None:
+    def __init__(self, run: ExitRun, sequence: Progress, threshold: float) -> None:
         self._run, self._sequence, self._threshold = run, sequence, threshold
         self._num_layers = len(run.modes)
 

@@ -15,9 +15,8 @@ from torch.nn.functional import linear
 
 from shortv.errors import Refused
 from shortv.families import Decoder
-from shortv.layers.cache import shortened_layer
 from shortv.layers.fast import PlannedLayer
-from shortv.layers.sequence import SequenceState
+from shortv.layers.progress import Progress
 from shortv.learned.base import PartsRun
 from shortv.learned.eas.parts import Adapter, Adapters, Pia, check_family
 from shortv.plan import Mode
@@ -75,7 +74,7 @@ class AdaptedRun(PartsRun[Adapters]):
         """Return the forward of a layer by its mode."""
         return self._skipped if self.modes[index] is Mode.SKIP_ATTENTION else self._kept
 
-    def attach_reference(self, model: nn.Module, sequence: SequenceState, hooks: ExitStack) -> None:
+    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
         """Run adapters unfolded: over the norm's output in kept layers, in place of the dense layer in skipped ones."""
         for index, layer in enumerate(self.decoder.layers):
             if self.modes[index] is Mode.SKIP_ATTENTION:
@@ -85,13 +84,13 @@ class AdaptedRun(PartsRun[Adapters]):
                 handle = norm.register_forward_hook(self._after_norm(index, sequence))
             hooks.callback(handle.remove)
 
-    def _after_norm(self, index: int, sequence: SequenceState) -> Callable[..., Tensor]:
+    def _after_norm(self, index: int, sequence: Progress) -> Callable[..., Tensor]:
         def leave(_: nn.Module, __: tuple[Any, ...], normed_BTD: Tensor) -> Tensor:
             return self._adapted(index, sequence, normed_BTD)
 
         return leave
 
-    def _unfolded(self, index: int, sequence: SequenceState) -> Callable[..., Tensor]:
+    def _unfolded(self, index: int, sequence: Progress) -> Callable[..., Tensor]:
         decoder = self.decoder
 
         def leave(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class AdaptedRun(PartsRun[Adapters]):
 
         return leave
 
-    def _adapted(self, index: int, sequence: SequenceState, normed_BTD: Tensor) -> Tensor:
+    def _adapted(self, index: int, sequence: Progress, normed_BTD: Tensor) -> Tensor:
         adapter = self._adapter(index)
         adapted_BTD: Tensor = adapter(normed_BTD, *_summary(adapter, index, sequence, normed_BTD))
         return adapted_BTD
@@ -119,9 +118,7 @@ class AdaptedRun(PartsRun[Adapters]):
 
     def _skipped(self, planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
         decoder, layer, index = planned.decoder, planned.layer, planned.index
-        cache = arguments.get("past_key_values")
-        if cache is not None:
-            shortened_layer(cache, index, len(hidden), hidden).seen += hidden.shape[1]
+        planned.shorten_cache(hidden, arguments.get("past_key_values"))
         pia, ffn = cast(Pia, self._adapter(index)), cast(Any, decoder.ffn(layer))
         normed_BTD = decoder.attention_norm(layer)(hidden)
         weights_B2, context_BR = _summary(pia, index, planned.progress, normed_BTD)
@@ -151,7 +148,7 @@ class AdaptedRun(PartsRun[Adapters]):
         return cast(Fold, self.parts.derived[index][1])
 
 
-def _summary(adapter: Adapter, index: int, sequence: SequenceState, normed_BTD: Tensor) -> tuple[Tensor, ...]:
+def _summary(adapter: Adapter, index: int, sequence: Progress, normed_BTD: Tensor) -> tuple[Tensor, ...]:
     """Return what the samples' tokens share in a layer: computed from the prompt, and stored with the KV cache."""
     gathered = sequence.history.gathered
     if index not in gathered:

@@ -20,7 +20,7 @@ from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.families.supervised import IGNORED, Supervised, supervised
 from shortv.layers.apply import executing
-from shortv.layers.prompted import prompted
+from shortv.layers.progress import prompted
 from shortv.learned.eas.parts import Adapters
 from shortv.learned.eas.recipe import EasRecipe
 from shortv.learned.eas.run import AdaptedRun

@@ -18,7 +18,6 @@ from shortv.errors import Refused, ShortVError
 from shortv.families import Decoder
 from shortv.layers.fast import PlannedLayer, frozen
 from shortv.layers.progress import Progress
-from shortv.layers.sequence import SequenceState
 from shortv.learned.base import PartsRun
 from shortv.learned.saisa.parts import Projectors
 from shortv.plan import Mode, Tokens
@@ -62,7 +61,7 @@ class ProjectedRun(PartsRun[Projectors]):
         self._features.attach(progress, undo)
         self._replace(undo)
 
-    def attach_reference(self, model: nn.Module, sequence: SequenceState, hooks: ExitStack) -> None:
+    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
         """Write the projected rows over the visual rows that enter a dense layer and over those that leave it."""
         self._features.attach(sequence, hooks)
         self._replace(hooks)
@@ -127,7 +126,7 @@ class VisionFeatures:
         self._numbers_N: Tensor | None = None
         self._order_N: Tensor | None = None
 
-    def attach(self, sequence: SequenceState, undo: ExitStack) -> None:
+    def attach(self, sequence: Progress, undo: ExitStack) -> None:
         """Hook projector and decoder."""
 
         def enter(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from shortv.evals.generation import likelihoods
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import batch_of, positions_of
 from shortv.families.vision import VisionCache
-from shortv.layers.sequence import keep_rows
+from shortv.layers.cache import keep_rows
 from shortv.learned.dyvte.run import exit_layers
 from shortv.request import Reason
 from shortv.workers.serving.sampling import Sampler, choose_all

@@ -8,7 +8,7 @@ from typing import Any
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.learned.header import check_parts
 from shortv.plan import Mode, Plan
 from shortv.request import FULL_MODEL

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shortv.families.preprocessing import Prompt
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request, TokenLogprob
 from shortv.workers.serving.sampling import Chosen, Sampler

@@ -11,7 +11,7 @@ from typing import Any
 
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import message_of, prompt_of
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from shortv.errors import Refused
-from shortv.layers.run import LearnedRun
+from shortv.layers.progress import LearnedRun
 from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
 from shortv.learned.files import PartsCache
