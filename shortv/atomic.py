@@ -25,28 +25,19 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.shortv-tmp")
     try:
-        with temporary.open("xb", buffering=0) as stream:
+        with temporary.open("xb") as stream:
             # The lock tells remove_leftovers that this writer lives; not every file system has locks.
             with contextlib.suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for chunk in [data] if isinstance(data, bytes) else data:
-                _write_all(stream.fileno(), chunk)
+                stream.write(chunk)
+            stream.flush()
             os.fsync(stream.fileno())
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

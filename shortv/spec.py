@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -66,10 +66,10 @@ def _texts(value: object) -> object:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-Limit = Annotated[float, BeforeValidator(lambda value: _limit(_number(value)))]
+Limit = Annotated[float, AfterValidator(_limit)]
 """A number of samples, or below 1 a share of them."""
 Share = Annotated[float, Field(ge=0, le=1)]
-Gpus = Annotated[float, Field(gt=0, le=1024), BeforeValidator(lambda value: _gpus(_number(value)))]
+Gpus = Annotated[float, Field(gt=0, le=1024), AfterValidator(_gpus)]
 """GPUs of a worker: a whole number, or a share of one GPU."""
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]
@@ -80,13 +80,6 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager"]
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("give a number") from None
 
 
 class Spec(BaseModel):
@@ -151,8 +144,13 @@ def load_spec(
     if config:
         content = parse_toml(read_file(config, what="recipe"), what=f"recipe {config}")
         written = _expanded(content, os.environ if environment is None else environment, config)
-        # Checked apart, so that messages say where a value stands.
-        _raise_first(spec, written, where=f"recipe {config}: ", ignore_missing=True)
+        try:
+            spec.model_validate(written)
+        except ValidationError as error:
+            # Checked apart, so that messages say where a value stands. A flag may give what is missing here.
+            for found in error.errors():
+                if found["type"] != "missing":
+                    raise Refused(f"recipe {config}: {_message(spec, found, flags=False)}") from error
     return validate(spec, {**(defaults or {}), **written, **given})
 
 
@@ -179,15 +177,6 @@ def flag_of(name: str, field: FieldInfo | None = None) -> str:
     extra = field.json_schema_extra if field is not None else None
     given = extra.get("flag") if isinstance(extra, dict) else None
     return str(given) if given else "--" + name.replace("_", "-")
-
-
-def _raise_first(spec: type[Spec], values: Mapping[str, Any], *, where: str, ignore_missing: bool) -> None:
-    try:
-        spec.model_validate(dict(values))
-    except ValidationError as error:
-        for found in error.errors():
-            if not (ignore_missing and found["type"] == "missing"):
-                raise Refused(where + _message(spec, found, flags=False)) from error
 
 
 def _message(spec: type[Spec], error: ErrorDetails, *, flags: bool) -> str:

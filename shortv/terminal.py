@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-MAX_CHARACTERS = 2000
-LOG_WIDTH = 120
 
-
-def printable(text: object, *, limit: int = MAX_CHARACTERS) -> str:
+def printable(text: object, *, limit: int = 2000) -> str:
     """Return the text in one line without control characters, shortened to `limit` characters.
 
     Line breaks, terminal escapes, invisible direction marks and lone surrogates become escapes such as `\\x1b`: they
@@ -28,7 +25,7 @@ def console() -> Console:
     from rich.console import Console
 
     found = Console()
-    return found if found.is_terminal else Console(width=LOG_WIDTH)
+    return found if found.is_terminal else Console(width=120)
 
 
 def say(target: Console, text: object) -> None:

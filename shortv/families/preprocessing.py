@@ -6,7 +6,6 @@ Sweeps, replicas, the model in one process and training all prepare their prompt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from shortv.errors import SampleError
+from shortv.errors import SampleError, one_line
 from shortv.families.table import Family
 from shortv.families.tokens import TokenTypes, token_types
 from shortv.request import Message
@@ -131,7 +130,7 @@ def prompt_of(
             content, add_generation_prompt=generation_prompt, tokenize=False, chat_template=preprocessor.chat_template
         )
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
-        message = f"the chat template cannot render the conversation: {stable_line(error)}"
+        message = f"the chat template cannot render the conversation: {one_line(error, limit=500)}"
         raise SampleError(stage="prompt", error="chat-template", message=message) from error
     return Prompt(text=text, images=tuple(images), continuation=_unicode(continuation))
 
@@ -154,7 +153,7 @@ def _image(part: Any, number: int) -> Image.Image:
     try:
         return open_image(part)
     except SampleError as error:
-        message = f"image {number} cannot be used: {stable_line(error)}"
+        message = f"image {number} cannot be used: {one_line(error, limit=500)}"
         raise SampleError(stage=error.stage, error=error.error, message=message) from error
 
 
@@ -186,7 +185,7 @@ def batch_of(
             **({"padding_side": padding_side} if padding_side else {}),
         )
     except Exception as error:  # processors raise whatever their libraries raise on odd sizes and texts
-        raise SampleError(stage="tokenise", error=type(error).__name__, message=stable_line(error)) from error
+        raise SampleError(stage="tokenise", error=type(error).__name__, message=one_line(error, limit=500)) from error
     inputs: dict[str, Tensor] = dict(encoded)
     types = token_types(inputs["input_ids"], inputs["attention_mask"], preprocessor.visual_ids)
     for prompt, n_text, n_visual in zip(prompts, types.n_text, types.n_visual, strict=True):
@@ -248,10 +247,3 @@ def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> Encoded:
     """Encode samples as `preprocess` does, with the batch on the model's device."""
     encoded = preprocess(loaded, samples)
     return replace(encoded, batch=encoded.batch.on(loaded) if encoded.batch else None)
-
-
-def stable_line(error: Exception) -> str:
-    """Return an error's message on one line, the same in every run."""
-    # A memory address would make the same failure read differently.
-    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the bytes", str(error))
-    return re.sub(r"\s+", " ", text).strip()[:500] or type(error).__name__
