@@ -34,8 +34,8 @@ page: demo ## Write the page of runs/demo, and its picture reports/page.png
 		--screenshot=$(CURDIR)/reports/page.png file://$(CURDIR)/runs/demo/report.html 2>/dev/null
 	@test -s reports/page.png && echo "written to reports/page.png"
 
-docs: .venv/.installed ## Write reports/TABLES.md from reports/fields.py
-	$(BIN)/python -m reports.documentation
+docs: .venv/.installed ## Write reports/TABLES.md from reports/schemas.py
+	$(BIN)/python -m reports.schemas
 
 FAST := not slow and not gpu and not browser and not ray
 

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import (
@@ -28,7 +27,7 @@ from pydantic import (
     field_validator,
 )
 
-from reports.masking import masked
+from reports.locations import masked
 from reports.store import Folder
 from shortv.errors import Refused
 from shortv.plan import Mode
@@ -40,10 +39,6 @@ MANIFEST_SCHEMA_VERSION: Final = 1
 
 # Distribution names behind the versions that a manifest records.
 _DISTRIBUTIONS: Final = ("shortv", "torch", "torchvision", "transformers", "ray", "pyarrow", "lmms-eval")
-# The job that writes each kind of result folder.
-_JOBS: Final = MappingProxyType(
-    {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py", "training": "jobs/train.py"}
-)
 
 Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
 Layers = Annotated[StrictInt, Field(ge=1, le=100_000)]
@@ -70,6 +65,8 @@ class RunManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
     KIND: ClassVar[str]
+    JOB: ClassVar[str]
+    """The job that writes such runs."""
 
     schema_version: StrictInt = MANIFEST_SCHEMA_VERSION
     kind: StrictStr
@@ -97,30 +94,28 @@ class RunManifest(BaseModel):
         Raises:
             Refused: it is of another kind or schema version, or has missing, unknown or malformed fields.
         """
-        kind, version = value.get("kind"), value.get("schema_version")
+        kind, version = (value.get(name) for name in ("kind", "schema_version"))
         if kind != cls.KIND:
-            raise Refused(
-                f"{shown} is of kind {printable(repr(kind), limit=80)}, not {cls.KIND!r}; "
-                f"give the output folder of {_JOBS[cls.KIND]}"
-            )
+            found = printable(repr(kind), limit=80)
+            raise Refused(f"{shown} is of kind {found}, not {cls.KIND!r}; give the output folder of {cls.JOB}")
+        again = f"run the {cls.KIND} in a new folder"
         if version != MANIFEST_SCHEMA_VERSION or isinstance(version, bool):
             raise Refused(
                 f"{shown} has schema version {printable(repr(version), limit=80)}, this release reads "
-                f"{MANIFEST_SCHEMA_VERSION}; read it with the release that wrote it, or run the {kind} in a new folder"
+                f"{MANIFEST_SCHEMA_VERSION}; read it with the release that wrote it, or {again}"
             )
         # Fields with defaults are optional when a manifest is built, and required in a file.
         missing = sorted(cls.model_fields.keys() - value.keys())
         if missing:
-            raise Refused(f"{shown} lacks the fields {', '.join(missing)}; run the {kind} in a new folder")
+            raise Refused(f"{shown} lacks the fields {', '.join(missing)}; {again}")
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors()[0]
             where = printable(".".join(map(str, first["loc"])), limit=80)
-            found = printable(repr(first["input"]), limit=80)
+            problem = f"{printable(repr(first['input']), limit=80)}: {printable(first['msg'], limit=200)}"
             raise Refused(
-                f"{shown} has {where} {found}: {printable(first['msg'], limit=200)}; it was changed by hand or is from "
-                f"another release: run the {kind} in a new folder"
+                f"{shown} has {where} {problem}; it was changed by hand or is from another release: {again}"
             ) from error
 
     def save(self, folder: Folder) -> None:
@@ -131,9 +126,7 @@ class RunManifest(BaseModel):
     def load(cls, folder: Folder) -> Self:
         """Read the manifest of a folder. Raises Refused when there is none or it is of another kind of run."""
         if not folder.exists(MANIFEST_NAME):
-            raise Refused(
-                f"{folder.shown} does not contain {MANIFEST_NAME}; give an output folder of {_JOBS[cls.KIND]}"
-            )
+            raise Refused(f"{folder.shown} does not contain {MANIFEST_NAME}; give an output folder of {cls.JOB}")
         return cls.from_json(folder.read_json(MANIFEST_NAME), f"{folder.shown}/{MANIFEST_NAME}")
 
 
@@ -156,6 +149,7 @@ class SweepManifest(ModelRunManifest):
     """
 
     KIND: ClassVar[str] = "sweep"
+    JOB: ClassVar[str] = "jobs/lc_sweep.py"
     kind: StrictStr = KIND
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
     kl_direction: KlDirection
@@ -179,13 +173,10 @@ class TrainingManifest(ModelRunManifest):
     """
 
     KIND: ClassVar[str] = "training"
+    JOB: ClassVar[str] = "jobs/train.py"
     kind: StrictStr = KIND
     parts: StrictStr
     data_digest: StrictStr
-
-
-def _are_modes(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(mode, str) and mode in list(Mode) for mode in value)
 
 
 class CampaignManifest(RunManifest):
@@ -195,6 +186,7 @@ class CampaignManifest(RunManifest):
     """
 
     KIND: ClassVar[str] = "campaign"
+    JOB: ClassVar[str] = "jobs/campaign.py"
     kind: StrictStr = KIND
     models: tuple[dict[str, Any], ...]
     plans: tuple[dict[str, Any], ...]
@@ -203,29 +195,26 @@ class CampaignManifest(RunManifest):
 
     @field_validator("models", "plans", "tasks")
     @classmethod
-    def _check_entries(cls, value: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
-        names = ("model", "name") if info.field_name == "plans" else ("name",)
-        for entry in value:
+    def _check_entries(cls, entries: tuple[dict[str, Any], ...], info: ValidationInfo) -> tuple[dict[str, Any], ...]:
+        for entry in entries:
+            names = ("name", "model") if info.field_name == "plans" else ("name",)
             wrong = [name for name in names if not isinstance(entry.get(name), str)]
-            if info.field_name == "plans" and not _are_modes(entry.get("modes")):
+            modes = entry.get("modes") if info.field_name == "plans" else []
+            if not isinstance(modes, list | tuple) or not all(mode in list(Mode) for mode in modes):
                 wrong.append("modes")
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} of an entry are missing or malformed")
-        return value
+        return entries
 
 
 def plain(value: Any) -> Any:
-    """Return a JSON-like value as dictionaries, lists and exact strings, as a JSON file would give it back."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
+    """Return a JSON-like value as a JSON file would give it back."""
+    return json.loads(json.dumps(value, default=dict))
 
 
 def digest_of(value: Any) -> str:
     """Return the SHA-256, in hex, of a JSON-like value, independent of the order of its keys."""
-    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,29 +1,204 @@
-"""Arrow schemas of every result table, made from their documentation and never inferred from data."""
+"""Every result table and column, documented once; the Arrow schemas and TABLES.md are made from this text."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from reports.fields import TABLES, Field
+from shortv.errors import ShortVError
+from shortv.untrusted import read_parquet
 
-SCHEMA_VERSION = 1
-_SCORES = pa.list_(pa.struct([pa.field("metric", pa.string(), False), pa.field("value", pa.float64(), True)]))
-_NESTED = {"scores": _SCORES, "images": pa.list_(pa.binary())}
+SCHEMA_VERSION: Final = 1
+DOCUMENTATION: Final = Path(__file__).with_name("TABLES.md")
+
+_HEAD: Final = f"""# Result tables
+
+Made from `reports/schemas.py` by `python -m reports.schemas`, as are the Arrow schemas.
+Every file is Parquet with schema version {SCHEMA_VERSION} in its metadata (`schema_version`, `shortv_table`).
+A type with `?` may be null. No result table contains images.
+"""
+# A table begins with its name, files and what a row is. A column is a name, a kind and a meaning. The kind is an Arrow
+# type's name, or one of _NESTED, with `?` where nulls are allowed. A line of names alone stands for shared columns.
+_SHARED = """
+    sample_id string Id of the sample, distinct within a run or a task.
+    dataset string? Data set or lmms-eval task the sample comes from.
+    prompt string Question; `<image>` markers place the images.
+    answer string? Reference answer; a sweep does not read it.
+    mode string Mode of the ablation: freeze-visual, freeze-text, no-visual-queries, ...
+    layer int32 Decoder layer, counted from 0.
+    cell string Key of the cell, one model under one plan on one task.
+    model string Model as the campaign names it.
+    plan string Name of the plan; `full` is the unmodified model.
+    plan_digest string SHA-256 of the plan's architecture, modes and learned parts.
+    task string lmms-eval task.
+    flops_ratio double? FLOPs of the prefill, as a share of the full model's: predicted at (t, v), or as the exit \
+        layers tell.
+    metric string Metric, as lmms-eval names it.
+"""
+
+_TABLES = """
+samples | samples.parquet | One calibration sample that was used in a sweep.
+    sample_id dataset prompt answer
+    n_text int32 Text tokens of the prompt.
+    n_visual int32 Visual tokens of the prompt; 0 does not count for visual modes.
+lc_samples | lc_samples/*.parquet | What one ablation changed for one sample: sample x mode x layer.
+    sample_id mode layer
+    kl_full_ablated double KL(full ‖ ablated) of the next-token distributions, in nats.
+    kl_ablated_full double KL(ablated ‖ full), in nats.
+    top1_changed bool Whether the most likely next token is another one.
+lc_layers | lc_layers.parquet | Layer Contribution of one mode in one layer, over the samples that count for the mode.
+    mode layer
+    n int32 Samples that count.
+    kl_direction string KL direction that ranks: full-ablated or ablated-full.
+    mean double LC: mean KL divergence in nats.
+    ci_low double Lower end of its 95 % bootstrap interval.
+    ci_high double Upper end of its 95 % bootstrap interval.
+    rank int32 Rank within the mode, 1 is the layer to replace first.
+    rank_low int32 Lower end of the rank's 95 % bootstrap interval.
+    rank_high int32 Upper end of the rank's 95 % bootstrap interval.
+errors | errors.parquet | One calibration or training sample that could not be used.
+    sample_id
+    stage string Where it failed: decode, prompt, tokenise or measure.
+    error string Kind of the error, for counting.
+    message string What was found.
+training | training.parquet | One optimizer step of a training of learned parts.
+    step int32 Step, counted from 1.
+    samples int64 Samples that were trained on so far, repetitions counted.
+    loss double Mean loss of the step's batch, as the recipe defines it.
+    learning_rate double? Learning rate of the step.
+    samples_per_second double? Samples of the step by its duration, over all workers.
+    seconds double How long the step took, without waiting for data.
+    metrics scores Further metrics of the step, by name.
+calibration | a file of the user's | One calibration sample as input (`--calibration FILE.parquet`).
+    sample_id
+    images images? Encoded images (PNG, JPEG, ...) in the order of the markers.
+    prompt answer dataset
+cells | cells.parquet | One finished cell of a campaign: a model under a plan on a task.
+    cell model
+    revision string? Revision of the model on the hub.
+    plan plan_digest
+    same_as string? The plan with the same modes that ran, where this is another name for it.
+    task
+    task_digest string SHA-256 of the task's configuration, code and documents.
+    limit double? Samples asked for; below 1 a share of the task.
+    seed int64 Seed of sampled answers and of the intervals.
+    state string complete, partial (some samples failed) or failed (all did).
+    n int32 Samples of the cell.
+    errors int32 Samples that failed; they are never scored.
+    message string? Why the cell or its samples failed.
+    flops_ratio
+    learned_parameters int64? Parameters of the plan's learned parts; null for a plan without.
+    train_seconds double? How long their training took; null for a plan without.
+    started string ISO 8601 in UTC.
+    finished string ISO 8601 in UTC.
+    wall_seconds double How long the cell took.
+answers | answers/*.parquet | One sample's answer in one cell.
+    cell sample_id model
+    plan string Name under which the cell ran; a plan `same_as` it has no answers of its own.
+    task
+    prediction string? The model's answer as text; null after an error.
+    target string? The task's reference.
+    kind string? Kind of the question, where the task's documents have a `kind`.
+    scores scores Per-sample scores, a list of metric and value; empty after an error.
+    error string? Why the sample has no answer; null where it has one.
+    latency_ms double? From the question to the whole answer.
+    queue_ms double? Of that, waiting for a replica and a batch.
+    prefill_ms double? Of that, the batch's prefill.
+    decode_ms double? Of that, the batch's decoding.
+    prompt_tokens int32? Tokens of the prompt, visual ones included.
+    visual_tokens int32? Visual tokens of the prompt.
+    completion_tokens int32? Tokens of the answer.
+    exit_layer int32? Layer after which the visual tokens left, where the plan decides that for each sample (DyVTE); \
+        the number of layers is never.
+metrics | metrics.parquet | One metric of one cell, under one filter, as lmms-eval aggregates it.
+    cell model plan plan_digest task metric
+    filter string lmms-eval's filter of the answers.
+    value double? The metric; null where the task aggregates to something else than a number.
+    stderr double? Its standard error.
+    stderr_clt double? Standard error by the central limit theorem.
+    stderr_clustered double? Standard error with clustered samples.
+    n int32 Documents that the metric counts.
+comparisons | comparisons.parquet | A plan against the full model, or against its random controls, on the samples that \
+    all of them have.
+    model task metric plan
+    against string `full`, or the mean of how many random controls.
+    n int32 Samples compared.
+    value double Mean per-sample score of the plan.
+    against_value double The same of the other side.
+    difference double `value` less `against_value`.
+    ci_low double Lower end of the difference's 95 % paired bootstrap interval.
+    ci_high double Upper end of the difference's 95 % paired bootstrap interval.
+    share_changed double Share of answers that differ as text.
+speed | speed.parquet | How fast one cell was answered; medians and means over the samples that were.
+    cell model plan task
+    n int32 Samples that were answered.
+    prefill_ms_median double? Median time of the prefill.
+    decode_ms_per_token_median double? Median decoding time per token of the answer.
+    latency_ms_median double? Median time from the question to the whole answer.
+    samples_per_second double? Throughput of the cell.
+    t double? Mean text tokens of a prompt.
+    v double? Mean visual tokens of a prompt.
+    flops_ratio
+    replicas int32? Replicas that answered.
+"""
+
+_NESTED: Final = {
+    "scores": pa.list_(pa.struct([pa.field("metric", pa.string(), False), pa.field("value", pa.float64(), True)])),
+    "images": pa.list_(pa.binary()),
+}
 
 
-def _schema(table: str, fields: Iterable[Field]) -> pa.Schema:
-    metadata = {"shortv_table": table, "schema_version": str(SCHEMA_VERSION)}
-    return pa.schema([_arrow_field(field) for field in fields], metadata=metadata)
+class Column(NamedTuple):
+    """A column as it is documented."""
+
+    name: str
+    kind: str
+    meaning: str
+
+    @property
+    def field(self) -> pa.Field:
+        """The column in an Arrow schema."""
+        kind = self.kind.removesuffix("?")
+        type_ = _NESTED[kind] if kind in _NESTED else pa.type_for_alias(kind)
+        return pa.field(self.name, type_, nullable=self.kind.endswith("?"))
 
 
-def _arrow_field(field: Field) -> pa.Field:
-    name = field.kind.removesuffix("?")
-    kind = _NESTED[name] if name in _NESTED else pa.type_for_alias(name)
-    return pa.field(field.name, kind, nullable=field.kind.endswith("?"))
+class Table(NamedTuple):
+    """A table: the file or files it lies in, what a row is, and its columns in order."""
+
+    files: str
+    row: str
+    columns: list[Column]
 
 
-SCHEMAS: dict[str, pa.Schema] = {name: _schema(name, table.fields) for name, table in TABLES.items()}
+def _columns(lines: Iterable[str]) -> Iterator[Column]:
+    for line in lines:
+        name, kind, meaning = line.split(maxsplit=2)
+        yield Column(name, kind, " ".join(meaning.split()))
+
+
+def _parse(text: str, shared: Mapping[str, Column]) -> dict[str, Table]:
+    tables: dict[str, Table] = {}
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            name, files, row = line.split(" | ")
+            tables[name] = table = Table(files, " ".join(row.split()), [])
+        elif shared.keys() >= set(names := line.split()):
+            table.columns.extend(shared[name] for name in names)
+        else:
+            table.columns.extend(_columns([line]))
+    return tables
+
+
+TABLES: Final = _parse(_TABLES, {column.name: column for column in _columns(_SHARED.strip().splitlines())})
+SCHEMAS: Final[Mapping[str, pa.Schema]] = {
+    name: pa.schema(
+        [column.field for column in table.columns],
+        metadata={"shortv_table": name, "schema_version": str(SCHEMA_VERSION)},
+    )
+    for name, table in TABLES.items()
+}
 
 
 def schema_of(name: str) -> pa.Schema:
@@ -41,16 +216,16 @@ def difference(found: pa.Schema, name: str) -> str | None:
     An older release may have written fewer nullable columns.
     """
     wanted, metadata = schema_of(name), found.metadata or {}
-    table = metadata.get(b"shortv_table", wanted.metadata[b"shortv_table"]).decode(errors="replace")
     version = metadata.get(b"schema_version", b"none").decode(errors="replace")
     if version != str(SCHEMA_VERSION):
-        return f"has schema version {version}, expected {SCHEMA_VERSION}; {_advice(version)}"
-    if table != wanted.metadata[b"shortv_table"].decode():
-        return f"holds the table {table}; restore the file, or make it again"
-    unknown = [column for column in found.names if column not in wanted.names]
+        return f"has schema version {version}, expected {SCHEMA_VERSION}; read it with the release that wrote it"
+    table = metadata.get(b"shortv_table", wanted.metadata[b"shortv_table"])
+    if table != wanted.metadata[b"shortv_table"]:
+        return f"holds the table {table.decode(errors='replace')}; restore the file, or make it again"
     missing = [field.name for field in wanted if field.name not in found.names and not field.nullable]
     if missing:
         return f"lacks the columns {', '.join(missing)}; restore the file, or make it again"
+    unknown = [column for column in found.names if column not in wanted.names]
     if unknown:
         return f"was written by a newer release of this project (columns {', '.join(unknown)}): update it"
     other = [f"{field.name} {field.type}" for field in found if field != wanted.field(field.name)]
@@ -59,18 +234,24 @@ def difference(found: pa.Schema, name: str) -> str | None:
     return None
 
 
-def _advice(version: str) -> str:
-    if version.isdecimal() and int(version) > SCHEMA_VERSION:
-        return "it was written by a newer release of this project: update it"
-    return "read it with the release that wrote it, or make it again"
+def read_result(source: Any, name: str, *, what: str, **bounds: Any) -> pa.Table:
+    """Read a file of a table; nullable columns that an older release did not write hold nulls.
 
+    Args:
+        source: a file object or pyarrow file.
+        what: the file, for messages.
+        bounds: `max_rows` and `max_bytes` of `read_parquet`.
 
-def fitted(table: pa.Table, name: str) -> pa.Table:
-    """Return a table that `difference` lets pass as this release has it: columns that it lacks hold nulls."""
-    schema = schema_of(name)
-    columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in schema
-    ]
+    Raises:
+        Refused: the file is not a whole Parquet file, or exceeds a bound.
+        ShortVError: it has another schema.
+    """
+    found, schema = read_parquet(source, what=what, **bounds), schema_of(name)
+    reason = difference(found.schema, name)
+    if reason is not None:
+        raise ShortVError(f"{what} {reason}")
+    names = found.column_names
+    columns = [found[field.name] if field.name in names else pa.nulls(len(found), field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -81,16 +262,29 @@ def table_of(name: str, rows: Iterable[Any]) -> pa.Table:
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: a value does not fit its column.
         ValueError: a null stands in a column that allows none.
     """
-    schema = schema_of(name)
-    cells = [[_cell(row, field.name) for field in schema] for row in rows]
-    columns = [pa.array([row[index] for row in cells], type=field.type) for index, field in enumerate(schema)]
-    for field, column in zip(schema, columns, strict=True):
+    schema, rows = schema_of(name), list(rows)
+    columns = []
+    for field in schema:
+        values = [row[field.name] if isinstance(row, Mapping) else getattr(row, field.name) for row in rows]
+        # Arrow takes exact strings only in some builds: an enumeration member becomes its value.
+        exact = [str(value) if isinstance(value, str) else value for value in values]
+        column = pa.array(exact, type=field.type)
         if column.null_count and not field.nullable:
             raise ValueError(f"column {field.name!r} of table {name!r} holds a null")
+        columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _cell(row: Any, name: str) -> Any:
-    value = row[name] if isinstance(row, Mapping) else getattr(row, name)
-    # Arrow takes exact strings only in some builds: an enumeration member becomes its value.
-    return str(value) if isinstance(value, str) else value
+def documentation() -> str:
+    """Return the text of TABLES.md, which `python -m reports.schemas` writes."""
+    lines = [_HEAD]
+    for name, table in TABLES.items():
+        files = f"`{table.files}`" if table.files.endswith(".parquet") else table.files
+        lines += [f"## {name}", "", f"{table.row} File: {files}.", "", "| column | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{column.name}` | {column.kind} | {column.meaning} |" for column in table.columns]
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    DOCUMENTATION.write_text(documentation(), "utf-8")

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyarrow import fs as pafs
 from pyarrow import parquet as pq
 
 from reports.locations import FILE_ERRORS, locate, one_line
-from reports.schemas import difference, fitted, schema_of, table_of
+from reports.schemas import read_result, schema_of, table_of
 from shortv.atomic import is_leftover, remove_leftovers, replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.untrusted import MAX_TEXT_BYTES, parse_json, read_parquet
@@ -46,9 +47,8 @@ class Folder:
         Raises:
             Refused: the place is a file, cannot be made, or cannot be written.
         """
-        place = self.shown
         if self._info("").type == pafs.FileType.File:
-            raise Refused(f"{place} is a file; give a folder for the results")
+            raise Refused(f"{self.shown} is a file; give a folder for the results")
         try:
             if self.local_path is not None:
                 self.local_path.mkdir(parents=True, exist_ok=True)
@@ -56,24 +56,20 @@ class Folder:
             self.write_bytes(_PROBE, b"shortv")
             self.delete(_PROBE)
         except (*FILE_ERRORS, ShortVError) as error:
-            raise Refused(
-                f"results cannot be written to {place}: {one_line(error)}; choose another folder or free it"
-            ) from error
+            problem = f"results cannot be written to {self.shown}: {one_line(error)}"
+            raise Refused(f"{problem}; choose another folder or free it") from error
 
     def write_bytes(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Write a file atomically, whole or from chunks. Raises ShortVError when the disk is full or not writable."""
-        chunks = [data] if isinstance(data, bytes) else data
-        try:
+        path, chunks = self._path(name), [data] if isinstance(data, bytes) else data
+        with self._failing("written", name):
             if self.local_path is not None:
-                replace_file(Path(self._path(name)), chunks)
+                replace_file(Path(path), chunks)
             else:
-                self._put(self._path(name), chunks)
-        except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be written: {one_line(error)}") from error
+                self._put(path, chunks)
 
     def _put(self, path: str, chunks: Iterable[bytes]) -> None:
-        parent = path.rpartition("/")[0]
-        if parent:
+        if parent := path.rpartition("/")[0]:
             self._filesystem.create_dir(parent, recursive=True)
         try:
             with self._filesystem.open_output_stream(path) as stream:
@@ -87,11 +83,8 @@ class Folder:
 
     def read_bytes(self, name: str, *, limit_bytes: int | None = MAX_TEXT_BYTES) -> bytes:
         """Read a whole file. Raises ShortVError when it is missing, cannot be read, or is longer than the limit."""
-        try:
-            with self._filesystem.open_input_stream(self._path(name)) as stream:
-                data = bytes(stream.readall() if limit_bytes is None else stream.read(limit_bytes + 1))
-        except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be read: {one_line(error)}") from error
+        with self._failing("read", name), self._filesystem.open_input_stream(self._path(name)) as stream:
+            data = bytes(stream.readall() if limit_bytes is None else stream.read(limit_bytes + 1))
         if limit_bytes is not None and len(data) > limit_bytes:
             raise ShortVError(f"{self._shown(name)} is longer than {limit_bytes} bytes; it is not a file of a run")
         return data
@@ -126,23 +119,14 @@ class Folder:
     def read_parquet(self, name: str) -> pa.Table:
         """Read a Parquet file of any schema. Raises ShortVError when it is missing, damaged or too large."""
         name = _parquet(name)
-        try:
-            with self._filesystem.open_input_file(self._path(name)) as stream:
-                return read_parquet(stream, what=self._shown(name))
-        except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be read: {one_line(error)}") from error
+        with self._failing("read", name), self._filesystem.open_input_file(self._path(name)) as stream:
+            return read_parquet(stream, what=self._shown(name))
 
     def read_table(self, name: str) -> pa.Table:
-        """Read one Parquet table; nullable columns that an older release did not write hold nulls.
-
-        Raises ShortVError when it is missing, damaged, or of another schema.
-        """
-        shown = self._shown(_parquet(name))
-        table = self.read_parquet(name)
-        reason = difference(table.schema, name)
-        if reason is not None:
-            raise ShortVError(f"{shown} {reason}")
-        return fitted(table, name)
+        """Read one table or part as `read_result` does. Raises ShortVError when it is missing, damaged or foreign."""
+        file = _parquet(name)
+        with self._failing("read", file), self._filesystem.open_input_file(self._path(file)) as stream:
+            return read_result(stream, name, what=self._shown(file))
 
     def read_tables(self, name: str) -> pa.Table:
         """Read all parts of a table in name order as one; no part at all is the empty table."""
@@ -156,10 +140,8 @@ class Folder:
     def list(self, name: str = "") -> "list[str]":
         """List the files below a folder, sorted names relative to this one, without unfinished writes."""
         selector = pafs.FileSelector(self._path(name), recursive=True, allow_not_found=True)
-        try:
+        with self._failing("listed", name):
             infos = self._filesystem.get_file_info(selector)
-        except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be listed: {one_line(error)}") from error
         start = len(self._root.rstrip("/")) + 1
         return sorted(
             info.path[start:] for info in infos if info.type == pafs.FileType.File and not is_leftover(info.base_name)
@@ -167,20 +149,24 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Remove a file, or a folder with all it holds; a missing one is fine. Raises ShortVError."""
-        kind = self._info(name).type
-        try:
+        kind, path = self._info(name).type, self._path(name)
+        with self._failing("removed", name):
             if kind == pafs.FileType.Directory:
-                self._filesystem.delete_dir(self._path(name))
+                self._filesystem.delete_dir(path)
             elif kind == pafs.FileType.File:
-                self._filesystem.delete_file(self._path(name))
-        except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be removed: {one_line(error)}") from error
+                self._filesystem.delete_file(path)
 
     def _info(self, name: str) -> pafs.FileInfo:
-        try:
+        with self._failing("looked up", name):
             return self._filesystem.get_file_info(self._path(name))
+
+    @contextmanager
+    def _failing(self, done: str, name: str) -> Iterator[None]:
+        """Raise the errors of the file system as one ShortVError that names the file."""
+        try:
+            yield
         except FILE_ERRORS as error:
-            raise ShortVError(f"{self._shown(name)} could not be looked up: {one_line(error)}") from error
+            raise ShortVError(f"{self._shown(name)} could not be {done}: {one_line(error)}") from error
 
     def _path(self, name: str) -> str:
         if name.startswith("/") or ".." in name.split("/"):

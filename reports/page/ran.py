@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from reports.locations import MASK
 from reports.manifest import CampaignManifest, State, SweepManifest
-from reports.masking import MASK
 from reports.page.document import Command, Fact
 
 _JOBS: Final = {"sweep": "jobs/lc_sweep.py", "campaign": "jobs/campaign.py"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from jinja2 import Environment
 from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -25,9 +24,8 @@ from reports.page.document import page_style, policy_digest, template_environmen
 from reports.schemas import SCHEMAS
 from reports.service.downloads import file_response, names_tag
 from reports.service.files import Files, shown, why
-from reports.service.headline import AnyManifest
-from reports.service.runs import PAGES, Found, Resource, find_runs, resource_of, split
-from reports.service.summary import Summaries, Summary, label_of, link_of, read_run
+from reports.service.runs import PAGES, Found, Resource, Search, resource_of, split
+from reports.service.summary import AnyManifest, Summaries, Summary, label_of, link_of, read_run
 from reports.service.tree import Missing, Names, OpenFile, checked, open_tree
 from shortv.errors import Refused, ShortVError
 from shortv.terminal import printable
@@ -86,31 +84,30 @@ def make_service(root: str) -> Router:
         raise Refused(f"the folder of runs cannot be listed: {why(error)}; choose another") from error
     if MANIFEST_NAME in inside:
         raise Refused("the folder to serve is a run itself; give the folder above it")
-    files = Files(tree)
-    summaries = Summaries(files)
-    runs, run = _Runs(files, summaries), _Run(files, summaries)
-    routes = {"/": runs.either, "/runs": runs.either, "/runs.json": runs.json, "/runs/{path:path}": run.respond}
+    service = _Service(Files(tree))
+    routes = {"/": service.list, "/runs": service.list, "/runs.json": service.list_json}
+    routes["/runs/{path:path}"] = service.run
     return Router([Route(path, respond, methods=_METHODS) for path, respond in routes.items()], redirect_slashes=False)
 
 
-class _Runs:
-    """The list of runs, as a page and as JSON."""
+class _Service:
+    """The list of runs, as a page and as JSON, and what is served below one run."""
 
-    def __init__(self, files: Files, summaries: Summaries) -> None:
+    def __init__(self, files: Files) -> None:
         self._files = files
-        self._summaries = summaries
+        self._summaries = Summaries(files)
 
-    async def either(self, request: Request) -> Response:
+    async def list(self, request: Request) -> Response:
         """Return a page, or JSON if the request accepts JSON and no page."""
         if "application/json" in request.headers.get("accept", "") and not accepts_html(request.scope):
-            return await self.json(request)
+            return await self.list_json(request)
         info_of(request.scope).subject = "kind=list"
         page = await run_in_threadpool(lambda: list_page(*self._found()))
         policy = _LIST_POLICY.format(style=policy_digest(page_style()))
         headers = {"content-security-policy": policy, "vary": "Accept", **_NO_CACHE}
         return Response(page, headers=headers, media_type="text/html")
 
-    async def json(self, request: Request) -> Response:
+    async def list_json(self, request: Request) -> Response:
         """Return JSON; links are relative to the root of the service."""
         info_of(request.scope).subject = "kind=list"
         runs, complete = await run_in_threadpool(self._found)
@@ -118,51 +115,35 @@ class _Runs:
 
     def _found(self) -> tuple[Sequence[Summary], bool]:
         try:
-            search = find_runs(self._files.tree)
+            search = Search(self._files.tree)
         except OSError as error:
             raise HttpError(503, f"the folder of runs cannot be listed: {why(error)}", code="unavailable") from error
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="shortv-runs") as threads:
             return list(threads.map(self._summaries.of, search.found)), search.complete
 
-
-class _Run:
-    """What is served below one run."""
-
-    def __init__(self, files: Files, summaries: Summaries) -> None:
-        self._files = files
-        self._summaries = summaries
-
-    async def respond(self, request: Request) -> Response:
+    async def run(self, request: Request) -> Response:
         """Respond to one path below /runs/."""
         path: str = request.path_params["path"]
         try:
             names = checked(tuple(path.removesuffix("/").split("/")))
             run, rest = await run_in_threadpool(split, self._files.tree, names)
             manifest = await run_in_threadpool(read_run, self._files, run)
-            return await self._respond(request, run, rest, manifest, slash=path.endswith("/"))
+            if path.endswith("/") and rest:
+                raise Missing
+            if not rest and not path.endswith("/"):
+                # The links of the page are relative to the folder.
+                return Response(status_code=308, headers={"location": f"./{quote(run[-1], safe='')}/"})
+            if not rest or (len(rest) == 1 and rest[0] in PAGES):
+                return await self._page(request, run, manifest, rest[0] if rest else PAGE_NAME)
+            if rest[0] == "tables" and (len(rest) == 1 or (len(rest) == 2 and rest[1] in SCHEMAS)):
+                return await self._tables(request, run, rest[1:])
+            return await self._file(request, run, rest, manifest.state)
         except Missing:
             raise HttpError(404, _NOT_FOUND, code="not_found") from None
         except ShortVError as error:
             raise HttpError(422, str(error), code="unreadable") from error
         except OSError as error:
             raise HttpError(503, f"the file could not be read: {why(error)}", code="unavailable") from error
-
-    async def _respond(
-        self, request: Request, run: Names, rest: Names, manifest: AnyManifest, *, slash: bool
-    ) -> Response:
-        if not rest and not slash:
-            # The links of the page are relative to the folder.
-            return Response(status_code=308, headers={"location": f"./{quote(run[-1], safe='')}/"})
-        if slash and rest:
-            raise Missing
-        if not rest or (len(rest) == 1 and rest[0] in PAGES):
-            return await self._page(request, run, manifest, rest[0] if rest else PAGE_NAME)
-        if rest[0] == "tables" and (len(rest) == 1 or (len(rest) == 2 and rest[1] in SCHEMAS)):
-            return await self._tables(request, run, rest[1:])
-        resource = resource_of(run, rest)
-        if resource is None:
-            raise Missing
-        return await self._file(request, run, resource, manifest.state)
 
     async def _page(self, request: Request, run: Names, manifest: AnyManifest, page_name: str) -> Response:
         info_of(request.scope).subject = "kind=page"
@@ -195,7 +176,8 @@ class _Run:
         files = [item.as_json() for item in found]
         return _json({"run": shown(run), "state": summary.shape["state"], "files": files})
 
-    async def _file(self, request: Request, run: Names, resource: Resource, state: State) -> Response:
+    async def _file(self, request: Request, run: Names, rest: Names, state: State) -> Response:
+        resource = resource_of(run, rest)
         info_of(request.scope).subject = f"kind={resource.kind}"
         try:
             opened = await run_in_threadpool(self._open, resource)
@@ -207,7 +189,7 @@ class _Run:
             # The name starts with the run's, so that tables of several runs can be saved in one folder.
             response = file_response(request, opened, media_type=media_type, filename="-".join(resource.names))
         except BaseException:
-            opened.close()
+            opened.stream.close()
             raise
         response.headers["x-run-state"] = state
         return response
@@ -234,10 +216,9 @@ class _Run:
             self._files.plan(resource.names)
         opened = self._files.tree.open(resource.names)
         if resource.kind == "table":
-            version, modified = opened.version, opened.modified
-            reason = self._files.footer(resource.names, resource.table, version=version, modified=modified).reason
+            reason = self._files.footer(resource.names, resource.table, opened.entry).reason
             if reason is not None:
-                opened.close()
+                opened.stream.close()
                 raise ShortVError(f"{shown(resource.names)} {reason}")
         return opened
 
@@ -253,8 +234,12 @@ def _no_page(run: Names, manifest: AnyManifest, page_name: str) -> str:
 
 def list_page(runs: Sequence[Summary], complete: bool) -> bytes:
     """Return the list as a page; its links are relative to the root of the service."""
-    template = _environment().get_template("list.html")
-    text = template.render(runs=[_listed(run) for run in runs], complete=complete, style=Markup(page_style()))
+    environment = template_environment(Path(__file__).parent)
+    environment.filters["short"] = lambda value: "unknown" if value is None else f"{value:.4g}"
+    environment.filters["joined"] = _joined
+    environment.finalize = lambda value: printable(value, limit=_MAX_SHOWN) if type(value) is str else value
+    template = environment.get_template("list.html")
+    text = template.render(runs=list(map(_listed, runs)), complete=complete, style=Markup(page_style()))
     return text.encode("utf-8", errors="replace")
 
 
@@ -270,14 +255,6 @@ def _listed(run: Summary) -> dict[str, Any]:
         # A page that does not exist says how to make it; a training never has one.
         "has_page": manifest is not None and not isinstance(manifest, TrainingManifest),
     }
-
-
-def _environment() -> Environment:
-    environment = template_environment(Path(__file__).parent)
-    environment.filters["short"] = lambda value: "unknown" if value is None else f"{value:.4g}"
-    environment.filters["joined"] = _joined
-    environment.finalize = lambda value: printable(value, limit=_MAX_SHOWN) if type(value) is str else value
-    return environment
 
 
 def _joined(items: Sequence[str]) -> str:

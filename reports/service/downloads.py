@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from reports.http import HttpError
-from reports.service.tree import LocalFile, OpenFile, StoreFile
+from reports.service.tree import OpenFile
 
 CHUNK: Final = 2**20
 # A number with more digits than any file has bytes makes the header malformed.
@@ -55,59 +55,56 @@ def file_response(request: Request, opened: OpenFile, *, media_type: str, filena
     The entity tag names the version of the file (inode, size and time of change, or what the store says), so that the
     first byte is sent without reading the whole file. Raises HttpError for conditions and ranges that fail.
     """
-    etag = f'"{hashlib.sha256(opened.version.encode()).hexdigest()[:32]}"'
+    size, requested = opened.entry.size, request.headers
+    etag = f'"{hashlib.sha256(opened.entry.version.encode()).hexdigest()[:32]}"'
     headers = {"etag": etag, "accept-ranges": "bytes", "cache-control": "private, no-cache"}
-    requested = request.headers
     if "if-match" in requested and not names_tag(requested["if-match"], etag, weak=False):
         raise HttpError(412, "the file is not the one that If-Match names", code="changed", headers=_raw(headers))
     if "if-none-match" in requested and names_tag(requested["if-none-match"], etag, weak=True):
-        opened.close()
+        opened.stream.close()
         return Response(status_code=304, headers=headers)
-    span = span_of(requested.get("range"), opened.size)
+    span = span_of(requested.get("range"), size)
     if request.method == "HEAD" or requested.get("if-range", etag) != etag:
         span = None
     if span is not None and span.start == span.stop:
-        where = {**headers, "content-range": f"bytes */{opened.size}"}
-        problem = f"the file has {opened.size} bytes, and none of them is in this range"
-        raise HttpError(416, problem, code="no_such_range", headers=_raw(where))
-    headers["content-disposition"] = _disposition(filename)
-    if isinstance(opened, LocalFile):
-        return _LocalResponse(opened, span, headers, media_type)
-    assert isinstance(opened, StoreFile)
-    return _StoreResponse(opened, span, headers, media_type, head=request.method == "HEAD")
+        problem = f"the file has {size} bytes, and none of them is in this range"
+        raise HttpError(
+            416, problem, code="no_such_range", headers=_raw(headers | {"content-range": f"bytes */{size}"})
+        )
+    plain = re.sub(r'["\\?]', "_", filename.encode("ascii", errors="replace").decode())
+    named = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
+    headers |= {"content-type": media_type, "content-disposition": named}
+    if opened.status is not None:
+        return _LocalResponse(opened, span, headers)
+    return _StoreResponse(opened, span, headers, head=request.method == "HEAD")
 
 
 class _LocalResponse(FileResponse):
     """A file that was opened below the root; its name may belong to another file by now."""
 
-    def __init__(self, opened: LocalFile, span: Span | None, headers: Mapping[str, str], media_type: str) -> None:
-        super().__init__(opened.path, headers=headers, media_type=media_type, stat_result=opened.status)
+    def __init__(self, opened: OpenFile, span: Span | None, headers: Mapping[str, str]) -> None:
+        # This path is the open file itself, whatever its name stands for.
+        super().__init__(f"/dev/fd/{opened.stream.fileno()}", headers=headers, stat_result=opened.status)
         self._opened = opened
-        self._span = span
+        self._range = [(b"range", f"bytes={span.start}-{span.stop - 1}".encode())] if span is not None else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file."""
         kept = [item for item in scope["headers"] if item[0] not in (b"range", b"if-range")]
-        if self._span is not None:
-            kept.append((b"range", f"bytes={self._span.start}-{self._span.stop - 1}".encode()))
-        try:
-            await super().__call__({**scope, "headers": kept}, receive, send)
-        finally:
-            self._opened.close()
+        with self._opened.stream:
+            await super().__call__({**scope, "headers": kept + self._range}, receive, send)
 
 
 class _StoreResponse(StreamingResponse):
     """A file in a store, read a chunk at a time."""
 
-    def __init__(
-        self, opened: StoreFile, span: Span | None, headers: Mapping[str, str], media_type: str, *, head: bool
-    ) -> None:
-        start, stop = span or Span(0, opened.size)
+    def __init__(self, opened: OpenFile, span: Span | None, headers: Mapping[str, str], *, head: bool) -> None:
+        start, stop = span or Span(0, opened.entry.size)
         own = {**headers, "content-length": str(stop - start)}
         if span is not None:
-            own["content-range"] = f"bytes {start}-{stop - 1}/{opened.size}"
+            own["content-range"] = f"bytes {start}-{stop - 1}/{opened.entry.size}"
         body = _chunks(opened, Span(start, start if head else stop))
-        super().__init__(body, 206 if span is not None else 200, own, media_type)
+        super().__init__(body, 206 if span is not None else 200, own)
         self._opened = opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,10 +112,10 @@ class _StoreResponse(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await run_in_threadpool(self._opened.close)
+            await run_in_threadpool(self._opened.stream.close)
 
 
-async def _chunks(opened: StoreFile, span: Span) -> AsyncIterator[bytes]:
+async def _chunks(opened: OpenFile, span: Span) -> AsyncIterator[bytes]:
     for start in range(span.start, span.stop, CHUNK):
         count = min(CHUNK, span.stop - start)
         chunk = await run_in_threadpool(opened.stream.read_at, count, start)
@@ -126,11 +123,6 @@ async def _chunks(opened: StoreFile, span: Span) -> AsyncIterator[bytes]:
         if len(chunk) < count or (start + count == span.stop and await run_in_threadpool(opened.changed)):
             raise OSError(None, "the file was replaced while it was sent")
         yield bytes(chunk)
-
-
-def _disposition(filename: str) -> str:
-    plain = filename.encode("ascii", errors="replace").decode().replace('"', "_").replace("\\", "_").replace("?", "_")
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
 
 
 def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

@@ -3,18 +3,18 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import parquet as pq
 
 from reports.locations import one_line
-from reports.schemas import difference, fitted
-from reports.service.tree import Missing, Names, OpenFile, Tree
+from reports.schemas import difference, read_result
+from reports.service.tree import Entry, Missing, Names, OpenFile, Tree
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Plan
-from shortv.untrusted import read_parquet
 
 MAX_TEXT_BYTES: Final = 32 * 2**20
 """Manifests, plans and pages beyond this are refused: they are read whole."""
@@ -37,19 +37,17 @@ class Cache(Generic[V]):
         self._values: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], V], *, modified: float | None, lasts: Callable[[], bool]) -> V:
-        """Return the value of a key. A new value is kept if its file is not recent and `lasts` agrees."""
+    def get(self, key: Hashable) -> V | None:
+        """Return the value of a key, None if it is not known."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key]
-        value = make()
-        if (modified is None or abs(time.time() - modified) > _SETTLED_S) and lasts():
-            self.put(key, value)
-        return value
+            return self._values.get(key)
 
-    def put(self, key: Hashable, value: V) -> None:
-        """Keep a value."""
+    def put(self, key: Hashable, value: V, *, modified: float | None) -> None:
+        """Keep a value, unless its file was modified so recently that other content may have the same version."""
+        if modified is not None and abs(time.time() - modified) <= _SETTLED_S:
+            return
         with self._lock:
             self._values[key] = value
             self._values.move_to_end(key)
@@ -74,15 +72,10 @@ class Files:
 
     def text(self, names: Names) -> bytes:
         """Read a small file whole. Raises Missing, or ShortVError if it is too large or cannot be read."""
-        opened = self._open(names)
-        try:
-            if opened.size > MAX_TEXT_BYTES:
-                raise ShortVError(f"{shown(names)} has {opened.size} bytes, at most {MAX_TEXT_BYTES} are read")
-            return opened.read(MAX_TEXT_BYTES)
-        except OSError as error:
-            raise self._failed(names, error) from error
-        finally:
-            opened.close()
+        with self._opened(names) as opened:
+            if opened.entry.size > MAX_TEXT_BYTES:
+                raise ShortVError(f"{shown(names)} has {opened.entry.size} bytes, at most {MAX_TEXT_BYTES} are read")
+            return bytes(opened.stream.read(MAX_TEXT_BYTES))
 
     def plan(self, names: Names) -> Plan:
         """Read a plan. Raises Missing, or ShortVError with what is wrong."""
@@ -91,62 +84,66 @@ class Files:
         except Refused as error:
             raise ShortVError(f"{shown(names)}: {error}") from error
 
-    def footer(self, names: Names, table: str, *, version: str, modified: float | None) -> Footer:
+    def footer(self, names: Names, table: str, entry: Entry) -> Footer:
         """Check a Parquet file as far as its footer, or an earlier read, tells."""
-        before = self.interrupted
-        make = lambda: self._footer(names, table)  # noqa: E731
-        return self._footers.get((names, version), make, modified=modified, lasts=lambda: self.interrupted == before)
-
-    def _footer(self, names: Names, table: str) -> Footer:
+        footer = self._footers.get((names, entry.version))
+        if footer is not None:
+            return footer
         try:
-            opened = self._open(names)
+            with self._opened(names) as opened:
+                footer = self._footer(opened, names, table)
         except Missing:
             return Footer(None, "was removed, or is not a regular file")
         except ShortVError as error:
-            return Footer(None, str(error).removeprefix(shown(names)).strip())
-        try:
-            file = pq.ParquetFile(opened.stream, pre_buffer=False)
-            reason = difference(file.schema_arrow, table)
-            return Footer(file.metadata.num_rows if reason is None else None, reason)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, OSError):
-                # pyarrow reports damaged files with OSError too, but only the file system's has a number.
-                self.interrupted += 1
-                if error.errno is not None:
-                    return Footer(None, f"could not be read: {why(error)}")
-            return Footer(None, f"is not a whole Parquet file: {one_line(error)}")
-        finally:
-            opened.close()
+            return Footer(None, _reason(names, error))
+        self._footers.put((names, entry.version), footer, modified=entry.modified)
+        return footer
 
     def rows(self, names: Names, table: str) -> list[dict[str, Any]]:
         """Read a small table. Raises Missing, or ShortVError if it is too large or damaged; damage is remembered."""
-        opened = self._open(names)
-        try:
-            found = read_parquet(opened.stream, what=shown(names), max_rows=MAX_ROWS, max_bytes=MAX_TABLE_BYTES)
-            reason = difference(found.schema, table)
-            if reason is not None:
-                raise Refused(f"{shown(names)} {reason}")
-            rows: list[dict[str, Any]] = fitted(found, table).to_pylist()
-            return rows
-        except Refused as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno is not None:
-                raise self._failed(names, cause) from error
-            reason = str(error).removeprefix(shown(names)).strip()
-            self._footers.put((names, opened.version), Footer(None, reason))
-            raise
-        finally:
-            opened.close()
+        with self._opened(names) as opened:
+            try:
+                bounds = {"max_rows": MAX_ROWS, "max_bytes": MAX_TABLE_BYTES}
+                rows: list[dict[str, Any]] = read_result(opened.stream, table, what=shown(names), **bounds).to_pylist()
+                return rows
+            except ShortVError as error:
+                cause = error.__cause__
+                if isinstance(cause, OSError) and cause.errno is not None:
+                    raise cause from error
+                key = (names, opened.entry.version)
+                self._footers.put(key, Footer(None, _reason(names, error)), modified=None)
+                raise
 
-    def _open(self, names: Names) -> OpenFile:
+    def _footer(self, opened: OpenFile, names: Names, table: str) -> Footer:
         try:
-            return self.tree.open(names)
+            file = pq.ParquetFile(opened.stream, pre_buffer=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            # pyarrow reports damage with OSError too, but only the errors of the file system have a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            problem = f"is not a whole Parquet file: {one_line(error)}"
+            if not isinstance(error, OSError):
+                return Footer(None, problem)
+            # It may still be the store's: the next list tries again.
+            self.interrupted += 1
+            raise ShortVError(f"{shown(names)} {problem}") from error
+        reason = difference(file.schema_arrow, table)
+        return Footer(file.metadata.num_rows if reason is None else None, reason)
+
+    @contextmanager
+    def _opened(self, names: Names) -> Iterator[OpenFile]:
+        """Open a file for the block. Raises Missing, or ShortVError for errors of the file system."""
+        try:
+            opened = self.tree.open(names)
+            with opened.stream:
+                yield opened
         except OSError as error:
-            raise self._failed(names, error) from error
+            self.interrupted += 1
+            raise ShortVError(f"{shown(names)} could not be read: {why(error)}") from error
 
-    def _failed(self, names: Names, error: OSError) -> ShortVError:
-        self.interrupted += 1
-        return ShortVError(f"{shown(names)} could not be read: {why(error)}")
+
+def _reason(names: Names, error: ShortVError) -> str:
+    return str(error).removeprefix(shown(names)).strip()
 
 
 def shown(names: Sequence[str]) -> str:

@@ -1,8 +1,10 @@
 """Where runs are below the root, and which files of a run are served: tables, plans and pages."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, NamedTuple
 
 from reports.manifest import MANIFEST_NAME
@@ -33,56 +35,46 @@ class Found(NamedTuple):
     reason: str | None = None
 
 
-class Search(NamedTuple):
-    """All that was found; `complete` is False if there are more folders than are searched."""
+class Search:
+    """What is up to `MAX_DEPTH` folders below the root. Raises OSError if the root cannot be listed."""
 
-    found: list[Found]
-    complete: bool
-
-
-def find_runs(tree: Tree) -> Search:
-    """Search for runs up to `MAX_DEPTH` folders below the root. Raises OSError if the root cannot be listed."""
-    walk = _Walk(tree)
-    return Search(list(walk.below((), tree.entries(()))), walk.left > 0)
-
-
-class _Walk:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self.left = MAX_FOLDERS
+        self._left = MAX_FOLDERS
+        self.found = self._below((), tree.entries(()))
+        self.complete = self._left > 0
+        """False if there are more folders than are searched."""
 
-    def below(self, folder: Names, entries: Sequence[Entry]) -> Iterator[Found]:
-        """Yield what the folders among the entries are."""
-        for entry in entries:
-            names = (*folder, entry.name)
-            if entry.name.startswith(".") or entry.kind in (Kind.FILE, Kind.OTHER) or self.left <= 0:
-                continue
-            if entry.kind is Kind.LINK:
-                yield Found(names, reason=f"it is a {Kind.LINK}, which is not followed")
-            elif not is_addressable(entry.name):
-                yield Found(names, reason="its name has characters that an address cannot have; rename it")
-            else:
-                yield from self._folder(names)
+    def _below(self, folder: Names, entries: Sequence[Entry]) -> list[Found]:
+        return [found for entry in entries for found in self._at((*folder, entry.name), entry.kind)]
 
-    def _folder(self, names: Names) -> Iterator[Found]:
-        self.left -= 1
+    def _at(self, names: Names, kind: Kind) -> Sequence[Found]:
+        if names[-1].startswith(".") or kind in (Kind.FILE, Kind.OTHER) or self._left <= 0:
+            return []
+        if kind is Kind.LINK:
+            return [Found(names, reason=f"it {not_followed(kind)}")]
+        if not is_addressable(names[-1]):
+            return [Found(names, reason="its name has characters that an address cannot have; rename it")]
+        self._left -= 1
         try:
             entries = self._tree.entries(names)
         except Missing:  # removed since the folder above was read
-            return
+            return []
         except OSError as error:
-            yield Found(names, reason=f"it cannot be listed: {why(error)}")
-            return
-        kind = next((entry.kind for entry in entries if entry.name == MANIFEST_NAME), None)
-        if kind is not None:
-            reason = None if kind is Kind.FILE else f"its {MANIFEST_NAME} is a {kind}, which is not read"
-            yield Found(names, entries, reason)
-            return
-        inner = list(self.below(names, entries)) if len(names) < MAX_DEPTH else []
+            return [Found(names, reason=f"it cannot be listed: {why(error)}")]
+        manifest = next((entry.kind for entry in entries if entry.name == MANIFEST_NAME), None)
+        if manifest is not None:
+            reason = None if manifest is Kind.FILE else f"its {MANIFEST_NAME} {not_followed(manifest)}"
+            return [Found(names, entries, reason)]
+        inner = self._below(names, entries) if len(names) < MAX_DEPTH else []
         if any(found.entries for found in inner):
-            yield from inner
-        else:
-            yield Found(names, reason=f"it is not a run: it has no {MANIFEST_NAME}")
+            return inner
+        return [Found(names, reason=f"it is not a run: it has no {MANIFEST_NAME}")]
+
+
+def not_followed(kind: Kind) -> str:
+    """Return why an entry is not served."""
+    return f"is a {kind}, which is not followed"
 
 
 class RunPath(NamedTuple):
@@ -96,7 +88,7 @@ def split(tree: Tree, names: Names) -> RunPath:
     """Find the run in a path: the first of its folders that has a manifest. Raises Missing or OSError."""
     for depth in range(1, min(MAX_DEPTH, len(names)) + 1):
         try:
-            tree.open((*names[:depth], MANIFEST_NAME)).close()
+            tree.open((*names[:depth], MANIFEST_NAME)).stream.close()
         except Missing:
             continue
         return RunPath(names[:depth], names[depth:])
@@ -104,35 +96,30 @@ def split(tree: Tree, names: Names) -> RunPath:
 
 
 class Listing(NamedTuple):
-    """The entries of a run's folder, and of those of its folders from which files are served."""
+    """The entries of a run's folder, and of those of its folders from which files are served.
+
+    `version` is a digest that changes with the content of the run, as far as the store can tell; `modified` is the time
+    of the latest file, None if the store does not know it.
+    """
 
     run: Names
     entries: Sequence[Entry]
     inner: Mapping[str, Sequence[Entry]]
-
-    @property
-    def version(self) -> str:
-        """A digest that changes with the content of the run, as far as the store can tell."""
-        return hashlib.sha256(repr((self.entries, self.inner)).encode(errors="replace")).hexdigest()
-
-    @property
-    def modified(self) -> float | None:
-        """The time of the latest file; None if the store does not know it."""
-        entries = [*self.entries, *(entry for inner in self.inner.values() for entry in inner)]
-        return max((entry.modified for entry in entries if entry.modified is not None), default=None)
+    version: str
+    modified: float | None
 
 
 def listing_of(tree: Tree, run: Names, entries: Sequence[Entry]) -> Listing:
     """List the folders of a run. Raises OSError."""
-    folders = [entry.name for entry in entries if entry.kind is Kind.FOLDER and entry.name in _FOLDERS]
-    return Listing(run, entries, {name: _within(tree, (*run, name)) for name in folders})
-
-
-def _within(tree: Tree, folder: Names) -> Sequence[Entry]:
-    try:
-        return [entry for entry in tree.entries(folder) if is_addressable(entry.name)]
-    except Missing:
-        return ()
+    inner = {}
+    for folder in entries:
+        if folder.kind is Kind.FOLDER and folder.name in _FOLDERS:
+            with suppress(Missing):
+                found = tree.entries((*run, folder.name))
+                inner[folder.name] = [entry for entry in found if is_addressable(entry.name)]
+    version = hashlib.sha256(repr((entries, inner)).encode(errors="replace")).hexdigest()
+    times = [entry.modified for entry in chain(entries, *inner.values()) if entry.modified is not None]
+    return Listing(run, entries, inner, version, max(times, default=None))
 
 
 class TableFile(NamedTuple):
@@ -183,53 +170,65 @@ class Contents:
         """Return the files of a table that has a folder of its own."""
         return [item for item in self.tables if item.table == table and item.part is not None]
 
+    def problems(self) -> list[str]:
+        """Name what is not served and why; the files of one table with the same reason together."""
+        groups: dict[tuple[str, str], list[TableFile]] = {}
+        for item in self.tables:
+            if item.reason is not None:
+                groups.setdefault((item.table, item.reason), []).append(item)
+        damaged = [
+            f"{len(items)} files of {table}: each {reason}" if len(items) > 1 else items[0].problem
+            for (table, reason), items in groups.items()
+        ]
+        return [*self.skipped, *filter(None, [*damaged, *(plan.problem for plan in self.plans)])]
+
 
 def contents_of(files: Files, listing: Listing) -> Contents:
     """Check the tables and plans of a run."""
     run = listing.run
-    whole = ((entry.name.removesuffix(_PARQUET), entry) for entry in listing.entries if entry.name.endswith(_PARQUET))
-    tables = [_table(files, run, entry, table, None) for table, entry in whole if table in SCHEMAS]
+    tables = [
+        _table(files, run, entry, entry.name.removesuffix(_PARQUET), None)
+        for entry in listing.entries
+        if entry.name.endswith(_PARQUET) and entry.name.removesuffix(_PARQUET) in SCHEMAS
+    ]
     for table in sorted(listing.inner.keys() & SCHEMAS.keys()):
         parts = (entry for entry in listing.inner[table] if entry.name.endswith(_PARQUET))
         tables += [_table(files, (*run, table), entry, table, entry.name) for entry in parts]
-    plans = (entry for entry in listing.inner.get(PLANS, ()) if entry.name.endswith(_JSON))
-    special = [entry for entry in listing.entries if entry.kind in (Kind.LINK, Kind.OTHER)]
     return Contents(
         run=run,
         tables=tables,
-        plans=[_plan(files, (*run, PLANS), entry) for entry in plans],
+        plans=[
+            PlanFile(entry.name.removesuffix(_JSON), _problem_of_plan(files, (*run, PLANS, entry.name), entry.kind))
+            for entry in listing.inner.get(PLANS, ())
+            if entry.name.endswith(_JSON)
+        ],
         pages=[entry.name for entry in listing.entries if entry.kind is Kind.FILE and entry.name in PAGES],
         skipped=[
-            f"{shown((*run, entry.name))} {_not_followed(entry)}"
-            for entry in special
-            if entry.name in (*PAGES, *_FOLDERS)
+            f"{shown((*run, entry.name))} {not_followed(entry.kind)}"
+            for entry in listing.entries
+            if entry.kind in (Kind.LINK, Kind.OTHER) and entry.name in (*PAGES, *_FOLDERS)
         ],
     )
-
-
-def _not_followed(entry: Entry) -> str:
-    return f"is a {entry.kind}, which is not followed"
 
 
 def _table(files: Files, folder: Names, entry: Entry, table: str, part: str | None) -> TableFile:
     names = (*folder, entry.name)
     if entry.kind is not Kind.FILE:
-        return TableFile(table, part, names, 0, None, _not_followed(entry))
-    footer = files.footer(names, table, version=entry.version, modified=entry.modified)
+        return TableFile(table, part, names, 0, None, not_followed(entry.kind))
+    footer = files.footer(names, table, entry)
     return TableFile(table, part, names, entry.size, footer.rows, footer.reason)
 
 
-def _plan(files: Files, folder: Names, entry: Entry) -> PlanFile:
-    names, name = (*folder, entry.name), entry.name.removesuffix(_JSON)
-    if entry.kind is not Kind.FILE:
-        return PlanFile(name, f"{shown(names)} {_not_followed(entry)}")
+def _problem_of_plan(files: Files, names: Names, kind: Kind) -> str | None:
+    if kind is not Kind.FILE:
+        return f"{shown(names)} {not_followed(kind)}"
     try:
         files.plan(names)
     except Missing:
-        return PlanFile(name, f"{shown(names)} was removed")
+        return f"{shown(names)} was removed"
     except ShortVError as error:
-        return PlanFile(name, str(error))
-    return PlanFile(name, None)
+        return str(error)
+    return None
 
 
 class Resource(NamedTuple):
@@ -240,8 +239,8 @@ class Resource(NamedTuple):
     table: str = ""
 
 
-def resource_of(run: Names, rest: Names) -> Resource | None:
-    """Return the manifest, table or plan that a path below a run names, None for any other path.
+def resource_of(run: Names, rest: Names) -> Resource:
+    """Return the manifest, table or plan that a path below a run names. Raises Missing for any other path.
 
     The page links to tables where they are in the folder, so `samples.parquet` is `tables/samples.parquet`.
     """
@@ -250,7 +249,8 @@ def resource_of(run: Names, rest: Names) -> Resource | None:
     if len(rest) == 2 and rest[0] == PLANS and rest[1].endswith(_JSON):
         return Resource("plan", (*run, *rest))
     place = rest[1:] if rest[:1] == ("tables",) else rest
-    if not 1 <= len(place) <= 2 or not place[-1].endswith(_PARQUET):
-        return None
-    table = place[0].removesuffix(_PARQUET) if len(place) == 1 else place[0]
-    return Resource("table", (*run, *place), table) if table in SCHEMAS else None
+    if 1 <= len(place) <= 2 and place[-1].endswith(_PARQUET):
+        table = place[0].removesuffix(_PARQUET) if len(place) == 1 else place[0]
+        if table in SCHEMAS:
+            return Resource("table", (*run, *place), table)
+    raise Missing

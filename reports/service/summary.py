@@ -1,38 +1,46 @@
-"""One folder in the list: what it is, how far it got, its headline numbers, and what is wrong with it."""
+"""One folder in the list: what it is, how far it got, its main numbers, and what is wrong with it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
 from reports.manifest import MANIFEST_NAME, CampaignManifest, State, SweepManifest, TrainingManifest
 from reports.page import PAGE_NAME
+from reports.page.campaign_data import KINDS, CampaignData, Group, Point
 from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
-from reports.service.headline import AnyManifest, Headline, headline_of
 from reports.service.runs import (
     AGAINST_NAME,
     MAX_FOLDERS,
+    PARTS,
+    PLANS,
     Contents,
     Found,
     Listing,
-    TableFile,
     contents_of,
     listing_of,
 )
 from reports.service.tree import Missing, Names
 from shortv.errors import Refused, ShortVError
+from shortv.plan import Mode
 from shortv.untrusted import parse_json
 
-_UNFINISHED: Final = (
-    "This run is not finished: it is being written, or was stopped. What can be downloaded may be only part of it."
-)
-_PARTIAL: Final = "This run is partial: some {unit} failed. The numbers are over the others."
-_UNITS: Final[Mapping[str, str]] = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
+AnyManifest = SweepManifest | CampaignManifest | TrainingManifest
+LOWEST: Final = 5
 _MANIFESTS: Final[Mapping[str, type[AnyManifest]]] = {
     kind.KIND: kind for kind in (SweepManifest, CampaignManifest, TrainingManifest)
 }
+_UNFINISHED: Final = (
+    "This run is not finished: it is being written, or was stopped. What can be downloaded may be only part of it."
+)
+_UNITS: Final = {"sweep": "samples", "campaign": "samples or cells", "training": "samples"}
+_LC, _FULL, _CONTROLS = KINDS[0], KINDS[4], frozenset(KINDS[1:4])
+# The FLOPs of a plan that computes everything sum up to 1 within rounding.
+_CHEAPER: Final = 1 - 1e-9
+_MAX_NAMES: Final = 3
 # The folders of one list, and as many other versions of them.
 _MAX_SUMMARIES: Final = 2 * MAX_FOLDERS
 
@@ -57,6 +65,30 @@ class Summary:
         return problems
 
 
+class Summaries:
+    """Summarises folders; a run whose files have not changed is not read again."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._known: Cache[Summary] = Cache(_MAX_SUMMARIES)
+
+    def of(self, found: Found) -> Summary:
+        """Return the summary of a folder."""
+        if found.reason is not None:
+            return _unreadable(found.names, found.reason)
+        try:
+            listing = listing_of(self._files.tree, found.names, found.entries)
+        except OSError as error:
+            return _unreadable(found.names, f"it cannot be listed: {why(error)}")
+        key, interrupted = (found.names, listing.version), self._files.interrupted
+        summary = self._known.get(key)
+        if summary is None:
+            summary = _read(self._files, listing)
+            if self._files.interrupted == interrupted:
+                self._known.put(key, summary, modified=listing.modified)
+        return summary
+
+
 def read_run(files: Files, run: Names) -> AnyManifest:
     """Read the manifest of a run. Raises Missing, or ShortVError with the reason why it cannot be used."""
     name = shown((*run, MANIFEST_NAME))
@@ -69,33 +101,37 @@ def read_run(files: Files, run: Names) -> AnyManifest:
     return manifest.from_json(value, name)
 
 
-class Summaries:
-    """Summarises folders; a run whose files have not changed is not read again."""
+def link_of(names: Names) -> str:
+    """Return the path from the list to a run's page."""
+    return f"runs/{'/'.join(quote(name, safe='', errors='replace') for name in names)}/"
 
-    def __init__(self, files: Files) -> None:
-        self._files = files
-        self._known: Cache[Summary] = Cache(_MAX_SUMMARIES)
 
-    def of(self, found: Found) -> Summary:
-        """Summarise one folder that a search found; whatever is wrong with it becomes a problem, never an error."""
-        if found.reason is not None:
-            return _unreadable(found.names, found.reason)
-        try:
-            listing = listing_of(self._files.tree, found.names, found.entries)
-        except OSError as error:
-            return _unreadable(found.names, f"it cannot be listed: {why(error)}")
-        before, key = self._files.interrupted, (found.names, listing.version)
-        make = partial(_summarise, self._files, listing)
-        return self._known.get(key, make, modified=listing.modified, lasts=lambda: self._files.interrupted == before)
+def label_of(manifest: AnyManifest) -> str | None:
+    """Return what a reader must know first about a run that is not complete."""
+    if manifest.state is State.PARTIAL:
+        return f"This run is partial: some {_UNITS[manifest.kind]} failed. The numbers are over the others."
+    return _UNFINISHED if manifest.state is State.RUNNING else None
 
 
 def _unreadable(names: Names, problem: str) -> Summary:
     return Summary(names=names, shape={"id": shown(names), "state": "unreadable", "problems": [problem]})
 
 
-def _summarise(files: Files, listing: Listing) -> Summary:
+def _read(files: Files, listing: Listing) -> Summary:
     try:
-        return _summary(files, listing, read_run(files, listing.run))
+        manifest = read_run(files, listing.run)
+        contents, headline = contents_of(files, listing), {}
+        lacking: list[str] = []
+        if manifest.state is not State.RUNNING:
+            finished = _Finished(files, manifest, contents)
+            headline, lacking = finished.values, finished.problems
+            if lacking:
+                # A file that failed when its rows were read has another footer now.
+                contents = contents_of(files, listing)
+        problems = list(dict.fromkeys([*contents.problems(), *lacking]))
+        shape = _shape(manifest, contents, headline, problems)
+        json.dumps(shape, allow_nan=False)  # raises ValueError here, and not when the whole list is sent
+        return Summary(names=listing.run, shape=shape, manifest=manifest, contents=contents)
     except Missing:
         return _unreadable(listing.run, "it was removed while it was read")
     except ShortVError as error:
@@ -104,67 +140,191 @@ def _summarise(files: Files, listing: Listing) -> Summary:
         return _unreadable(listing.run, f"it cannot be read ({type(error).__name__}); look at its {MANIFEST_NAME}")
 
 
-def _summary(files: Files, listing: Listing, manifest: AnyManifest) -> Summary:
-    contents, headline = contents_of(files, listing), Headline({}, ())
-    if manifest.state is not State.RUNNING:
-        headline = headline_of(files, manifest, contents)
-        if headline.problems:
-            # A file that failed when its rows were read has another footer now.
-            contents = contents_of(files, listing)
-    damaged = [*_damaged(contents.tables), *(plan.problem for plan in contents.plans if plan.problem)]
-    problems = list(dict.fromkeys([*contents.skipped, *damaged, *headline.problems]))
-    shape = _shape(manifest, contents, headline.values, problems)
-    json.dumps(shape, allow_nan=False)  # raises ValueError here, and not when the whole list is sent
-    return Summary(names=listing.run, shape=shape, manifest=manifest, contents=contents)
-
-
-def _damaged(tables: Sequence[TableFile]) -> Iterator[str]:
-    """Name the files that cannot be used; those of one table with the same reason together."""
-    groups: dict[tuple[str, str], list[TableFile]] = {}
-    for item in tables:
-        if item.reason is not None:
-            groups.setdefault((item.table, item.reason), []).append(item)
-    for (table, reason), items in groups.items():
-        yield f"{len(items)} files of {table}: each {reason}" if len(items) > 1 else str(items[0].problem)
-
-
 def _shape(
     manifest: AnyManifest, contents: Contents, headline: Mapping[str, Any], problems: Sequence[str]
 ) -> dict[str, Any]:
     link = link_of(contents.run)
-    shape: dict[str, Any] = {"id": shown(contents.run), "state": str(manifest.state), "problems": problems}
-    shape |= {"kind": manifest.kind, "finished_run": manifest.state is not State.RUNNING}
-    shape |= {"models": _models(manifest), **_choices(manifest), "counts": manifest.counts}
-    shape |= {"started": manifest.started, "finished": manifest.finished, "headline": headline}
-    for name, page in (("page", PAGE_NAME), ("page_against", AGAINST_NAME)):
-        shape[name] = f"{link}{page if page != PAGE_NAME else ''}" if page in contents.pages else None
-    shape["manifest"] = f"{link}{MANIFEST_NAME}"
-    shape["tables"] = [table.as_json() for table in contents.tables]
-    shape["plan_files"] = [f"plans/{plan.name}.json" for plan in contents.plans if plan.problem is None]
-    return shape
-
-
-def _models(manifest: AnyManifest) -> list[str]:
-    if isinstance(manifest, CampaignManifest):
-        return [str(item["name"]) for item in manifest.models]
-    return [manifest.model]
-
-
-def _choices(manifest: AnyManifest) -> dict[str, list[str]]:
-    """Return the modes of a sweep, the plans and tasks of a campaign, or the parts that a training learned."""
+    about: dict[str, Any]
     if isinstance(manifest, CampaignManifest):
         plans = list(dict.fromkeys(str(item["name"]) for item in manifest.plans))
-        return {"plans": plans, "tasks": [str(item["name"]) for item in manifest.tasks]}
-    return {"modes": list(manifest.modes)} if isinstance(manifest, SweepManifest) else {"parts": [manifest.parts]}
+        about = {"models": [item["name"] for item in manifest.models], "plans": plans}
+        about["tasks"] = [item["name"] for item in manifest.tasks]
+    elif isinstance(manifest, SweepManifest):
+        about = {"models": [manifest.model], "modes": list(manifest.modes)}
+    else:
+        about = {"models": [manifest.model], "parts": [manifest.parts]}
+    return {
+        "id": shown(contents.run),
+        "state": str(manifest.state),
+        "problems": problems,
+        "kind": manifest.kind,
+        "finished_run": manifest.state is not State.RUNNING,
+        **about,
+        "counts": manifest.counts,
+        "started": manifest.started,
+        "finished": manifest.finished,
+        "headline": headline,
+        "page": link if PAGE_NAME in contents.pages else None,
+        "page_against": f"{link}{AGAINST_NAME}" if AGAINST_NAME in contents.pages else None,
+        "manifest": f"{link}{MANIFEST_NAME}",
+        "tables": [table.as_json() for table in contents.tables],
+        "plan_files": [f"{PLANS}/{plan.name}.json" for plan in contents.plans if plan.problem is None],
+    }
 
 
-def link_of(names: Sequence[str]) -> str:
-    """Return the path from the list to a run's page."""
-    return f"runs/{'/'.join(quote(name, safe='', errors='replace') for name in names)}/"
+class _Finished:
+    """The numbers of a finished run by name, as in JSON, and what it should contain by its own count but does not."""
+
+    def __init__(self, files: Files, manifest: AnyManifest, contents: Contents) -> None:
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._files = files
+        self._contents = contents
+        self._counts = manifest.counts
+        if isinstance(manifest, SweepManifest):
+            self._sweep(manifest)
+        elif isinstance(manifest, CampaignManifest):
+            self._campaign(manifest)
+        else:
+            self._training(manifest)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Note what keeps the block from finding its number."""
+        try:
+            yield
+        except Missing:  # a problem that `_expect` names
+            pass
+        except ShortVError as error:
+            self.problems.append(str(error))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Lists inside a manifest have no schema; one that was edited may contain anything.
+            kind = type(error).__name__
+            self.problems.append(f"the manifest contains what no job writes ({kind}), so there are no numbers")
+
+    def _sweep(self, manifest: SweepManifest) -> None:
+        """Find the noise floor, the layers of lowest LC and the default plan."""
+        self.values.update(noise_floor=manifest.noise_floor, kl_direction=str(manifest.kl_direction))
+        modes, layers = manifest.modes, manifest.num_layers
+        with self._noting():
+            rows = self._rows("lc_layers")
+            found = dict.fromkeys(str(row["mode"]) for row in rows)
+            pairs = {(row["mode"], row["layer"]) for row in rows if 0 <= row["layer"] < layers}
+            if not len(pairs) == len(rows) == len(found) * layers or not found.keys() <= set(modes):
+                raise Refused("lc_layers.parquet does not have each layer once for each mode of the manifest")
+            # The default plan is made for this mode.
+            mode = str(Mode.FREEZE_VISUAL) if Mode.FREEZE_VISUAL in found else next(iter(found), None)
+            ranked = sorted((row for row in rows if row["mode"] == mode), key=lambda row: int(row["rank"]))
+            lowest = [{"layer": row["layer"], "lc": _number(row["mean"])} for row in ranked[:LOWEST]]
+            self.values["lowest_lc"] = {"mode": mode, "layers": lowest}
+        with self._noting():
+            name = manifest.details.get("default_plan")
+            if any(plan.name == name and plan.problem is None for plan in self._contents.plans):
+                plan = self._files.plan((*self._contents.run, PLANS, f"{name}.json"))
+                changed = [layer for layer, mode in enumerate(plan.modes) if mode is not Mode.FULL]
+                shape = {"name": name, "flops_ratio": _number(plan.flops_ratio), "layers": changed}
+                self.values["default_plan"] = shape
+        used = self._count("used")
+        self._expect(samples=used, lc_layers=None, errors=self._count("errors"), lc_samples=used * len(modes) * layers)
+
+    def _campaign(self, manifest: CampaignManifest) -> None:
+        """Find for each model and task the metric of the full model and of the best plans that are cheaper."""
+        with self._noting():
+            cells, metrics = self._rows("cells"), self._rows("metrics")
+            # Plans of the same modes share a cell.
+            found, declared = len({row["cell"] for row in cells}), self._count("cells")
+            if declared != found:
+                raise Refused(f"the manifest counts {declared} cells, {self._shown('cells.parquet')} has {found}")
+            data = CampaignData(manifest=manifest, cells=cells, metrics=metrics, comparisons=(), speed=(), failures=())
+            self.values["best"] = [_best(group) for group in data.groups()]
+        with self._noting():
+            self._expect_answers(self._rows("cells"))
+        self._expect(cells=None, metrics=None, comparisons=None, speed=None)
+
+    def _training(self, manifest: TrainingManifest) -> None:
+        """Find the last loss of a training, how long it took, and how many parameters were learned."""
+        steps, errors = self._count("steps"), self._count("errors")
+        self.values["steps"] = steps
+        with self._noting():
+            self.values.update({name: _number(manifest.details.get(name)) for name in ("loss", "train_seconds")})
+        with self._noting():
+            name = (*self._contents.run, PARTS, "parts.json")
+            header = parse_json(self._files.text(name), what=shown(name))
+            found = header.get("parameters") if isinstance(header, dict) else None
+            self.values["learned_parameters"] = found if isinstance(found, int) else None
+        self._expect(training=steps, **{"errors": errors} if errors else {})
+
+    def _count(self, name: str) -> int:
+        return self._counts.get(name, 0)
+
+    def _shown(self, name: str) -> str:
+        return shown((*self._contents.run, name))
+
+    def _rows(self, table: str) -> list[dict[str, Any]]:
+        """Read a table that has no problem. Raises Missing or ShortVError."""
+        for item in self._contents.tables:
+            if item.table == table and item.part is None and item.reason is None:
+                return self._files.rows(item.names, table)
+        raise Missing
+
+    def _expect(self, **rows: int | None) -> None:
+        """Name the tables that do not exist, and those that have other numbers of rows."""
+        found = {item.table for item in self._contents.tables}
+        files = {table: "lc_samples/*.parquet" if table == "lc_samples" else f"{table}.parquet" for table in rows}
+        absent = [files[table] for table in rows if table not in found]
+        if absent:
+            verb = "is" if len(absent) == 1 else "are"
+            self.problems.append(f"{', '.join(absent)} {verb} missing although the run has ended")
+        for table, wanted in rows.items():
+            count = self._contents.rows(table)
+            if None not in (count, wanted) and count != wanted:
+                there = f"{self._shown(files[table])} has {count} rows"
+                self.problems.append(f"{there}, and {wanted} by the counts of the manifest")
+
+    def _expect_answers(self, cells: Iterable[Mapping[str, Any]]) -> None:
+        """Compare the answers with the cells; a cell that failed may have none."""
+        rows = {item.part: item.rows for item in self._contents.tables if item.table == "answers"}
+        absent: list[str] = []
+        short: list[str] = []
+        for cell in cells:
+            file = f"{cell['cell']}.parquet"
+            if cell["same_as"] is not None or cell["state"] == "failed":
+                continue
+            name = f"{cell['model']} {cell['plan']} {cell['task']}"
+            if file not in rows:
+                absent.append(name)
+            elif rows[file] not in (None, cell["n"]):
+                short.append(f"{name} has {rows[file]} of {cell['n']}")
+        for names, what in ((absent, "missing although the run has ended"), (short, "not as many as its samples")):
+            if names:
+                count = f"{len(names)} {'cell' if len(names) == 1 else 'cells'}"
+                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+                self.problems.append(f"the answers of {count} are {what}: {', '.join(names[:_MAX_NAMES])}{more}")
 
 
-def label_of(manifest: AnyManifest) -> str | None:
-    """Return what a reader must know first about a run that is not complete."""
-    if manifest.state is State.RUNNING:
-        return _UNFINISHED
-    return _PARTIAL.format(unit=_UNITS[manifest.kind]) if manifest.state is State.PARTIAL else None
+def _best(group: Group) -> dict[str, Any]:
+    """Return the best plan of LC and the best of the other plans; a control is never one of them."""
+    full = next((point for point in group.points if point.kind == _FULL), None)
+    shape: dict[str, Any] = {"model": group.model, "task": group.task, "metric": group.metric}
+    shape |= {"full": _number(full.value) if full else None}
+    shape |= _highest(point for point in group.points if point.kind == _LC)
+    other = _highest(point for point in group.points if point.kind not in {_LC, _FULL, *_CONTROLS})
+    return shape | ({"other": other} if other else {})
+
+
+def _highest(points: Iterable[Point]) -> dict[str, Any]:
+    """Return the plan of the highest metric among those cheaper than the full model; at a tie the cheapest."""
+    found: dict[str, Any] = {}
+    for point in points:
+        value, ratio = _number(point.value), _number(point.flops_ratio)
+        if value is None or ratio is None or ratio >= _CHEAPER:
+            continue
+        if not found or (value, -ratio) > (found["value"], -found["flops_ratio"]):
+            found = {"plan": point.plan, "value": value, "half_width": _number(point.half_width)}
+            found |= {"flops_ratio": ratio, "n": point.n, "errors": point.errors}
+    return found
+
+
+def _number(value: float | None) -> float | None:
+    """Return a number that JSON has, None for any other."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,16 +1,16 @@
 """The folder that is served: names without tricks below one root, and symbolic links never followed.
 
-A root is a folder of this machine or of an object store. Both give `Entry` for what a folder contains and an open
-file for a path; nothing above the root, hidden or special can be reached.
+A root is a folder of this machine or of an object store. Both give `Entry` for what a folder contains and `OpenFile`
+for a path; nothing above the root, hidden or special can be reached.
 """
 
 import errno
 import os
 import re
 import stat
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -52,34 +52,18 @@ class Entry(NamedTuple):
     modified: float | None = None
 
 
-class OpenFile(ABC):
-    """An open file: its size and version at that time, and `stream`, a binary file object with `seek`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFile:
+    """An open file as it was found.
+
+    `stream` is a binary file object with `seek`. `status` is set for local files, whose content stays when another file
+    replaces them; `changed` tells whether a store has another file there now: two reads may have read two files.
+    """
 
     stream: Any
-    size: int
-    version: str
-    modified: float | None
-
-    def read(self, limit: int) -> bytes:
-        """Return the content, at most `limit` bytes. Raises OSError."""
-        data: bytes = self.stream.read(limit)
-        return data
-
-    def close(self) -> None:
-        """Close the file."""
-        self.stream.close()
-
-
-class Tree(ABC):
-    """A root folder."""
-
-    @abstractmethod
-    def entries(self, folder: Names) -> Sequence[Entry]:
-        """List a folder in name order, unaddressable names included. Raises Missing or OSError."""
-
-    @abstractmethod
-    def open(self, file: Names) -> OpenFile:
-        """Open a regular file. Raises Missing or OSError."""
+    entry: Entry
+    status: os.stat_result | None = None
+    changed: Callable[[], bool] = lambda: False
 
 
 def is_addressable(name: str) -> bool:
@@ -89,37 +73,12 @@ def is_addressable(name: str) -> bool:
 
 def checked(names: Names) -> Names:
     """Return the names. Raises Missing if one of them is not addressable."""
-    if not all(is_addressable(name) for name in names):
+    if not all(map(is_addressable, names)):
         raise Missing
     return names
 
 
-def open_tree(root: str) -> Tree:
-    """Return the tree of a local path or URI. Raises Refused if it is not a folder."""
-    location = locate(root)
-    local = _local_path(location.filesystem, location.path)
-    try:
-        kind = location.filesystem.get_file_info(location.path).type
-    except OSError as error:
-        raise Refused(f"{location.shown} cannot be looked up ({type(error).__name__}); check the address") from error
-    # An object store has no folder before there is a file in it.
-    if kind == pafs.FileType.File or (local is not None and kind != pafs.FileType.Directory):
-        found = "a file" if kind == pafs.FileType.File else "not there"
-        raise Refused(f"{location.shown} is {found}; give the folder above the runs")
-    return LocalTree(local) if local is not None else StoreTree(location.filesystem, location.path)
-
-
-def _local_path(filesystem: Any, path: str) -> str | None:
-    """Return the path on this machine, whichever library found it: both libraries would follow links."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return path
-    inner = getattr(getattr(filesystem, "handler", None), "fs", None)
-    protocols = getattr(inner, "protocol", ())
-    names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
-    return os.path.abspath(path) if {"file", "local"} & set(names) else None
-
-
-class LocalTree(Tree):
+class LocalTree:
     """A folder of this machine, opened name by name so that no link below it is followed; it may be a link itself."""
 
     def __init__(self, root: str) -> None:
@@ -128,19 +87,18 @@ class LocalTree(Tree):
     def entries(self, folder: Names) -> Sequence[Entry]:
         """List a folder in name order, unaddressable names included. Raises Missing or OSError."""
         with self._folder(folder) as descriptor, os.scandir(descriptor) as found:
-            return sorted(entry for item in found if (entry := _local_entry(item)) is not None)
+            return sorted(entry for item in found if (entry := _found(item)) is not None)
 
-    def open(self, file: Names) -> "LocalFile":
+    def open(self, file: Names) -> OpenFile:
         """Open a regular file. Raises Missing or OSError."""
-        if not file:
-            raise Missing
-        with self._folder(file[:-1]) as folder:
-            descriptor = _open(checked(file)[-1], _FILE, folder)
+        *folder, name = checked(file)
+        with self._folder(tuple(folder)) as inside:
+            descriptor = _open(name, _FILE, inside)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise Missing
-        return LocalFile(descriptor, status)
+        return OpenFile(stream=os.fdopen(descriptor, "rb"), entry=_entry(name, status), status=status)
 
     @contextmanager
     def _folder(self, names: Names) -> Iterator[int]:
@@ -155,51 +113,33 @@ class LocalTree(Tree):
             os.close(descriptor)
 
 
-class LocalFile(OpenFile):
-    """A local file, which keeps its content when another file replaces it."""
-
-    def __init__(self, descriptor: int, status: os.stat_result) -> None:
-        self.stream = os.fdopen(descriptor, "rb")
-        self.status = status
-        self.size = status.st_size
-        self.version = _version(status)
-        self.modified = status.st_mtime
-
-    @property
-    def path(self) -> str:
-        """A path to the open file itself, valid until it is closed, whatever its name stands for by then."""
-        return f"/dev/fd/{self.stream.fileno()}"
-
-
 def _open(path: str, flags: int, folder: int | None) -> int:
     try:
         return os.open(path, flags, dir_fd=folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Missing from error
     except OSError as error:
-        # A link under O_NOFOLLOW, a socket, a name that cannot exist.
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
+        # ELOOP: a link under O_NOFOLLOW; ENXIO: a socket; ENAMETOOLONG: a name that cannot exist.
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
             raise Missing from error
         raise
 
 
-def _local_entry(item: "os.DirEntry[str]") -> Entry | None:
+def _found(item: "os.DirEntry[str]") -> Entry | None:
     try:
-        status = item.stat(follow_symlinks=False)
+        return _entry(item.name, item.stat(follow_symlinks=False))
     except FileNotFoundError:  # removed since the folder was read
         return None
+
+
+def _entry(name: str, status: os.stat_result) -> Entry:
     if stat.S_ISREG(status.st_mode):
-        return Entry(item.name, Kind.FILE, status.st_size, _version(status), status.st_mtime)
+        version = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+        return Entry(name, Kind.FILE, status.st_size, version, status.st_mtime)
     if stat.S_ISDIR(status.st_mode):
-        return Entry(item.name, Kind.FOLDER)
-    return Entry(item.name, Kind.LINK if stat.S_ISLNK(status.st_mode) else Kind.OTHER)
+        return Entry(name, Kind.FOLDER)
+    return Entry(name, Kind.LINK if stat.S_ISLNK(status.st_mode) else Kind.OTHER)
 
 
-def _version(status: os.stat_result) -> str:
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-
-
-class StoreTree(Tree):
+class StoreTree:
     """A path of an object store, or of any other file system of pyarrow or fsspec, which resolves its own links."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
@@ -210,32 +150,29 @@ class StoreTree(Tree):
 
     def entries(self, folder: Names) -> Sequence[Entry]:
         """List a folder in name order, unaddressable names included. Raises Missing or OSError."""
-        self._forget()
-        selector = pafs.FileSelector(self._path(folder), recursive=False, allow_not_found=not folder)
-        try:
-            found = self._filesystem.get_file_info(selector)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise Missing from error
-        return sorted(self._entry(info) for info in found)
+        path = "/".join([self._root, *checked(folder)])
+        return sorted(map(self._entry, self._look(pafs.FileSelector(path, allow_not_found=not folder))))
 
-    def open(self, file: Names) -> "StoreFile":
+    def open(self, file: Names) -> OpenFile:
         """Open a file. Raises Missing or OSError."""
-        if not file:
-            raise Missing
-        path = self._path(file)
-        entry = self.entry_at(path)
-        if entry is None or entry.kind is not Kind.FILE:
+        path = "/".join([self._root, *checked(file)])
+        entry = self._entry(self._look(path))
+        if entry.kind is not Kind.FILE:
             raise Missing
         try:
-            return StoreFile(self, path, self._filesystem.open_input_file(path), entry)
+            stream = self._filesystem.open_input_file(path)
         except FileNotFoundError as error:
             raise Missing from error
+        return OpenFile(stream=stream, entry=entry, changed=lambda: self._entry(self._look(path)) != entry)
 
-    def entry_at(self, path: str) -> Entry | None:
-        """Return what the store has at a path now."""
-        self._forget()
-        info = self._filesystem.get_file_info(path)
-        return None if info.type == pafs.FileType.NotFound else self._entry(info)
+    def _look(self, place: Any) -> Any:
+        """Return what the store has now: fsspec's cached listings are dropped, for runs grow while they are read."""
+        if self._inner is not None:
+            self._inner.invalidate_cache()
+        try:
+            return self._filesystem.get_file_info(place)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Missing from error
 
     def _entry(self, info: Any) -> Entry:
         if info.type != pafs.FileType.File:
@@ -244,27 +181,24 @@ class StoreTree(Tree):
         modified = info.mtime.timestamp() if info.mtime is not None else None
         return Entry(info.base_name, Kind.FILE, info.size or 0, f"{info.size}:{known}", modified)
 
-    def _forget(self) -> None:
-        """Drop fsspec's cached listings: runs grow while they are looked at."""
-        if self._inner is not None:
-            self._inner.invalidate_cache()
 
-    def _path(self, names: Names) -> str:
-        return "/".join([self._root, *checked(names)])
+Tree = LocalTree | StoreTree
 
 
-class StoreFile(OpenFile):
-    """A file in a store."""
-
-    def __init__(self, tree: StoreTree, path: str, stream: Any, entry: Entry) -> None:
-        self.stream = stream
-        self.size = entry.size
-        self.version = entry.version
-        self.modified = entry.modified
-        self._tree = tree
-        self._path = path
-
-    def changed(self) -> bool:
-        """Return whether the store has another file there now: two reads may have read two files."""
-        now = self._tree.entry_at(self._path)
-        return now is None or now.version != self.version
+def open_tree(root: str) -> Tree:
+    """Return the tree of a local path or URI. Raises Refused if it is not a folder."""
+    filesystem, path, _, shown = locate(root)
+    try:
+        kind = filesystem.get_file_info(path).type
+    except OSError as error:
+        raise Refused(f"{shown} cannot be looked up ({type(error).__name__}); check the address") from error
+    protocols = getattr(getattr(getattr(filesystem, "handler", None), "fs", None), "protocol", ())
+    # Whichever library found a path of this machine: both would follow links.
+    local = isinstance(filesystem, pafs.LocalFileSystem) or not {"file", "local"}.isdisjoint(
+        [protocols] if isinstance(protocols, str) else protocols
+    )
+    # An object store has no folder before there is a file in it.
+    if kind == pafs.FileType.File or (local and kind != pafs.FileType.Directory):
+        found = "a file" if kind == pafs.FileType.File else "not there"
+        raise Refused(f"{shown} is {found}; give the folder above the runs")
+    return LocalTree(path) if local else StoreTree(filesystem, path)

@@ -69,7 +69,7 @@ def test_a_file_under_a_uri(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": None}, r"lacks the columns \['prompt'\], it has \['sample_id', 'images'\]"),
+        ({"prompt": None}, r"lacks the column 'prompt', it has \['sample_id', 'images'\]"),
         ({"sample_id": pa.array([1, 2])}, "column sample_id of type int64; expected string"),
         ({"images": pa.array([b"1", b"2"])}, "column images of type binary; expected list<binary>"),
         ({"images": pa.array([["a.png"], []])}, "column images of type list.*string.*; expected list<binary>"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reports.locations import masked
 from reports.manifest import (
     CampaignManifest,
     RunManifest,
@@ -19,7 +20,6 @@ from reports.manifest import (
     utc_now,
     versions,
 )
-from reports.masking import masked
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from reports.locations import masked
 from reports.manifest import digest_of, utc_now, versions
-from reports.masking import masked
 from shortv.architecture import Architecture
 from shortv.errors import ShortVError, one_line
 from shortv.evals.scoring import MetricRow, ScoredSample

@@ -210,13 +210,13 @@ def _report(prepared: Prepared, console: Console) -> int:
     name = manifest.details.get("default_plan")
     plan = None
     if name and folder.exists(f"plans/{name}.json"):
-        plan = asdict(Plan.from_json(folder.read_bytes(f"plans/{name}.json").decode()))
+        plan = Plan.from_json(folder.read_bytes(f"plans/{name}.json"))
     print_layers(
         folder.read_table("lc_layers").to_pylist(),
+        console,
         noise_floor=manifest.noise_floor,
         stability=manifest.stability,
         plan=plan,
-        console=console,
     )
     counts = manifest.counts
     say(console, f"{counts['used']} of {counts['samples']} samples used, results in {folder.shown}")

@@ -38,7 +38,7 @@ SWEEPS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fewer-parts": (
         _without_a_part,
-        "the manifest counts 3 samples x 2 modes x 5 layers, a/lc_samples has 20 rows",
+        "a/lc_samples/*.parquet has 20 rows, and 30 by the counts of the manifest",
     ),
 }
 CAMPAIGNS: dict[str, tuple[Callable[[Path], object], str]] = {

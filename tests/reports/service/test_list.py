@@ -11,7 +11,7 @@ from reports.manifest import State
 from reports.page import PAGE_NAME
 from reports.service import make_service
 from reports.service.files import Files
-from reports.service.runs import find_runs
+from reports.service.runs import Search
 from reports.service.summary import Summaries
 from reports.service.tree import LocalTree
 from reports.store import Folder
@@ -154,7 +154,7 @@ DAMAGED = {
         lambda folder: (folder / "lc_layers.parquet").write_bytes((folder / "errors.parquet").read_bytes()),
         "lc_layers.parquet holds the table errors",
     ),
-    "counts": (lambda folder: _manifest(folder, counts={"used": 4, "errors": 0}), "counts 4 used"),
+    "counts": (lambda folder: _manifest(folder, counts={"used": 4, "errors": 0}), "3 rows, and 4 by the counts"),
     "layers": (lambda folder: _manifest(folder, num_layers=6), "each layer once"),
     "plan": (lambda folder: (folder / "plans/two.json").write_text("{"), "plans/two.json: the plan is not valid JSON"),
 }
@@ -216,7 +216,7 @@ def test_a_run_is_read_again_only_when_a_file_of_it_changes(tmp_path: Path, monk
         for path in tmp_path.rglob("*.*"):
             # A file that was written a moment ago may be written again with the same time.
             os.utime(path, (1e9, 1e9))
-        found = [summaries.of(found) for found in find_runs(LocalTree(str(tmp_path))).found]
+        found = [summaries.of(found) for found in Search(LocalTree(str(tmp_path))).found]
         return set(opened), sum(len(summary.problems) for summary in found)
 
     assert [read(), read()] == [({"a", "c"}, 0), (set(), 0)]

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import fsspec
 import pytest
 from pyarrow import parquet as pq
 
-from reports.service.tree import StoreFile
+from reports.service.tree import StoreTree
 from tests.reports.runs import make_sweep
 from tests.reports.service.asking import ask, ask_all, listed
 from tests.reports.service.folders import make_campaign
@@ -53,7 +54,8 @@ def test_tables_of_a_store_come_in_ranges(store: Any) -> None:
 def test_a_file_that_is_replaced_while_it_is_sent_breaks_the_answer(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StoreFile, "changed", lambda self: True)
+    open_file = StoreTree.open
+    monkeypatch.setattr(StoreTree, "open", lambda *names: replace(open_file(*names), changed=lambda: True))
     with pytest.raises(ConnectionAbortedError):
         ask(ROOT, "/runs/a/tables/samples.parquet")
 

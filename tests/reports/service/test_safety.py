@@ -162,7 +162,7 @@ def test_the_log_holds_no_content(root: Path, caplog: pytest.LogCaptureFixture, 
     def fail(*_: Any) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr("reports.service.app.find_runs", fail)
+    monkeypatch.setattr("reports.service.app.Search", fail)
     response = ask(root, "/runs.json")
     assert response.status_code == 500 and SECRET not in response.text
     lines = [record.getMessage() for record in caplog.records if record.name == "shortv.http"]

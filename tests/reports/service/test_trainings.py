@@ -47,7 +47,7 @@ def test_what_a_training_lacks_is_named(tmp_path: Path) -> None:
     assert "a/parts/parts.json is not valid JSON" in parts
     assert others == [
         "errors.parquet is missing although the run has ended",
-        "the manifest counts 5 steps, a/training.parquet has 3 rows",
+        "a/training.parquet has 3 rows, and 5 by the counts of the manifest",
     ]
     change_manifest(tmp_path / "a", schema_version=2)
     assert "schema version 2, this release reads 1" in listed(tmp_path)["a"]["problems"][0]
