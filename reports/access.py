@@ -28,30 +28,24 @@ def key_digests_of(path: str | Path) -> tuple[str, ...]:
     Raises:
         Refused: the file cannot be read, has no key, or has a line that cannot be a key.
     """
+    file = f"the API key file {str(path)!r}"
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise Refused(f"the API key file {str(path)!r} cannot be read: {found}; name a text file with keys") from None
-    digests = dict.fromkeys(_digests(path, lines))
-    if not digests:
-        raise Refused(f"the API key file {str(path)!r} has no key; write one key per line")
-    return tuple(digests)
-
-
-def _digests(path: str | Path, lines: Sequence[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        key = line.strip()
-        if not key or key.startswith("#"):
-            continue
-        # The message must not show any part of a refused key.
+        raise Refused(f"{file} cannot be read: {found}; name a text file with keys") from None
+    keys = {number: key for number, line in enumerate(lines, 1) if (key := line.strip()) and not key.startswith("#")}
+    if not keys:
+        raise Refused(f"{file} has no key; write one key per line")
+    # The messages must not show any part of a refused key.
+    for number, key in keys.items():
         if len(key) < SHORTEST_KEY:
             problem = f"has {len(key)} characters and can be guessed; use at least {SHORTEST_KEY}"
-            raise Refused(f"the key in line {number} of {str(path)!r} {problem}")
+            raise Refused(f"the key in line {number} of {file} {problem}")
         if not key.isascii() or not key.isprintable() or " " in key:
             problem = "contains a space or a character that an HTTP header cannot carry; use letters and digits"
-            raise Refused(f"the key in line {number} of {str(path)!r} {problem}")
-        yield hashlib.sha256(key.encode()).hexdigest()
+            raise Refused(f"the key in line {number} of {file} {problem}")
+    return tuple(dict.fromkeys(hashlib.sha256(key.encode()).hexdigest() for key in keys.values()))
 
 
 def is_accepted(key: bytes, digests: Sequence[str]) -> bool:
@@ -78,17 +72,11 @@ def is_local(address: str | None, headers: Mapping[bytes, bytes]) -> bool:
 
     The Host header counts too: a web page can point its own name at 127.0.0.1 and let the browser send the request.
     """
-    host = _host(headers.get(b"host", b"").decode("latin-1"))
     if any(name in headers for name in _FORWARDED) or not is_loopback(address or ""):
         return False
+    named = headers.get(b"host", b"").decode("latin-1")
+    host = named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
     return is_loopback(host) or host.lower() == "localhost"
-
-
-def _host(header: str) -> str:
-    """Return the host of a Host header, without port and brackets."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
 
 
 def is_loopback(address: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +44,6 @@ class Comparison:
     share_changed: float
 
 
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
-
-
 def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison | None:
     """Compare a plan with another one, or with the mean of several, on the samples that all of them have.
 
@@ -78,8 +71,8 @@ def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: in
 
 def bootstrap_interval(
     values_S: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES, coverage: float = 0.95
-) -> Interval:
-    """Return the percentile bootstrap interval of the mean; for paired data, give the differences.
+) -> tuple[float, float]:
+    """Return both ends of the percentile bootstrap interval of the mean; for paired data, give the differences.
 
     The same values in the same order and the same seed give the same interval. Raises ValueError without values.
     """
@@ -94,7 +87,7 @@ def bootstrap_interval(
         means = _resampled_means(values_S, random, resamples)
     edge = 50 * (1 - coverage)
     low, high = np.percentile(means, [edge, 100 - edge])
-    return Interval(float(low), float(high))
+    return float(low), float(high)
 
 
 def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator, resamples: int) -> NDArray[np.float64]:

@@ -14,8 +14,7 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -140,8 +139,7 @@ class Guard:
     """Admits requests to an application within limits, and answers whatever is raised behind it.
 
     `key_digests` are the SHA-256 digests (hex) of accepted API keys; without any, only clients of this machine are
-    answered. `open_paths` need no key. `sends_request_id` is False behind
-    a proxy that adds the header itself.
+    answered. `open_paths` need no key. `sends_request_id` is False behind a proxy that adds the header itself.
     """
 
     def __init__(
@@ -185,12 +183,8 @@ class Guard:
             self._admit(scope)
             if scope["method"] in ("GET", "HEAD"):
                 await self._app(scope, receive, send)
-                return None
-            self._check_room()
-            with self._counted() as count:
-                body = await self._body(info, receive, count)
-                with self._slot():
-                    await self._app(scope, _replay(body, receive), send)
+            else:
+                await self._with_body(scope, receive, send)
         except HttpError as error:
             return error
         except Exception as error:
@@ -203,11 +197,11 @@ class Guard:
     def _admit(self, scope: Scope) -> None:
         """Check the size of the headers, then the caller. Raises HttpError."""
         headers, limit = info_of(scope).headers, self._limits.max_header_bytes
-        if _head_bytes(scope) > limit:
-            raise HttpError(
-                431, f"the headers are longer than {limit} bytes", code="headers_too_large", headers=[_CLOSE]
-            )
-        if _path(scope) in self._open_paths:
+        target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+        if target + sum(len(name) + len(value) for name, value in scope["headers"]) > limit:
+            problem = f"the headers are longer than {limit} bytes"
+            raise HttpError(431, problem, code="headers_too_large", headers=[_CLOSE])
+        if scope["path"].removeprefix(scope.get("root_path", "")) in self._open_paths:
             return
         if self._key_digests:
             key = key_in(headers.get(b"authorization"))
@@ -220,64 +214,55 @@ class Guard:
             message = "without an API key file only clients of this machine are answered, at the name localhost"
             raise HttpError(403, f"{message}; start the service with --api-key-file", code="loopback_only")
 
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application with a complete body: one that is sent slowly takes no slot from others."""
+        info = info_of(scope)
+        self._check_room()
+        try:
+            body = await self._body(info, receive)
+            self._check_room()
+            self._in_flight += 1
+            try:
+                await self._app(scope, _replay(body, receive), send)
+            finally:
+                self._in_flight -= 1
+        finally:
+            self._bytes_in_flight -= info.received
+
     def _check_room(self) -> None:
         if self._in_flight >= self._limits.max_in_flight:
             raise self._overloaded(f"{self._in_flight} requests are in flight, as many as are allowed")
-
-    @contextmanager
-    def _slot(self) -> Iterator[None]:
-        """Count a request whose body is complete: one that is sent slowly takes no slot from others."""
-        self._check_room()
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-
-    @contextmanager
-    def _counted(self) -> Iterator[Callable[[int], None]]:
-        """Count the bytes of one body among those in flight."""
-        counted = 0
-
-        def count(size: int) -> None:
-            nonlocal counted
-            if self._bytes_in_flight + size > self._limits.max_bytes_in_flight:
-                raise self._overloaded("the bodies of the requests in flight have as many bytes as are allowed", _CLOSE)
-            counted += size
-            self._bytes_in_flight += size
-
-        try:
-            yield count
-        finally:
-            self._bytes_in_flight -= counted
 
     def _overloaded(self, problem: str, *headers: tuple[bytes, bytes]) -> HttpError:
         headers = (retry_after(self._limits.retry_after_s), *headers)
         return HttpError(429, f"{problem}; try again later", code="overloaded", headers=headers)
 
-    async def _body(self, info: RequestInfo, receive: Receive, count: Callable[[int], None]) -> bytes:
+    async def _body(self, info: RequestInfo, receive: Receive) -> bytes:
         """Receive the whole body within its limits, whatever its declared length. Raises HttpError."""
-        limit, seconds = self._limits.max_body_bytes, self._limits.receive_timeout_s
+        limits = self._limits
         declared = info.headers.get(b"content-length", b"")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise _too_large(limit)
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limits.max_body_bytes):
+            raise _too_large(limits.max_body_bytes)
         chunks = []
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(limits.receive_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise HttpError(CLIENT_GONE, "the client went away", code="client_gone")
                     chunk = message.get("body", b"")
                     info.received += len(chunk)
-                    if info.received > limit:
-                        raise _too_large(limit)
-                    count(len(chunk))
+                    self._bytes_in_flight += len(chunk)
+                    if info.received > limits.max_body_bytes:
+                        raise _too_large(limits.max_body_bytes)
+                    if self._bytes_in_flight > limits.max_bytes_in_flight:
+                        full = "the bodies of the requests in flight have as many bytes as are allowed"
+                        raise self._overloaded(full, _CLOSE)
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError:
-            problem = f"the body did not arrive within {seconds:g} s; send it faster"
+            problem = f"the body did not arrive within {limits.receive_timeout_s:g} s; send it faster"
             raise HttpError(408, problem, code="body_too_slow", headers=[_CLOSE]) from None
 
     def _counting(self, info: RequestInfo, send: Send) -> Send:
@@ -321,16 +306,6 @@ def _begin(scope: Scope) -> RequestInfo:
     # Two callers may choose the same id, and replicas must not confuse their requests.
     shown = given.decode("ascii")
     return RequestInfo(headers=headers, request_id=shown, unique_id=f"{shown}.{own[:12]}", line=line)
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
-def _head_bytes(scope: Scope) -> int:
-    target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
-    return target + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 def _too_large(limit: int) -> HttpError:

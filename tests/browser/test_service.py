@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports.page import write_page
-from tests.reports.runs import MODES, make_sweep, sweep_manifest
-from tests.reports.service.folders import make_campaign, make_training
+from tests.reports.runs import MODES, make_campaign, make_sweep, make_training, sweep_manifest
 
 pytestmark = pytest.mark.browser
 REPOSITORY = Path(__file__).resolve().parents[2]
