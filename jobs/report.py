@@ -54,7 +54,7 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
     target, name = place_of(source, output, PAGE_NAME if against is None else AGAINST_NAME)
     # The page's libraries take a second to import, and --help needs none of them.
     from reports.page import build_page
-    from reports.page.rendering import render
+    from reports.page.document import render
 
     try:
         page = build_page(source, against=Folder(against) if against else None, links=links(source, target))

@@ -44,6 +44,8 @@ Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
 Layers = Annotated[StrictInt, Field(ge=1, le=100_000)]
 """Decoder layers of a model. The bound keeps a damaged file from sizing anything that is built per layer."""
 Seconds = NonNegativeFloat | None
+Share = Annotated[StrictStr, Field(pattern=r"^(0|0?\.\d+|1(\.0+)?)$")]
+"""A share as text, such as `0.5`: keys of JSON objects are texts."""
 Masked = Annotated[dict[str, Any], AfterValidator(masked)]
 """A JSON object whose secrets are replaced by `***`."""
 
@@ -157,7 +159,7 @@ class SweepManifest(ModelRunManifest):
     calibration_digest: StrictStr
     seed: StrictInt
     noise_floor: NonNegativeFloat | None = None
-    stability: dict[str, dict[str, StrictFloat]] | None = None
+    stability: dict[str, dict[Share, StrictFloat]] | None = None
 
     def source(self, samples: int, direction: str) -> dict[str, Any]:
         """Return what a plan made from this sweep says of its origin."""

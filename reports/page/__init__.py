@@ -1,7 +1,7 @@
 """The HTML page of a sweep or campaign folder: one file that opens offline.
 
-`build_page` reads a folder (`sweep_data`, `campaign_data`, `answers`), lays it out (`sweep`, `campaign`, `against`,
-their charts in `sweep_charts` and `campaign_charts`) as a `document.Page`, and `rendering.render` makes one file of it.
+`build_page` reads a folder (`sweep_data`, `campaign_data`) and lays it out (`sweep`, `campaign`, `against`, with what
+their `charts` share) as a `document.Page`; `document.render` makes one file of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write_page(folder: Folder) -> None:
         Refused: the folder is not a run, is damaged, or has another schema.
         ShortVError: a file cannot be read, or the page cannot be written.
     """
-    from reports.page.rendering import render
+    from reports.page.document import render
 
     folder.write_bytes(PAGE_NAME, render(build_page(folder)))
 

@@ -1,188 +1,350 @@
-"""The page of a campaign folder."""
+"""The page of a campaign folder: accuracy and speed against FLOPs, differences, exit layers, plans and errors."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Final
+
+import altair as alt
 
 from reports.manifest import CampaignManifest, State
-from reports.page.campaign_charts import accuracy_chart, difference_chart, exit_charts, speed_chart
-from reports.page.campaign_data import CampaignData, Training, interval_of, kind_of_plan, parts_of_plan
-from reports.page.document import Chart, Fact, Grid, Page, Section, Value, shortened
+from reports.page.campaign_data import (
+    KINDS,
+    LEARNED,
+    CampaignData,
+    Group,
+    answers_of,
+    interval_note,
+    kind_of_plan,
+    parts_of_plan,
+    with_interval,
+)
+from reports.page.charts import (
+    PADDING_X,
+    PADDING_Y,
+    colour_of,
+    data,
+    intervals,
+    label_layer,
+    label_rows,
+    layer_bands,
+    lines,
+    shape_of,
+    tips,
+    zero_line,
+)
+from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, grid
 from reports.page.ran import command_of, run_facts, state_warnings
-from reports.page.sweep_charts import plan_strips
+from reports.page.sweep import plan_strips
 
 # Nobody looks at strips of more plans of one model.
-MOST_STRIPS = 60
-_INTERVAL = ("difference", "95 % from", "to")
+MOST_STRIPS: Final = 60
+# Between two plans of the same FLOPs, as a share of the axis.
+_STEP: Final = 0.008
+_HEIGHT: Final = 340
 
 
-def campaign_page(data: CampaignData, *, links: str | None, compared: Sequence[Section] = ()) -> Page:
+def campaign_page(campaign: CampaignData, *, links: str | None, compared: Sequence[Section] = ()) -> Page:
     """Lay out the page of a campaign; `compared` are the sections that compare it with another."""
-    manifest = data.manifest
-    unfinished = [] if data.cells else ["No cell has finished yet."]
-    tasks = ", ".join(str(task["name"]) for task in manifest.tasks)
+    manifest = campaign.manifest
+    models, tasks = (", ".join(str(item["name"]) for item in items) for items in (manifest.models, manifest.tasks))
+    unfinished = [] if campaign.cells else ["No cell has finished yet."]
     return Page(
-        title=f"Campaign: {', '.join(str(model['name']) for model in manifest.models)} on {tasks}",
-        kind="campaign",
+        title=f"Campaign: {models} on {tasks}",
         state=str(manifest.state),
-        warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *data.problems],
-        headline=_headline(data),
-        sections=[*compared, *_results(data), *_plans(manifest), _errors(data), _ran(manifest)],
+        warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *campaign.problems],
+        headline=_headline(campaign),
+        sections=[*compared, *_results(campaign), _plans(manifest), _errors(campaign), _ran(manifest)],
         links=links,
     )
 
 
-def _headline(data: CampaignData) -> list[Fact]:
-    counts, manifest = data.manifest.counts, data.manifest
+def _headline(campaign: CampaignData) -> list[Fact]:
+    counts, manifest, cells = campaign.manifest.counts, campaign.manifest, campaign.cells
     running = manifest.state is State.RUNNING
-    cells = len({row["cell"] for row in data.cells})
     return [
         ("models", len(manifest.models)),
         ("plans", len(manifest.plans)),
         ("tasks", len(manifest.tasks)),
-        ("cells finished", cells if running else counts.get("cells")),
-        ("cells failed or partial", sum(row["state"] != "complete" for row in data.cells if row["same_as"] is None)),
-        ("samples", sum(row["n"] for row in data.cells) if running else counts.get("samples")),
-        ("samples with errors", sum(row["errors"] for row in data.cells) if running else counts.get("errors")),
+        ("cells finished", len({row["cell"] for row in cells}) if running else counts.get("cells")),
+        ("cells failed or partial", len(_failed(cells))),
+        ("samples", sum(row["n"] for row in cells) if running else counts.get("samples")),
+        ("samples with errors", sum(row["errors"] for row in cells) if running else counts.get("errors")),
     ]
 
 
-def _results(data: CampaignData) -> list[Section]:
-    groups = list(enumerate(data.groups()))
-    accuracy = [chart for index, group in groups if (chart := accuracy_chart(group, str(index)))]
-    sections = [Section(title="Accuracy against FLOPs", charts=accuracy)] if accuracy else []
-    pairs: list[Chart] = []
-    for index, group in groups:
-        pairs += [chart for draw in (difference_chart, speed_chart) if (chart := draw(group, str(index)))]
-    if pairs:
-        sections.append(Section(title="Differences and speed", charts=pairs))
-    if data.exits:
-        sections.append(Section(title="Exit layers", charts=exit_charts(data.exits)))
-    if data.comparisons:
-        sections.append(Section(title="All differences", grids=[_differences(data)]))
-    if data.metrics:
-        sections.append(Section(title="All metrics", grids=[_metrics(data)]))
-    return sections
+def _failed(cells: Sequence[Row]) -> list[Row]:
+    return [row for row in cells if row["state"] != "complete" and row["same_as"] is None]
 
 
-def _differences(data: CampaignData) -> Grid:
-    names = ("model", "task", "metric", "plan", "against", "value", "against_value", "difference", "ci_low", "ci_high")
-    training = Training(data.cells)
-    return shortened(
-        [[*(row[name] for name in (*names, "n", "share_changed")), *training.values(row)] for row in data.comparisons],
-        caption="Every metric of every plan against the full model and its random controls",
-        columns=(
-            "model",
-            "task",
-            "metric",
-            "plan",
-            "against",
-            "value",
-            "other",
-            *_INTERVAL,
-            "samples",
-            "answers changed",
-            *training.columns,
-        ),
-        files=["comparisons.parquet", *(["cells.parquet"] if training.columns else [])],
+def _results(campaign: CampaignData) -> list[Section]:
+    groups = list(enumerate(campaign.groups()))
+    accuracy = [accuracy_chart(group, number) for number, group in groups]
+    pairs = [draw(group, number) for number, group in groups for draw in (difference_chart, speed_chart)]
+    differences = _differences(
+        "Every metric of every plan against the full model and its random controls",
+        campaign.comparisons,
+        "model task metric plan against value against_value difference ci_low ci_high n share_changed",
+        most=MOST_ROWS,
     )
-
-
-def _metrics(data: CampaignData) -> Grid:
-    names = ("model", "task", "plan", "metric", "filter", "value")
-    return shortened(
-        [[*(row[name] for name in names), *(interval_of(row) or (None,) * 3), row["n"]] for row in data.metrics],
-        caption="Every metric of every cell, kinds of documents included",
-        columns=(*names, "95 % from", "to", "interval by", "documents"),
+    metrics = grid(
+        "Every metric of every cell, kinds of documents included",
+        list(map(with_interval, campaign.metrics)),
+        "model task plan metric filter value low high interval_by n",
         files=["metrics.parquet"],
+        most=MOST_ROWS,
+        n="documents",
+    )
+    sections = [
+        Section(title="Accuracy against FLOPs", charts=[chart for chart in accuracy if chart]),
+        Section(title="Differences and speed", charts=[chart for chart in pairs if chart]),
+        Section(title="Exit layers", charts=exit_charts(campaign.exits)),
+        Section(title="All differences", grids=[differences]),
+        Section(title="All metrics", grids=[metrics]),
+    ]
+    return [section for section in sections if section.charts or any(table.rows for table in section.grids)]
+
+
+def _differences(caption: str, rows: Sequence[Row], columns: str, most: int | None = None) -> Grid:
+    """Return a table of comparisons; what was learned for the plans stands in it if anything was."""
+    learned = any(row[name] is not None for row in rows for name in LEARNED)
+    return grid(
+        caption,
+        rows,
+        " ".join([columns, *LEARNED]) if learned else columns,
+        files=["comparisons.parquet", *(["cells.parquet"] if learned else [])],
+        most=most,
+        against_value="other",
     )
 
 
-def _plans(manifest: CampaignManifest) -> list[Section]:
+def _plans(manifest: CampaignManifest) -> Section:
     charts = []
-    for index, model in enumerate(str(item["name"]) for item in manifest.models):
+    for number, model in enumerate(str(item["name"]) for item in manifest.models):
         own = [plan for plan in manifest.plans if plan["model"] == model]
-        if own:
-            strips = [(_labelled(plan), plan["modes"]) for plan in own[:MOST_STRIPS]]
-            charts.append(plan_strips(strips, key=f"plans-{index}", of=model))
-    rows: list[list[Value]] = [
-        [
-            *(plan["model"], plan["name"], kind_of_plan(plan)),
-            *(plan.get("same_as"), parts_of_plan(plan), plan["digest"][:12]),
+        # Modes do not show what learned parts do.
+        strips = [
+            (f"{plan['name']} ({parts})" if (parts := parts_of_plan(plan)) else str(plan["name"]), plan["modes"])
+            for plan in own[:MOST_STRIPS]
         ]
+        if own:
+            charts.append(plan_strips(strips, key=f"plans-{number}", of=model))
+    rows = [
+        {**plan, "kind": kind_of_plan(plan), "learned_parts": parts_of_plan(plan), "digest": plan["digest"][:12]}
         for plan in manifest.plans
     ]
-    columns = ("model", "plan", "kind", "same plan as", "learned parts", "digest")
-    return [Section(title="Plans", charts=charts, grids=[shortened(rows, caption="Plans", columns=columns)])]
+    columns = "model name kind same_as learned_parts digest"
+    table = grid("Plans", rows, columns, most=MOST_ROWS, name="plan", same_as="same plan as")
+    return Section(title="Plans", charts=charts, grids=[table])
 
 
-def _labelled(plan: Mapping[str, Any]) -> str:
-    """The plan's name; modes do not show what its learned parts do."""
-    parts = parts_of_plan(plan)
-    return f"{plan['name']} ({parts})" if parts else str(plan["name"])
-
-
-def _errors(data: CampaignData) -> Section:
-    failed = [row for row in data.cells if row["state"] != "complete" and row["same_as"] is None]
-    if not failed and not data.failures:
-        running = data.manifest.state is State.RUNNING
-        return Section(
-            title="Errors", text=["None is known yet." if running else "Every sample of every cell was answered."]
-        )
+def _errors(campaign: CampaignData) -> Section:
+    failed = _failed(campaign.cells)
+    if not failed and not campaign.failures:
+        running = campaign.manifest.state is State.RUNNING
+        said = "None is known yet." if running else "Every sample of every cell was answered."
+        return Section(title="Errors", text=[said])
     counts: Counter[str] = Counter()
-    for failure in data.failures:
-        counts[failure.reason] += failure.samples
-    rows = [
-        [row["model"], row["plan"], row["task"], row["state"], row["errors"], row["n"], _cut(row["message"])]
-        for row in failed
+    for failure in campaign.failures:
+        counts[failure["reason"]] += failure["samples"]
+    reasons = [{"reason": reason, "samples": samples} for reason, samples in counts.most_common()]
+    columns, files = "model plan task state errors n message", ["cells.parquet"]
+    grids = [
+        grid("Errors by reason", reasons, "reason samples", most=MOST_ROWS),
+        grid("Errors by cell", campaign.failures, "model plan task reason samples", most=MOST_ROWS),
+        grid("Cells that failed or lack samples", failed, columns, files=files, most=MOST_ROWS),
     ]
-    reasons: list[list[Value]] = [[reason, count] for reason, count in counts.most_common()]
-    return Section(
-        title="Errors",
-        grids=[
-            shortened(reasons, caption="Errors by reason", columns=("reason", "samples")),
-            shortened(
-                [list(failure) for failure in data.failures],
-                caption="Errors by cell",
-                columns=("model", "plan", "task", "reason", "samples"),
-            ),
-            shortened(
-                rows,
-                caption="Cells that failed or lack samples",
-                columns=("model", "plan", "task", "state", "errors", "samples", "message"),
-                files=["cells.parquet"],
-            ),
-        ],
-    )
+    return Section(title="Errors", grids=grids)
 
 
 def _ran(manifest: CampaignManifest) -> Section:
-    models: list[list[Value]] = [
-        [model["name"], model.get("revision"), _start(model.get("digest")), _start(model.get("config_digest"))]
-        for model in manifest.models
-    ]
-    tasks = [
-        [*(task.get(name) for name in ("name", "num_docs", "main_metric")), _start(task.get("digest"))]
-        for task in manifest.tasks
-    ]
+    def shortened(rows: Sequence[Row]) -> list[Row]:
+        digests = ("digest", "config_digest")
+        return [{**row, **{name: row[name][:12] for name in digests if row.get(name)}} for row in rows]
+
+    limit = manifest.arguments.get("limit")
     return Section(
         title="What ran",
-        facts=[("limit per task", _limit(manifest.arguments.get("limit"))), *run_facts(manifest)],
+        facts=[("limit per task", "all samples" if limit is None else f"{limit:g}"), *run_facts(manifest)],
         command=command_of(manifest),
         grids=[
-            Grid(caption="Models", columns=("model", "revision", "digest", "architecture digest"), rows=models),
-            Grid(caption="Tasks", columns=("task", "documents", "main metric", "digest"), rows=tasks),
+            grid("Models", shortened(manifest.models), "name revision digest config_digest", name="model"),
+            grid("Tasks", shortened(manifest.tasks), "name num_docs main_metric digest", name="task"),
         ],
     )
 
 
-def _start(digest: str | None) -> str | None:
-    return digest and digest[:12]
+def pareto_front(points: Sequence[Row]) -> list[Row]:
+    """Return the plans that no other beats in both FLOPs and the metric, from few FLOPs to many."""
+    front: list[Row] = []
+    # Plans of one size differ in the last digits of their FLOPs only.
+    for point in sorted(points, key=lambda point: (round(point["flops_ratio"], 6), -point["value"])):
+        if not front or point["value"] > front[-1]["value"]:
+            front.append(point)
+    return front
 
 
-def _limit(value: Any) -> Value:
-    return "all samples" if value is None else f"{value:g}"
+def accuracy_chart(group: Group, key: int) -> Chart | None:
+    """Draw the main metric against the FLOPs ratio, with 95 % intervals and the Pareto front."""
+    known = _known(group, "value")
+    if not known:
+        return None
+    rows = _side_by_side(_judged_last(known))
+    by_plan = {row["plan"]: row for row in rows}
+    front = {point["plan"]: by_plan[point["plan"]] for point in pareto_front(known)}
+    x = alt.X("place:Q", title="FLOPs ratio of the prefill", axis=alt.Axis(format=".0%", tickCount=12))
+    x = x.scale(zero=False, nice=False, padding=PADDING_X)
+    y: dict[str, Any] = {"scale": alt.Scale(zero=False, nice=False, padding=PADDING_Y), "title": group.metric}
+    kinds = {row["kind"] for row in rows}
+    base = data().encode(x, colour_of("kind", kinds))
+    bars, points = intervals(base, "y", "value", ("low", "high"), bar={"opacity": 0.6}, size=90, **y)
+    said = tips("plan", flops_ratio=".1%", value=".4f", low=".4f", high=".4f")
+    step = _dashed("front", interpolate="step-after", strokeWidth=1.2).encode(x, alt.Y("value:Q", **y))
+    names = [f"{plan} ({row['flops_ratio']:.0%}, {row['value']:.3f})" for plan, row in front.items()]
+    return Chart(
+        key=f"accuracy-{key}",
+        title=f"{group.metric} against FLOPs, {group.model} on {group.task}",
+        note=f"{interval_note(row['interval_by'] for row in rows)} Dashed: the Pareto front, plans that no other beats "
+        "in both (higher is better), named where there is room. Plans of the same FLOPs stand side by side.",
+        description=f"{group.metric} of {len(rows)} plans of {group.model} on {group.task} against their FLOPs ratio. "
+        f"Pareto front: {', '.join(names)}.",
+        marks=alt.layer(
+            step, bars, points.encode(shape_of("kind", kinds), tooltip=said), label_layer(x, alt.Y("value:Q", **y))
+        ),
+        height=_HEIGHT,
+        data={
+            "rows": rows,
+            "front": list(front.values()),
+            "labels": label_rows(rows, [*reversed(front)], height=_HEIGHT),
+        },
+        numbers=grid(
+            f"Plans of {group.model} on {group.task}",
+            [{**point, "on_the_front": point["plan"] in front} for point in group.points],
+            "plan kind flops_ratio value low high n errors on_the_front",
+            files=["cells.parquet", "metrics.parquet"],
+            value=group.metric or "score",
+        ),
+    )
 
 
-def _cut(text: str | None) -> str | None:
-    return text[:299] + "…" if text is not None and len(text) > 300 else text
+def _known(group: Group, name: str) -> list[Row]:
+    """Return the points that a chart of this column against FLOPs has."""
+    return [point for point in group.points if point["flops_ratio"] is not None and point[name] is not None]
+
+
+def _judged_last(points: Sequence[Row]) -> list[Row]:
+    """Sort points so that the plans that the campaign judges are drawn last, on top of the others."""
+    return sorted(points, key=lambda point: -KINDS.index(point["kind"]))
+
+
+def _dashed(name: str, **style: Any) -> Any:
+    return data(name).mark_line(strokeDash=[5, 4], color="#888888", **style)
+
+
+def _side_by_side(points: Sequence[Row]) -> list[Row]:
+    """Give each point its `place` on the axis of FLOPs; those that would lie on each other are moved apart a little."""
+    ratios = [round(point["flops_ratio"], 6) for point in points]
+    step = _STEP * ((max(ratios) - min(ratios)) or 1.0)
+    return [
+        {**point, "place": ratio + step * (ratios[:number].count(ratio) - (ratios.count(ratio) - 1) / 2)}
+        for number, (point, ratio) in enumerate(zip(points, ratios, strict=True))
+    ]
+
+
+def difference_chart(group: Group, key: int) -> Chart | None:
+    """Draw the differences of the main metric to the full model and to random controls, with paired intervals."""
+    rows = [row for row in group.comparisons if row["metric"] == group.metric]
+    if not rows:
+        return None
+    against = list(dict.fromkeys(row["against"] for row in rows))
+    legend = alt.Legend(title="against", orient="top")
+    base = data().encode(
+        alt.Y("plan:N", sort=None, title=None, axis=alt.Axis(labelLimit=200)),
+        alt.YOffset("against:N"),
+        alt.Color("against:N", scale=alt.Scale(domain=against), legend=legend),
+    )
+    bars, points = intervals(
+        base, "x", "difference", ("ci_low", "ci_high"), bar={"strokeWidth": 2}, title=f"difference of {group.metric}"
+    )
+    said = tips("plan against", difference="+.4f", ci_low="+.4f", ci_high="+.4f")
+    return Chart(
+        key=f"difference-{key}",
+        title=f"Differences of {group.metric}, {group.model} on {group.task}",
+        note="A plan less the full model, or less the mean of its random controls, on the samples that both have.",
+        description=f"Differences of {group.metric} with paired 95 % intervals, {group.model} on {group.task}.",
+        marks=alt.layer(zero_line("difference"), bars, points.encode(tooltip=said)),
+        height=max(80, 22 * len({row["plan"] for row in rows})),
+        data={"rows": rows, "zero": [{"difference": 0.0}]},
+        numbers=_differences(
+            f"Differences of {group.metric}", rows, "plan against difference ci_low ci_high n share_changed"
+        ),
+        half=True,
+    )
+
+
+def speed_chart(group: Group, key: int) -> Chart | None:
+    """Draw the measured prefill time against the FLOPs of the prefill, both as shares of the full model's."""
+    rows = _judged_last(_known(group, "prefill_ratio"))
+    if not rows:
+        return None
+    least = min(min(row["flops_ratio"], row["prefill_ratio"], 1.0) for row in rows)
+    scale, axis = alt.Scale(zero=False, padding=15), alt.Axis(format=".0%")
+    x = alt.X("flops_ratio:Q", title="FLOPs ratio of the prefill", axis=axis, scale=scale)
+    y = alt.Y("prefill_ratio:Q", title="measured prefill time ratio", axis=axis, scale=scale)
+    kinds = {row["kind"] for row in rows}
+    said = tips("plan", flops_ratio=".1%", prefill_ratio=".1%")
+    points = data().mark_point(filled=True, size=90, opacity=0.9)
+    points = points.encode(x, y, colour_of("kind", kinds), shape_of("kind", kinds), tooltip=said)
+    return Chart(
+        key=f"speed-{key}",
+        title=f"Speed against FLOPs, {group.model} on {group.task}",
+        note="Median prefill time over the full model's. Dashed: time falls as the FLOPs do; below it is faster.",
+        description=f"Prefill time of {len(rows)} plans of {group.model} on {group.task} against their FLOPs.",
+        marks=alt.layer(_dashed("line").encode(x, y), points),
+        height=260,
+        data={"rows": rows, "line": [{"flops_ratio": end, "prefill_ratio": end} for end in (least, 1.0)]},
+        numbers=grid(
+            f"Speed of {group.model} on {group.task}",
+            group.points,
+            "plan kind flops_ratio prefill_ratio prefill_ms latency_ms samples_per_second",
+            files=["speed.parquet"],
+        ),
+        half=True,
+    )
+
+
+def exit_charts(exits: Sequence[Row]) -> list[Chart]:
+    """Draw a heat map for each model and task: a line per plan and kind of question, a column per layer."""
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in exits:
+        groups[row["model"], row["task"]].append({**row, "line": f"{row['plan']}, {row['kind']}"})
+    return [_exit_chart(*names, rows, number) for number, (names, rows) in enumerate(groups.items())]
+
+
+def _exit_chart(model: str, task: str, rows: Sequence[Row], key: int) -> Chart:
+    marks = (
+        data()
+        .mark_rect()
+        .encode(
+            layer_bands("layer_left", "exit after layer").scale(round=True),
+            lines("line", 220),
+            alt.Color("share:Q", legend=alt.Legend(title="share", format=".0%", orient="right")),
+            tooltip=tips("plan kind layer_left", exits="d", share=".1%"),
+        )
+    )
+    return Chart(
+        key=f"exits-{key}",
+        title=f"Exit layers, {model} on {task}",
+        note="Share of the questions of a kind whose visual tokens left after a layer; prompts without an image do not "
+        "count.",
+        description=f"Heat map of exit layers by plan and kind of question, {model} on {task}.",
+        marks=marks,
+        height=max(80, 22 * len({row["line"] for row in rows})),
+        data={"rows": rows},
+        numbers=grid(
+            f"Exit layers of {model} on {task}",
+            [row for row in rows if row["exits"]],
+            "plan kind samples layer_left exits share",
+            files=[answers_of(cell) for cell in dict.fromkeys(row["cell"] for row in rows)],
+            most=MOST_ROWS,
+        ),
+    )

@@ -1,15 +1,216 @@
-"""What a page needs from a campaign folder, checked against itself; 95 % intervals of its metrics."""
+"""What a page needs from a campaign folder, checked against itself: points of charts, exits, failures, intervals."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
+
+import pyarrow as pa
 
 from reports.manifest import CampaignManifest, State
-from reports.page.answers import Exits, Failures, read_answers
+from reports.page.document import Row, cut
+from reports.page.ran import result_rows
 from reports.store import Folder
-from shortv.errors import Refused
+from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode, PartsKind
+
+# What a plan is to the reader, in the order of colours, shapes and legends.
+KINDS: Final = [
+    *("LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"),
+    *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS"),
+]
+SYSTEMS: Final[Mapping[str, str]] = {PartsKind.SAISA: KINDS[8], PartsKind.DYVTE: KINDS[9], PartsKind.EAS: KINDS[10]}
+_KINDS_OF: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3], "lc": KINDS[0]}
+# Columns about what was learned for a plan.
+LEARNED: Final = ("learned_parameters", "train_seconds")
+
+
+class Group(NamedTuple):
+    """All plans of one model on one task, and the metric that they are judged by.
+
+    A point is a row for each plan: `plan`, `kind`, `n`, `errors`, `flops_ratio`, the metric's `value` from `low` to
+    `high` (95 %, by the method `interval_by`), `prefill_ms`, `prefill_ratio`, `latency_ms` and `samples_per_second`.
+    What is not known is None.
+    """
+
+    model: str
+    task: str
+    metric: str | None
+    points: Sequence[Row]
+    comparisons: Sequence[Row]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignData:
+    """A campaign folder: rows of its tables, and what its answers say.
+
+    `failures` are `model`, `plan`, `task`, `reason` and the number of `samples`. `exits` are the `exits` of a `cell`
+    after a layer (`layer_left`), for each `kind` of document and all together. `problems` tell what is missing.
+    """
+
+    manifest: CampaignManifest
+    cells: Sequence[Row]
+    metrics: Sequence[Row]
+    comparisons: Sequence[Row] = ()
+    speed: Sequence[Row] = ()
+    failures: Sequence[Row] = ()
+    exits: Sequence[Row] = ()
+    problems: Sequence[str] = ()
+
+    def groups(self) -> list[Group]:
+        """Return a group for each model and task, in the order of the cells."""
+        names = dict.fromkeys((str(row["model"]), str(row["task"])) for row in self.cells)
+        return [self._group(model, task) for model, task in names]
+
+    def _group(self, model: str, task: str) -> Group:
+        cells, metrics, comparisons, speeds = (
+            [row for row in rows if (row["model"], row["task"]) == (model, task)]
+            for rows in (self.cells, self.metrics, self.comparisons, self.speed)
+        )
+        named = next((item.get("main_metric") for item in self.manifest.tasks if item.get("name") == task), None)
+        metric = named or next((str(row["metric"]) for row in metrics), None)
+        # A metric may exist under several filters; the first one is the first of the task's configuration.
+        scores = {row["plan"]: row for row in reversed(metrics) if row["metric"] == metric}
+        kinds = {item["name"]: kind_of_plan(item) for item in self.manifest.plans if item["model"] == model}
+        speed = {row["plan"]: row for row in speeds}
+        full_ms = speed.get("full", {}).get("prefill_ms_median")
+        points = []
+        for cell in cells:
+            plan, own = cell["plan"], speed.get(cell["plan"], {})
+            own_ms, score = own.get("prefill_ms_median"), with_interval(scores[plan]) if plan in scores else {}
+            points.append(
+                {"plan": plan, "kind": kinds.get(plan, KINDS[5])}
+                | {name: cell[name] for name in ("n", "errors", "flops_ratio")}
+                | {name: score.get(name) for name in ("value", "low", "high", "interval_by")}
+                | {"prefill_ms": own_ms, "prefill_ratio": own_ms / full_ms if own_ms is not None and full_ms else None}
+                | {"latency_ms": own.get("latency_ms_median"), "samples_per_second": own.get("samples_per_second")}
+            )
+        return Group(model, task, metric, points, comparisons)
+
+
+def kind_of_plan(plan: Row) -> str:
+    """Return what a plan of the manifest is to the reader: its learned system, its order of layers, or its modes."""
+    parts, modes = plan.get("parts"), set(plan.get("modes", ()))
+    if isinstance(parts, Mapping):
+        return SYSTEMS.get(str(parts.get("kind")), KINDS[5])
+    named = _KINDS_OF.get(str((plan.get("source") or {}).get("order") if plan["kind"] == "plan" else plan["kind"]))
+    if named:
+        return named
+    if Mode.DROP_VISUAL in modes and modes <= {Mode.FULL, Mode.DROP_VISUAL}:
+        return KINDS[7]
+    return KINDS[6] if len(modes) == 1 and Mode.FULL not in modes else KINDS[5]
+
+
+def parts_of_plan(plan: Row) -> str | None:
+    """Return the learned parts of a plan of the manifest, such as `DyVTE at 0.5`; None for a plan without."""
+    parts = plan.get("parts")
+    if not isinstance(parts, Mapping):
+        return None
+    kind, threshold = str(parts.get("kind")), parts.get("threshold")
+    name = SYSTEMS.get(kind, kind)
+    return name if threshold is None else f"{name} at {threshold}"
+
+
+def read_campaign_data(folder: Folder) -> CampaignData:
+    """Read a campaign folder. Raises ShortVError if it is not one, is damaged, or contradicts itself."""
+    manifest = CampaignManifest.load(folder)
+    tables = {name: result_rows(folder, name, manifest) for name in ("cells", "metrics", "comparisons", "speed")}
+    if not all(isinstance(plan.get(name), str) for plan in manifest.plans for name in ("kind", "digest")):
+        problem = f"the manifest of {folder.shown} lists plans without kind or digest; it was changed by hand"
+        raise Refused(f"{problem}: run the campaign again")
+    keys, declared = {row["cell"] for row in tables["cells"]}, manifest.counts.get("cells", 0)
+    strange = {row["cell"] for name in ("metrics", "speed") for row in tables[name]} - keys
+    if manifest.state is not State.RUNNING and (len(keys) != declared or strange):
+        raise Refused(
+            f"the manifest of {folder.shown} counts {declared} cells, cells.parquet has {len(keys)}, other tables have "
+            f"{len(strange)} more; the folder is damaged or being written: run the campaign again"
+        )
+    learned = {(row["model"], row["plan"]): {name: row[name] for name in LEARNED} for row in tables["cells"]}
+    tables["comparisons"] = [row | learned.get((row["model"], row["plan"]), {}) for row in tables["comparisons"]]
+    failures, exits, problems = _read_answers(folder, manifest, tables["cells"])
+    return CampaignData(manifest=manifest, **tables, failures=failures, exits=exits, problems=problems)
+
+
+# The kind of a document without a kind, and of all kinds together.
+ALL_KINDS: Final = "all"
+NEVER: Final = "never"
+_MOST_NAMED: Final = 5
+
+
+def answers_of(cell: str) -> str:
+    """Return the name of the file with a cell's answers."""
+    return f"answers/{cell}.parquet"
+
+
+def _read_answers(
+    folder: Folder, manifest: CampaignManifest, cells: Sequence[Row]
+) -> tuple[list[Row], list[Row], list[str]]:
+    """Return the failures, exits and problems of the answers of every cell."""
+    failures: list[Row] = []
+    exits: list[Row] = []
+    problems = defaultdict[str, list[str]](list)
+    # Plans that decide for each sample where visual tokens leave.
+    deciding = {
+        (plan["model"], plan["name"]): len(plan["modes"])
+        for plan in manifest.plans
+        if isinstance(plan.get("parts"), Mapping) and plan["parts"].get("threshold") is not None
+    }
+    for cell in cells:
+        # A plan with the modes of another one has no answers of its own, and a cell without results has none.
+        if cell["same_as"] is not None or not cell["n"]:
+            continue
+        table, problem = _answers(folder, answers_of(cell["cell"]), cell["n"])
+        if problem:
+            model = f"{cell['model']} under " if len(manifest.models) > 1 else ""
+            problems[problem].append(f"{model}{cell['plan']} on {cell['task']}")
+        reasons = Counter({cut(cell["message"] or "no reason was recorded"): cell["errors"]})
+        if table is not None:
+            reasons = Counter(map(cut, table["error"].drop_null().to_pylist()))
+            if (cell["model"], cell["plan"]) in deciding:
+                exits += _exits(cell, table, deciding[cell["model"], cell["plan"]])
+        names = {name: cell[name] for name in ("model", "plan", "task")}
+        failures += [names | {"reason": reason, "samples": count} for reason, count in reasons.most_common() if count]
+    return failures, exits, [_said(*item) for item in problems.items()]
+
+
+def _answers(folder: Folder, name: str, samples: int) -> tuple[pa.Table | None, str | None]:
+    """Return what there is of the answers of a cell, and what is wrong with them."""
+    try:
+        if not folder.exists(name):
+            return None, "are missing"
+        table = folder.read_table(name).select(["kind", "exit_layer", "error"])
+        table.validate(full=True)
+    # One changed byte can leave the file readable but its text invalid UTF-8.
+    except (ShortVError, UnicodeDecodeError, pa.ArrowInvalid):
+        return None, "cannot be read"
+    return table, "have fewer samples than their cells" if len(table) < samples else None
+
+
+def _said(problem: str, cells: Sequence[str]) -> str:
+    more = f" and {len(cells) - _MOST_NAMED} more" if len(cells) > _MOST_NAMED else ""
+    return (
+        f"The answers of {len(cells)} {'cell' if len(cells) == 1 else 'cells'} {problem}: "
+        f"{', '.join(cells[:_MOST_NAMED])}{more}. Errors and exit layers come from the answers and are incomplete on "
+        "this page; run the command of this campaign again to compute these cells."
+    )
+
+
+def _exits(cell: Row, answers: pa.Table, num_layers: int) -> Iterator[Row]:
+    """Count the samples whose visual tokens left after each layer, or never: of all samples, then of each kind."""
+    found: dict[str, Counter[int]] = {ALL_KINDS: Counter()}
+    for row in answers.group_by(["kind", "exit_layer"]).aggregate([([], "count_all")]).to_pylist():
+        if row["exit_layer"] is not None:
+            for kind in {ALL_KINDS, row["kind"] or ALL_KINDS}:
+                found.setdefault(kind, Counter())[row["exit_layer"]] += row["count_all"]
+    names = {name: cell[name] for name in ("cell", "model", "plan", "task")}
+    for kind in sorted(found, key=lambda kind: (kind != ALL_KINDS, kind)):
+        samples = found[kind].total()
+        for layer in range(num_layers + 1 if samples else 0):
+            exits, left = found[kind][layer], NEVER if layer == num_layers else str(layer)
+            counts = {"samples": samples, "layer_left": left, "exits": exits, "share": exits / samples}
+            yield names | {"kind": kind} | counts
+
 
 _NORMAL_95: Final = 1.96
 # Standard errors closer than this are equal.
@@ -32,15 +233,18 @@ class Interval(NamedTuple):
     method: str
 
 
-def interval_of(row: Mapping[str, Any]) -> Interval | None:
+def interval_of(row: Row) -> Interval | None:
     """Return the interval of a row of the table of metrics; None if it has no standard error.
 
     Of n values in 0..1 with mean p, zeros and ones have the largest standard error, sqrt(p (1 - p) / (n - 1)). So the
     row itself shows whether its scores are in that range (the interval is then cut to it), and whether all of them are
     0 or 1 (the interval is then Wilson's, 1927). Clustered scores keep their own standard error.
     """
-    clustered, plain, by_limit = (_known(row[name]) for name in ("stderr_clustered", "stderr", "stderr_clt"))
-    value, own = _known(row["value"]), by_limit if by_limit is not None else plain
+    clustered, plain, by_limit, value = (
+        None if row[name] is None or not isfinite(row[name]) else float(row[name])
+        for name in ("stderr_clustered", "stderr", "stderr_clt", "value")
+    )
+    own = by_limit if by_limit is not None else plain
     error = next((found for found in (clustered, plain, by_limit) if found is not None), None)
     if value is None or error is None:
         return None
@@ -49,11 +253,21 @@ def interval_of(row: Mapping[str, Any]) -> Interval | None:
     if own is None or most is None or own > most + _NEAR:
         return Interval(low, high, NORMAL)
     if clustered is None and own > most - _NEAR:
-        return _wilson(value, row["n"])
+        weight = _NORMAL_95**2 / row["n"]
+        low, high = (
+            (value + weight / 2 + sign * sqrt(weight * value * (1 - value) + weight**2 / 4)) / (1 + weight)
+            for sign in (-1, 1)
+        )
+        return Interval(max(low, 0.0), min(high, 1.0), WILSON)
     return Interval(max(low, 0.0), min(high, 1.0), CLIPPED)
 
 
-def interval_note(methods: Iterable[str]) -> str:
+def with_interval(row: Row) -> Row:
+    """Return a row of the table of metrics with its interval: `low`, `high` and `interval_by`, None if it has none."""
+    return {**row, **dict(zip(("low", "high", "interval_by"), interval_of(row) or (None,) * 3, strict=True))}
+
+
+def interval_note(methods: Iterable[str | None]) -> str:
     """Return the note of a chart whose bars are intervals computed by these methods."""
     used = set(methods)
     found = [text for method, text in _METHODS.items() if method in used]
@@ -65,203 +279,3 @@ def interval_of_difference(value: float, own: Interval, against: float, other: I
     difference = value - against
     low, high = hypot(value - own.low, other.high - against), hypot(own.high - value, against - other.low)
     return difference - low, difference + high
-
-
-def _wilson(share: float, n: int) -> Interval:
-    weight = _NORMAL_95**2 / n
-    centre = (share + weight / 2) / (1 + weight)
-    half = sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
-    return Interval(max(centre - half, 0.0), min(centre + half, 1.0), WILSON)
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or not isfinite(value) else float(value)
-
-
-Row = Mapping[str, Any]
-MAX_ROWS: Final = 200_000
-# What a plan is to the reader, in the order of colours, shapes and legends.
-KINDS: Final = [
-    *("LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"),
-    *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS"),
-]
-SYSTEMS: Final[Mapping[str, str]] = {PartsKind.SAISA: KINDS[8], PartsKind.DYVTE: KINDS[9], PartsKind.EAS: KINDS[10]}
-# Columns about what was learned for a plan: their names in the table and on the page.
-TRAINING: Final = {"learned_parameters": "learned parameters", "train_seconds": "training seconds"}
-_LABELS: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3]}
-
-
-class Training:
-    """Columns about what was learned for each plan; there are none if no plan has learned parts."""
-
-    def __init__(self, cells: Sequence[Row]) -> None:
-        found = {(row["model"], row["plan"]): [row[name] for name in TRAINING] for row in cells}
-        self._known = any(value is not None for values in found.values() for value in values)
-        self._found = found
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the columns."""
-        return tuple(TRAINING.values()) if self._known else ()
-
-    def values(self, row: Row) -> list[Any]:
-        """Return the columns' values for a row that names a model and a plan."""
-        return self._found.get((row["model"], row["plan"]), [None] * len(TRAINING)) if self._known else []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One plan on one model and task: its main metric with a 95 % interval, and its speed."""
-
-    plan: str
-    kind: str
-    n: int
-    errors: int
-    flops_ratio: float | None
-    value: float | None
-    interval: Interval | None = None
-    prefill_ms: float | None = None
-    prefill_ratio: float | None = None
-    latency_ms: float | None = None
-    samples_per_second: float | None = None
-
-    @property
-    def half_width(self) -> float | None:
-        """Half of the interval's length."""
-        return None if self.interval is None else (self.interval.high - self.interval.low) / 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """All plans of one model on one task, and the metric that they are judged by."""
-
-    model: str
-    task: str
-    metric: str | None
-    points: Sequence[Point]
-    comparisons: Sequence[Row]
-    training: Training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CampaignData:
-    """A campaign folder: rows of its tables, why samples failed, exit layers, and which answers are missing."""
-
-    manifest: CampaignManifest
-    cells: Sequence[Row]
-    metrics: Sequence[Row]
-    comparisons: Sequence[Row]
-    speed: Sequence[Row]
-    failures: Sequence[Failures]
-    exits: Sequence[Exits] = ()
-    problems: Sequence[str] = ()
-
-    def groups(self) -> list[Group]:
-        """Return a group for each model and task, in the order of the cells."""
-        names = dict.fromkeys((str(row["model"]), str(row["task"])) for row in self.cells)
-        return [self._group(model, task) for model, task in names]
-
-    def _group(self, model: str, task: str) -> Group:
-        def own(rows: Sequence[Row]) -> list[Row]:
-            return [row for row in rows if (row["model"], row["task"]) == (model, task)]
-
-        metrics, speed = own(self.metrics), {row["plan"]: row for row in own(self.speed)}
-        named = next((item.get("main_metric") for item in self.manifest.tasks if item.get("name") == task), None)
-        metric = named or next((str(row["metric"]) for row in metrics), None)
-        # A metric may exist under several filters; the first one is the first of the task's configuration.
-        scores = {row["plan"]: row for row in reversed(metrics) if row["metric"] == metric}
-        kinds = {item["name"]: kind_of_plan(item) for item in self.manifest.plans if item["model"] == model}
-        base = (speed.get("full") or {}).get("prefill_ms_median")
-        points = [
-            _point(cell, kinds.get(cell["plan"], KINDS[5]), scores.get(cell["plan"]), speed.get(cell["plan"], {}), base)
-            for cell in own(self.cells)
-        ]
-        return Group(
-            model=model,
-            task=task,
-            metric=metric,
-            points=points,
-            comparisons=own(self.comparisons),
-            training=Training(own(self.cells)),
-        )
-
-
-def kind_of_plan(plan: Row) -> str:
-    """Return what a plan of the manifest is to the reader: its learned system, its order of layers, or its modes."""
-    parts, order = plan.get("parts"), (plan.get("source") or {}).get("order")
-    if isinstance(parts, Mapping):
-        return SYSTEMS.get(str(parts.get("kind")), KINDS[5])
-    if plan["kind"] == "plan" and order == "lc":
-        return KINDS[0]
-    named = _LABELS.get(str(order if plan["kind"] == "plan" else plan["kind"]))
-    return named or _kind_of_modes(plan.get("modes", ()))
-
-
-def _kind_of_modes(modes: Sequence[str]) -> str:
-    if Mode.DROP_VISUAL in modes and set(modes) <= {Mode.FULL, Mode.DROP_VISUAL}:
-        return KINDS[7]
-    return KINDS[6] if len(set(modes)) == 1 and Mode.FULL not in modes else KINDS[5]
-
-
-def parts_of_plan(plan: Row) -> str | None:
-    """Return the learned parts of a plan of the manifest, such as `DyVTE at 0.5`; None for a plan without."""
-    parts = plan.get("parts")
-    if not isinstance(parts, Mapping):
-        return None
-    kind, threshold = str(parts.get("kind")), parts.get("threshold")
-    name = SYSTEMS.get(kind, kind)
-    return name if threshold is None else f"{name} at {threshold}"
-
-
-def _point(cell: Row, kind: str, score: Row | None, speed: Row, base_ms: float | None) -> Point:
-    own_ms = speed.get("prefill_ms_median")
-    return Point(
-        plan=cell["plan"],
-        kind=kind,
-        n=cell["n"],
-        errors=cell["errors"],
-        flops_ratio=cell["flops_ratio"],
-        value=score["value"] if score else None,
-        interval=interval_of(score) if score else None,
-        prefill_ms=own_ms,
-        prefill_ratio=own_ms / base_ms if own_ms is not None and base_ms else None,
-        latency_ms=speed.get("latency_ms_median"),
-        samples_per_second=speed.get("samples_per_second"),
-    )
-
-
-def read_campaign_data(folder: Folder) -> CampaignData:
-    """Read a campaign folder. Raises ShortVError if it is not one, is damaged, or contradicts itself."""
-    manifest = CampaignManifest.load(folder)
-    finished = manifest.state is not State.RUNNING
-    tables = {name: _rows(folder, name, finished) for name in ("cells", "metrics", "comparisons", "speed")}
-    if not all(isinstance(plan.get(name), str) for plan in manifest.plans for name in ("kind", "digest")):
-        problem = f"the manifest of {folder.shown} lists plans without kind or digest; it was changed by hand"
-        raise Refused(f"{problem}: run the campaign again")
-    if finished:
-        _check(manifest, tables, folder)
-    failures, exits, problems = read_answers(folder, manifest, tables["cells"])
-    return CampaignData(manifest=manifest, failures=failures, exits=exits, problems=problems, **tables)
-
-
-def _rows(folder: Folder, name: str, needed: bool) -> list[dict[str, Any]]:
-    if folder.exists(f"{name}.parquet"):
-        table = folder.read_table(name)
-        if len(table) > MAX_ROWS:
-            raise Refused(f"{folder.shown}/{name}.parquet has {len(table)} rows, at most {MAX_ROWS} are read")
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
-    if needed:
-        raise Refused(f"{folder.shown} has no {name}.parquet although its run has ended; run the campaign again")
-    return []
-
-
-def _check(manifest: CampaignManifest, tables: Mapping[str, Sequence[Row]], folder: Folder) -> None:
-    keys = {row["cell"] for row in tables["cells"]}
-    declared = manifest.counts.get("cells", 0)
-    strange = {row["cell"] for name in ("metrics", "speed") for row in tables[name]} - keys
-    if len(keys) != declared or strange:
-        raise Refused(
-            f"the manifest of {folder.shown} counts {declared} cells, cells.parquet has {len(keys)}, other tables have "
-            f"{len(strange)} more; the folder is damaged or being written: run the campaign again"
-        )

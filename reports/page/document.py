@@ -1,18 +1,38 @@
-"""What a page is made of, whatever run it shows, and the style and templates of every page."""
+"""What a page is made of, whatever run it shows, and how it becomes one HTML file that loads nothing."""
 
 import base64
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
+import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+_HERE: Final = Path(__file__).parent
 # More rows would make the page slow; the Parquet file beside it has them all.
 MOST_ROWS: Final = 500
+_MOST_CHARACTERS: Final = 300
+# Characters that end a script element or open a comment in it.
+_IN_SCRIPT: Final = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+# What columns are called on the page where their names do not say it.
+_LABELS: Final = {
+    **dict.fromkeys(("ci_low", "low"), "95 % from"),
+    **dict.fromkeys(("ci_high", "high", "rank_high"), "to"),
+    **{"n": "samples", "n_text": "text tokens", "n_visual": "visual tokens", "dataset": "data set"},
+    **{"mean": "LC (nats)", "rank_low": "rank from", "flops_ratio": "FLOPs ratio", "sample_id": "sample"},
+    **{"samples_per_second": "samples/s", "share_changed": "answers changed", "config_digest": "architecture digest"},
+    **{"train_seconds": "training seconds", "num_docs": "documents", "layer_left": "exit after layer"},
+}
 
 Value = str | int | float | bool | None
+Row = Mapping[str, Any]
 Fact = tuple[str, Value]
 
 
@@ -36,7 +56,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A Vega-Lite chart, its data by name, and the same numbers as a table.
+    """An Altair chart, its data by name, and the same numbers as a table.
 
     `description` is what a screen reader says. `canvas` draws pixels, for charts of thousands of marks.
     """
@@ -45,8 +65,9 @@ class Chart:
     title: str
     note: str
     description: str
-    spec: Mapping[str, Any]
-    data: Mapping[str, Sequence[Mapping[str, Value]]]
+    marks: Any
+    height: int
+    data: Mapping[str, Sequence[Row]]
     numbers: Grid
     canvas: bool = False
     half: bool = False
@@ -66,21 +87,113 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A whole page. `warnings` stand at its top; `state` is that of the run (running, complete, partial)."""
+    """A whole page. `warnings` stand at its top; `state` is that of the run (running, complete, partial).
+
+    `links` is where the run's files are, seen from the page; None if they cannot be linked.
+    """
 
     title: str
-    kind: str
     state: str
-    warnings: Sequence[str] = ()
-    headline: Sequence[Fact] = ()
-    sections: Sequence[Section] = ()
-    links: str | None = field(default="")
-    """Where the run's files are, seen from the page; None: they cannot be linked."""
+    warnings: Sequence[str]
+    headline: Sequence[Fact]
+    sections: Sequence[Section]
+    links: str | None
 
 
-def shortened(rows: Sequence[Sequence[Value]], **rest: Any) -> Grid:
-    """Return a table of the first `MOST_ROWS` rows, which says how many there are."""
-    return Grid(rows=rows[:MOST_ROWS], total=len(rows) if len(rows) > MOST_ROWS else None, **rest)
+def label_of(column: str) -> str:
+    """Return what a column of a result table is called on the page."""
+    return _LABELS.get(column) or column.replace("_", " ")
+
+
+def grid(
+    caption: str,
+    rows: Sequence[Row] | pa.Table,
+    columns: str,
+    *,
+    files: Sequence[str] = (),
+    most: int | None = None,
+    **labels: str,
+) -> Grid:
+    """Return a table of some columns of the rows: their names in order, with spaces between.
+
+    `labels` replace what columns are usually called. Only the first `most` rows are taken; long texts are cut.
+    """
+    names = columns.split()
+    first = rows[:most].to_pylist() if isinstance(rows, pa.Table) else rows[:most]
+    return Grid(
+        caption=caption,
+        columns=[labels.get(name) or label_of(name) for name in names],
+        rows=[[cut(row.get(name)) for name in names] for row in first],
+        total=len(rows) if len(rows) > len(first) else None,
+        files=files,
+    )
+
+
+def cut(value: Value) -> Value:
+    """Return the value; of a long text its beginning."""
+    is_long = isinstance(value, str) and len(value) > _MOST_CHARACTERS
+    return f"{str(value)[: _MOST_CHARACTERS - 1]}…" if is_long else value
+
+
+def render(page: Page) -> bytes:
+    """Return the page as one HTML file in UTF-8. Every text from a run is escaped."""
+    scripts = (library(), (_HERE / "page.js").read_text("utf-8"))
+    digests = " ".join(map(policy_digest, scripts))
+    charts = {chart.key: _embedded(chart) for section in page.sections for chart in section.charts}
+    environment = template_environment(_HERE)
+    environment.filters["number"] = number
+    text = environment.get_template("page.html").render(
+        page=page,
+        policy=f"default-src 'none'; script-src {digests}; style-src {policy_digest(page_style())}; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+        style=Markup(page_style()),
+        # Neither is text from a run, and both are checked by the policy's digests.
+        scripts=[Markup(script) for script in scripts],
+        charts=Markup(json.dumps(charts, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT)),
+        href=lambda file: None if page.links is None else page.links + quote(file),
+    )
+    return text.encode("utf-8", errors="replace")
+
+
+@cache
+def library() -> str:
+    """Return Vega, Vega-Lite and vega-embed as one script; made from the package, without a network."""
+    import vl_convert
+    from altair import SCHEMA_VERSION
+
+    version = ".".join(SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    return script.replace("</script", "<\\/script")
+
+
+def number(value: Value) -> str:
+    """Return a table's cell as text: numbers to four digits, nothing for null."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "not a number"
+    return str(value)
+
+
+def _embedded(chart: Chart) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a chart as wide as its place, and how it is drawn."""
+    size = {"width": "container", "height": chart.height, "autosize": {"type": "fit-x", "contains": "padding"}}
+    # The page's script sets its own configuration for every colour scheme.
+    spec = {name: value for name, value in chart.marks.to_dict().items() if name != "config"}
+    datasets = {name: _columns(rows) for name, rows in chart.data.items()}
+    spec |= size | {"description": chart.description, "datasets": datasets}
+    return {"spec": spec, "renderer": "canvas" if chart.canvas else "svg"}
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """Column-wise, which takes half of the space; the page's script makes rows of it. JSON has no NaN."""
+    names = list(rows[0]) if rows else []
+    return {
+        name: [None if isinstance(row[name], float) and not math.isfinite(row[name]) else row[name] for row in rows]
+        for name in names
+    }
 
 
 def template_environment(folder: Path) -> Environment:
@@ -94,9 +207,10 @@ def template_environment(folder: Path) -> Environment:
     )
 
 
+@cache
 def page_style() -> str:
     """Return the style sheet of all pages."""
-    return (Path(__file__).parent / "page.css").read_text("utf-8")
+    return (_HERE / "page.css").read_text("utf-8")
 
 
 def policy_digest(text: str) -> str:

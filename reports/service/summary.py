@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 from reports.manifest import MANIFEST_NAME, CampaignManifest, State, SweepManifest, TrainingManifest
 from reports.page import PAGE_NAME
-from reports.page.campaign_data import KINDS, CampaignData, Group, Point
+from reports.page.campaign_data import KINDS, CampaignData, Group
+from reports.page.document import Row
 from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
 from reports.service.runs import (
     AGAINST_NAME,
@@ -235,7 +236,7 @@ class _Finished:
             found, declared = len({row["cell"] for row in cells}), self._count("cells")
             if declared != found:
                 raise Refused(f"the manifest counts {declared} cells, {self._shown('cells.parquet')} has {found}")
-            data = CampaignData(manifest=manifest, cells=cells, metrics=metrics, comparisons=(), speed=(), failures=())
+            data = CampaignData(manifest=manifest, cells=cells, metrics=metrics)
             self.values["best"] = [_best(group) for group in data.groups()]
         with self._noting():
             self._expect_answers(self._rows("cells"))
@@ -304,24 +305,25 @@ class _Finished:
 
 def _best(group: Group) -> dict[str, Any]:
     """Return the best plan of LC and the best of the other plans; a control is never one of them."""
-    full = next((point for point in group.points if point.kind == _FULL), None)
+    full = next((point for point in group.points if point["kind"] == _FULL), None)
     shape: dict[str, Any] = {"model": group.model, "task": group.task, "metric": group.metric}
-    shape |= {"full": _number(full.value) if full else None}
-    shape |= _highest(point for point in group.points if point.kind == _LC)
-    other = _highest(point for point in group.points if point.kind not in {_LC, _FULL, *_CONTROLS})
+    shape |= {"full": _number(full["value"]) if full else None}
+    shape |= _highest(point for point in group.points if point["kind"] == _LC)
+    other = _highest(point for point in group.points if point["kind"] not in {_LC, _FULL, *_CONTROLS})
     return shape | ({"other": other} if other else {})
 
 
-def _highest(points: Iterable[Point]) -> dict[str, Any]:
+def _highest(points: Iterable[Row]) -> dict[str, Any]:
     """Return the plan of the highest metric among those cheaper than the full model; at a tie the cheapest."""
     found: dict[str, Any] = {}
     for point in points:
-        value, ratio = _number(point.value), _number(point.flops_ratio)
+        value, ratio = _number(point["value"]), _number(point["flops_ratio"])
         if value is None or ratio is None or ratio >= _CHEAPER:
             continue
         if not found or (value, -ratio) > (found["value"], -found["flops_ratio"]):
-            found = {"plan": point.plan, "value": value, "half_width": _number(point.half_width)}
-            found |= {"flops_ratio": ratio, "n": point.n, "errors": point.errors}
+            half_width = None if point["low"] is None else _number((point["high"] - point["low"]) / 2)
+            found = {"plan": point["plan"], "value": value, "half_width": half_width}
+            found |= {"flops_ratio": ratio, "n": point["n"], "errors": point["errors"]}
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from reports.page import build_page, write_page
-from reports.page.rendering import render
+from reports.page.document import render
 from reports.store import Folder
 from tests.reports.page.campaigns import DYVTE, Exiting, make_judged
 from tests.reports.runs import MODES, make_sweep, sweep_manifest

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from reports.manifest import CampaignManifest
-from reports.page.campaign import campaign_page
-from reports.page.campaign_charts import exit_charts
+from reports.page.campaign import campaign_page, exit_charts
 from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder
 from shortv.costs import layer_flops
@@ -83,9 +82,8 @@ def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
     manifest = CampaignManifest.load(folder)
     assert [plan["parts"] and plan["parts"]["threshold"] for plan in manifest.plans] == [None, 0.5, 0.9]
     exits = read_campaign_data(folder).exits
-    counted = [(one.plan, one.kind, one.samples) for one in exits[:3]]
-    assert counted == [("at-0.5", "all", 12), ("at-0.5", "colour", 6), ("at-0.5", "count", 6)]
-    assert exits[0].counts == {1: 4, 3: 4, 8: 4}
+    counted = dict.fromkeys((row["plan"], row["kind"], row["samples"]) for row in exits if row["plan"] == "at-0.5")
+    assert [*counted] == [("at-0.5", "all", 12), ("at-0.5", "colour", 6), ("at-0.5", "count", 6)]
     assert '"exits-0"' in (tmp_path / "out" / "report.html").read_text()
     # Plan, kind, samples, layer, exits, share.
     rows = [list(row) for row in exit_charts(exits)[0].numbers.rows[:3]]
