@@ -59,9 +59,9 @@ def _option_of(name: str, field: FieldInfo) -> Callable[[Any], Any]:
     choices = next((get_args(kind) for kind in literals), None)
     if bool in kinds:
         attributes["is_flag"] = True
-    elif choices:
+    if choices:
         attributes["type"] = click.Choice([str(choice) for choice in choices])
-    elif get_origin(annotation) is tuple and annotation is not tuple:
+    if get_origin(annotation) is tuple:
         attributes["multiple"] = True
     if "metavar" in extra or not (bool in kinds or choices):
         attributes["metavar"] = str(extra.get("metavar") or _metavar(kinds))
@@ -77,10 +77,9 @@ def _shown_default(field: FieldInfo) -> str:
     default = field.default
     if field.is_required() or field.default_factory or default is None or default is False or default == ():
         return ""
-    shown = (
-        ",".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else default
-    )
-    return f" [default: {shown}]"
+    if isinstance(default, float):
+        default = f"{default:g}"
+    return f" [default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]"
 
 
 def _let_logs_through(_: click.Context, __: click.Parameter, value: bool) -> None:

@@ -100,20 +100,6 @@ def sweep_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count) -
     return total
 
 
-def decoder_parameters(arch: Architecture) -> int:
-    """Return the weights of the decoder with its embeddings and its LM head, untied; biases are left out."""
-    query_width = arch.num_heads * arch.head_dim
-    key_width = arch.num_kv_heads * arch.head_dim
-    layer = 2 * arch.hidden_size * (query_width + key_width) + 3 * arch.hidden_size * arch.intermediate_size
-    norms = (2 * arch.num_layers + 1) * arch.hidden_size
-    return arch.num_layers * layer + norms + 2 * arch.vocab_size * arch.hidden_size
-
-
-def kv_cache_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
-    """Return the bytes of the keys and values of one sequence; frozen tokens have theirs as well."""
-    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * tokens * itemsize
-
-
 def activation_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
     """Return the bytes that one layer works in: six tensors of the model's width and three of the FFN's.
 
@@ -122,51 +108,5 @@ def activation_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
     return tokens * (6 * arch.hidden_size + 3 * arch.intermediate_size) * itemsize
 
 
-class SweepMemory(NamedTuple):
-    """Bytes that a sweep needs on one device, by what they are for, and how many ablations are stacked."""
-
-    weights: int
-    states: int
-    """The residual stream of the clean pass before and after every layer."""
-    stacked: int
-    """What the stacked ablations work in: their keys and values, activations and masks."""
-    logits: int
-    stack: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.states + self.stacked + self.logits
-
-
 STACK_SHARE = 0.25
 """Share of a GPU's memory that stacked ablations may fill."""
-
-
-def sweep_memory(
-    arch: Architecture,
-    *,
-    tokens: int,
-    batch: int,
-    itemsize: int,
-    ablations: int,
-    device_bytes: int,
-    other_parameters: int = 0,
-) -> SweepMemory:
-    """Return what a sweep fills on a GPU of `device_bytes`, which stacks as many of the ablations as it may.
-
-    `tokens` are those of the longest sample of a batch, `itemsize` the bytes per weight, and `other_parameters` the
-    weights beside the decoder (vision tower, projector). What CUDA itself and a vision tower at work take is left out.
-    """
-    each = activation_bytes(arch, batch * tokens, itemsize)
-    stack = max(1, min(ablations, int(STACK_SHARE * device_bytes) // each))
-    masks = stack * batch * tokens * tokens
-    # Log-probabilities in float64: the full model's, one ablation's, and two tables in between.
-    in_float64 = 4 * batch * arch.vocab_size * 8
-    return SweepMemory(
-        weights=(decoder_parameters(arch) + other_parameters) * itemsize,
-        states=(arch.num_layers + 1) * batch * tokens * arch.hidden_size * itemsize,
-        stacked=stack * each + masks,
-        logits=stack * batch * arch.vocab_size * itemsize + in_float64,
-        stack=stack,
-    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
-import signal
 import socket
 import statistics
 import subprocess
@@ -13,19 +13,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 from shortv.errors import ShortVError
 
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "serve.py"
 _PATIENCE_S = 60.0
 _READY_S, _STOP_S = 180.0, 60.0
-_REFUSALS = (429, 503)
 
 
 @dataclass(slots=True)
@@ -45,92 +44,83 @@ class Load:
     client_cpu: float = 0.0
 
     @property
-    def answered(self) -> int:
-        """Requests with status 200."""
-        return self.statuses[200]
-
-    @property
-    def refused(self) -> int:
-        """Requests with status 429 or 503."""
-        return sum(self.statuses[status] for status in _REFUSALS)
-
-    @property
-    def sent(self) -> int:
-        """All requests."""
-        return sum(self.statuses.values()) + self.silent
-
-    @property
     def goodput(self) -> float:
         """Requests with status 200 per second."""
-        return self.answered / self.seconds
+        return self.statuses[200] / self.seconds
 
-    @property
-    def median(self) -> float:
-        """Median latency in seconds of the requests with status 200."""
-        return statistics.median(self.latencies) if self.latencies else float("nan")
+    def figures(self) -> dict[str, float]:
+        """What a table shows of the run; latencies are of the requests with status 200."""
+        answered, refused = self.statuses[200], self.statuses[429] + self.statuses[503]
+        sent = self.statuses.total() + self.silent
+        late = sorted(self.latencies) or [float("nan")]
+        return {
+            "seconds": self.seconds,
+            "sent": sent,
+            "answered": answered,
+            "refused": refused,
+            "refused_without_retry_after": self.bare_refusals,
+            "other": self.statuses.total() - answered - refused,
+            "without_response": self.silent,
+            "responses_per_s": self.goodput,
+            "median_ms": 1e3 * statistics.median(late),
+            "p99_ms": 1e3 * late[int(0.99 * len(late))],
+            "client_cpu_ms_per_request": 1e3 * self.client_cpu / sent,
+            "client_cpu_share": self.client_cpu / self.seconds,
+            "client_lag_ms": 1e3 * self.lag,
+        }
 
-    @property
-    def p99(self) -> float:
-        """99th percentile of the same latencies."""
-        return sorted(self.latencies)[int(0.99 * len(self.latencies))] if self.latencies else float("nan")
 
-
-def bodies_of(prompts: Sequence[tuple[str, str]], model: str) -> list[bytes]:
-    """Request bodies for pairs of an image's data URI and a prompt."""
-
-    def body(uri: str, text: str) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": text}]
-        return {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
-
-    return [json.dumps(body(uri, text)).encode() for uri, text in prompts]
+def bodies_of(questions: Iterable[tuple[bytes, str]], model: str) -> list[bytes]:
+    """Request bodies for pairs of a PNG image and a prompt."""
+    bodies = []
+    for image, text in questions:
+        url = "data:image/png;base64," + base64.b64encode(image).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        asked = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+        bodies.append(json.dumps(asked).encode())
+    return bodies
 
 
 async def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int, seconds: float) -> Load:
     """Run `clients` clients that send a request as soon as they have a response; the goodput is the capacity."""
-    load, queue = Load(), itertools.cycle(bodies)
-    started, cpu = time.perf_counter(), time.process_time()
-    async with _session() as session:
+    queue = itertools.cycle(bodies)
+    async with _running() as (load, session):
+        until = time.perf_counter() + seconds
 
         async def client() -> None:
-            while time.perf_counter() - started < seconds:
+            while time.perf_counter() < until:
                 await _send(session, url, next(queue), load)
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    load.seconds, load.client_cpu = time.perf_counter() - started, time.process_time() - cpu
     return load
 
 
 async def open_loop(url: str, bodies: Sequence[bytes], *, rate: float, seconds: float) -> Load:
     """Send `rate` requests per second regardless of the responses, and wait for the last one."""
-    load, queue = Load(), itertools.cycle(bodies)
-    started, cpu = time.perf_counter(), time.process_time()
-    async with _session() as session, asyncio.TaskGroup() as group:
-        for at in _ticks(rate, seconds):
-            ahead = started + at - time.perf_counter()
+    async with _running() as (load, session), asyncio.TaskGroup() as group:
+        started = time.perf_counter()
+        for number, body in zip(range(int(rate * seconds)), itertools.cycle(bodies), strict=False):
+            ahead = started + number / rate - time.perf_counter()
             load.lag = max(load.lag, -ahead)
             await asyncio.sleep(max(ahead, 0))
-            group.create_task(_send(session, url, next(queue), load))
-        load.seconds = time.perf_counter() - started
-    load.client_cpu = time.process_time() - cpu
+            group.create_task(_send(session, url, body, load))
     return load
 
 
-def _ticks(rate: float, seconds: float) -> Iterator[float]:
-    return (number / rate for number in range(int(rate * seconds)))
-
-
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=_PATIENCE_S)
-    )
+@asynccontextmanager
+async def _running() -> AsyncIterator[tuple[Load, aiohttp.ClientSession]]:
+    """A client, and the outcomes of what it sends with the time that all of it took."""
+    load, started, cpu = Load(), time.perf_counter(), time.process_time()
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        yield load, session
+    load.seconds, load.client_cpu = time.perf_counter() - started, time.process_time() - cpu
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes, load: Load) -> None:
-    started = time.perf_counter()
+    started, headers = time.perf_counter(), {"content-type": "application/json"}
     try:
-        async with session.post(
-            f"{url}/chat/completions", data=body, headers={"content-type": "application/json"}
-        ) as response:
+        async with session.post(f"{url}/chat/completions", data=body, headers=headers) as response:
             await response.read()
     except (aiohttp.ClientError, TimeoutError):
         load.silent += 1
@@ -138,42 +128,29 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, load: Loa
     load.statuses[response.status] += 1
     if response.status == 200:
         load.latencies.append(time.perf_counter() - started)
-    elif response.status in _REFUSALS and "retry-after" not in response.headers:
+    elif response.status in (429, 503) and "retry-after" not in response.headers:
         load.bare_refusals += 1
 
 
 @contextmanager
-def running_endpoint(job: Path, arguments: Sequence[str]) -> Iterator[str]:
+def running_endpoint(*arguments: str) -> Iterator[str]:
     """Run `jobs/serve.py` on a free port of loopback and yield its URL; raises ShortVError when it does not start."""
-    port = _free_port()
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, str(job), "--port", str(port), *arguments]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.NamedTemporaryFile() as log:
+        command = [sys.executable, str(JOB), "--port", str(port), *arguments]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _wait(process, log)
+            until = time.monotonic() + _READY_S
+            while "is ready" not in (text := Path(log.name).read_text()):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise ShortVError(f"the endpoint did not start: {(text.strip().splitlines() or ['no output'])[-1]}")
+                time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _wait(process: subprocess.Popen[str], log: object) -> None:
-    until = time.monotonic() + _READY_S
-    while True:
-        log.seek(0)  # type: ignore[attr-defined]  # a temporary file has no public type
-        text = str(log.read())  # type: ignore[attr-defined]
-        if "is ready" in text:
-            return
-        if process.poll() is not None or time.monotonic() > until:
-            raise ShortVError(f"the endpoint did not start: {(text.strip().splitlines() or ['no output'])[-1]}")
-        time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,18 +7,18 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
-from shortv.architecture import Architecture
-from shortv.families import load_architecture
+from shortv.bench.rows import Row
+from shortv.bench.specs import TINY, SchedulingBench
 from shortv.plan import Mode
 from shortv.records import LcRecord, UsedSample
 from shortv.sample import Sample
@@ -29,45 +29,23 @@ from shortv.workers.sweep.measure import Measured, SweepEngine
 from shortv.workers.sweep.spec import SweepSpec
 
 
-class Scheduling(NamedTuple):
-    """Units of a sweep, its seconds, and the share of the workers' time that they spent in units.
-
-    Counted from the moment when the last worker began its first unit, so the start of workers is left out.
-    """
-
-    workers: int
-    units: int
-    seconds: float
-    efficiency: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SleepEngine(SweepEngine):
-    """An engine without a model: each unit sleeps and records when it ran."""
+    """An engine without a model: each unit sleeps, and each sample has made-up rows."""
 
-    architecture: Architecture
-    unit_seconds: float
-    trace: Path
-
-    def describe(self, spec: ModelSpec) -> Architecture:
-        """Return the sizes of the bundled model."""
-        return self.architecture
-
-    def pin(self, spec: ModelSpec) -> ModelSpec:
-        """Return the model as it is."""
-        return spec
+    seconds: float = 0.0
 
     def load(self, spec: ModelSpec, *, device: str, threads: int) -> str:
         """Load nothing."""
-        return "nothing"
+        return "loaded"
 
     def load_preprocessor(self, spec: ModelSpec) -> str:
         """Load nothing."""
-        return "nothing"
+        return "preprocessor"
 
     def preprocess(self, preprocessor: Any, samples: Sequence[Sample], *, alone: bool) -> bytes:
-        """Prepare nothing."""
-        return b""
+        """Return the names of the samples."""
+        return " ".join(sample.sample_id for sample in samples).encode()
 
     def measure(
         self,
@@ -80,68 +58,89 @@ class SleepEngine(SweepEngine):
         stack: int | None,
     ) -> Measured:
         """Sleep, and return a divergence for every sample, mode and layer."""
-        started = time.monotonic()
-        time.sleep(self.unit_seconds)
-        # One machine has one monotonic clock for all processes.
-        span = {"worker": os.getpid(), "started": started, "ended": time.monotonic()}
-        (self.trace / f"{os.getpid()}-{started}.json").write_text(json.dumps(span))
+        time.sleep(self.seconds)
         return Measured(
-            records=tuple(
-                LcRecord(
-                    sample_id=sample.sample_id,
-                    mode=mode,
-                    layer=layer,
-                    kl_full_ablated=1.0 + layer,
-                    kl_ablated_full=1.0 + layer,
-                    top1_changed=False,
-                )
-                for sample in samples
-                for mode in modes
-                for layer in layers
-            ),
-            used=tuple(
-                UsedSample(sample_id=one.sample_id, dataset=None, prompt=one.prompt, answer=None, n_text=1, n_visual=1)
-                for one in samples
-            ),
+            records=tuple(self.record(sample, mode, layer) for sample in samples for mode in modes for layer in layers),
+            used=tuple(map(used, samples)),
             noise_floor=0.0,
         )
 
-
-def bench_scheduling(model: str, workers: int, *, units_each: int, unit_seconds: float) -> Scheduling:
-    """Sweep `units_each` units per worker on `workers` workers that each have a GPU in name."""
-    with tempfile.TemporaryDirectory(prefix="shortv-bench-") as folder:
-        trace = Path(folder, "trace")
-        trace.mkdir()
-        engine = SleepEngine(architecture=load_architecture(model), unit_seconds=unit_seconds, trace=trace)
-        start(num_cpus=1, num_gpus=workers, log_to_driver=False, logging_level="ERROR")
-        try:
-            request = _request(Path(folder), workers, workers * units_each)
-            run_sweep(request, engine=engine, console=Console(file=io.StringIO()))
-        finally:
-            ray.shutdown()
-        spans = [json.loads(path.read_text()) for path in trace.iterdir()]
-    return _scheduling(workers, spans)
+    def record(self, sample: Sample, mode: Mode, layer: int) -> LcRecord:
+        """Return a divergence that grows with the layer."""
+        value, name = 1.0 + layer, sample.sample_id
+        return LcRecord(
+            sample_id=name, mode=mode, layer=layer, kl_full_ablated=value, kl_ablated_full=value, top1_changed=False
+        )
 
 
-def _request(folder: Path, workers: int, units: int) -> SweepSpec:
-    calibration = folder / "calibration.parquet"
-    rows = [{"sample_id": f"s{number:04d}", "images": [b"-"], "prompt": "?"} for number in range(units)]
-    schema = pa.schema([("sample_id", pa.string()), ("images", pa.list_(pa.binary())), ("prompt", pa.string())])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), calibration)
-    return SweepSpec(
-        model="sleep",
-        calibration=(str(calibration),),
-        output_path=str(folder / "out"),
-        modes=(Mode.FREEZE_VISUAL,),
-        batch_size=1,
-        workers=WorkerRange(workers, workers),
+def used(sample: Sample) -> UsedSample:
+    """Return the row of a used sample, with made-up numbers of tokens."""
+    return UsedSample(
+        sample_id=sample.sample_id,
+        dataset=sample.dataset,
+        prompt=sample.prompt,
+        answer=sample.answer,
+        n_text=5,
+        n_visual=4 * len(sample.images),
     )
 
 
-def _scheduling(workers: int, spans: Sequence[dict[str, float]]) -> Scheduling:
-    first: dict[float, float] = {}
-    for span in spans:
-        first[span["worker"]] = min(span["started"], first.get(span["worker"], span["started"]))
-    begin, end = max(first.values()), max(span["ended"] for span in spans)
-    busy = sum(max(0.0, span["ended"] - max(span["started"], begin)) for span in spans)
-    return Scheduling(workers, len(spans), end - begin, busy / (workers * (end - begin)))
+@dataclass(frozen=True, kw_only=True)
+class TracedEngine(SleepEngine):
+    """Records when each unit ran, and in which process."""
+
+    trace: Path
+
+    def measure(self, *batch: Any, **options: Any) -> Measured:
+        """Sleep, and leave a file. One machine has one monotonic clock for all processes."""
+        started = time.monotonic()
+        measured = super().measure(*batch, **options)
+        span = {"worker": os.getpid(), "started": started, "ended": time.monotonic()}
+        (self.trace / f"{os.getpid()}-{started}.json").write_text(json.dumps(span))
+        return measured
+
+
+def bench(spec: SchedulingBench) -> Iterator[Row]:
+    """Sweep so many units per worker on each number of workers, which each have a GPU in name.
+
+    Counted from the moment when the last worker began its first unit, so the start of workers is left out; the
+    baseline is the time for which a worker slept on average.
+    """
+    for workers in spec.workers:
+        spans = _sweep(workers, workers * spec.units, spec.unit_seconds)
+        first: dict[float, float] = {}
+        for span in spans:
+            first[span["worker"]] = min(span["started"], first.get(span["worker"], span["started"]))
+        begin, end = max(first.values()), max(span["ended"] for span in spans)
+        busy = sum(max(0.0, span["ended"] - max(span["started"], begin)) for span in spans) / workers
+        yield Row(
+            case=f"{len(spans)} units of {spec.unit_seconds:g} s on {workers} workers",
+            baseline_ms=1e3 * busy,
+            measured_ms=1e3 * (end - begin),
+            ratio=(end - begin) / busy,
+            figures={"workers": workers, "of_ideal": busy / (end - begin)},
+        )
+
+
+def _sweep(workers: int, units: int, seconds: float) -> list[dict[str, float]]:
+    """Run a sweep of one sample per unit and return when each unit ran."""
+    with tempfile.TemporaryDirectory(prefix="shortv-bench-") as folder:
+        trace, calibration = Path(folder, "trace"), Path(folder, "calibration.parquet")
+        trace.mkdir()
+        rows = [{"sample_id": f"s{number:04d}", "images": [b"-"], "prompt": "?"} for number in range(units)]
+        pq.write_table(pa.Table.from_pylist(rows), calibration)
+        request = SweepSpec(
+            model=str(TINY / "model"),
+            calibration=(str(calibration),),
+            output_path=str(Path(folder, "out")),
+            modes=(Mode.FREEZE_VISUAL,),
+            batch_size=1,
+            workers=WorkerRange(workers, workers),
+        )
+        start(num_cpus=1, num_gpus=workers, log_to_driver=False, logging_level="ERROR")
+        try:
+            engine = TracedEngine(seconds=seconds, trace=trace)
+            run_sweep(request, engine=engine, console=Console(file=io.StringIO()))
+        finally:
+            ray.shutdown()
+        return [json.loads(path.read_text()) for path in trace.iterdir()]

@@ -2,78 +2,63 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shortv.bench.device import seconds
+from reports.calibration import read_calibration
+from shortv.bench.measuring import Timings, seconds
+from shortv.bench.rows import Row
+from shortv.bench.specs import SweepBench
 from shortv.errors import Refused
-from shortv.families import Batch, Decoder, LoadedModel, encode
+from shortv.families import Batch, Decoder, LoadedModel, encode, load, quiet_transformers
 from shortv.plan import Mode
 from shortv.sample import Sample
 from shortv.sweep.ablations import last_logits
 from shortv.sweep.divergence import Divergence, divergence, log_probabilities
 from shortv.sweep.engine import measure
 
-Engine = Callable[[Batch], object]
+RELEASED = "the released algorithm"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRow:
-    """One variant of a sweep over all samples."""
+def bench(spec: SweepBench) -> Iterator[Row]:
+    """Time a sweep of `freeze-visual` by every variant; samples are encoded beforehand, once for all of them.
 
-    name: str
-    batch_size: int
-    layer_passes: int
-    """Layer runs counted by hooks, per sample: a layer run over a stack of k batches of B samples counts k B."""
-    seconds: float
-    """Median over the repeats."""
+    Layer passes are counted by hooks: a layer that runs over a stack of k batches of B samples counts k B.
 
-
-def bench_sweep(loaded: LoadedModel, samples: Sequence[Sample], *, batch_size: int, repeats: int) -> list[BenchRow]:
-    """Time a sweep of `freeze-visual` by every variant, interleaved `repeats` times.
-
-    Samples are encoded beforehand, once for all variants. Raises Refused when a sample cannot be encoded.
+    Raises:
+        Refused: a sample cannot be encoded.
     """
-    single, batched = _batches(loaded, samples, 1), _batches(loaded, samples, batch_size)
+    quiet_transformers()
+    samples = read_calibration(spec.calibration)[: spec.limit]
+    loaded = load(spec.model, dtype=spec.dtype, device=spec.device)
+    single, batched = _batches(loaded, samples, 1), _batches(loaded, samples, spec.batch_size)
     layers = range(len(loaded.decoder.layers))
-
-    def released(batch: Batch) -> object:
-        return measure_released(loaded, batch)
-
-    def unstacked(batch: Batch) -> object:
-        return measure(loaded, batch, layers=layers, modes=[Mode.FREEZE_VISUAL], stack=1)
-
-    def stacked(batch: Batch) -> object:
-        return measure(loaded, batch, layers=layers, modes=[Mode.FREEZE_VISUAL])
-
-    variants: list[tuple[str, int, Engine, list[Batch]]] = [
-        ("released algorithm", 1, released, single),
-        ("released algorithm", batch_size, released, batched),
-        ("this engine, unstacked", batch_size, unstacked, batched),
-        ("this engine", 1, stacked, single),
-        ("this engine", batch_size, stacked, batched),
-    ]
-    passes = [_layer_passes(loaded, engine, batches) for _, _, engine, batches in variants]  # also warms up
-
-    def run(engine: Engine, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            engine(batch)
-
-    rounds = [
-        [seconds(partial(run, engine, batches), loaded.device) for _, _, engine, batches in variants]
-        for _ in range(repeats)
-    ]
-    return [
-        BenchRow(name=name, batch_size=size, layer_passes=count, seconds=statistics.median(times))
-        for (name, size, _, _), count, times in zip(variants, passes, zip(*rounds, strict=True), strict=True)
-    ]
+    released = partial(measure_released, loaded)
+    stacked = partial(measure, loaded, layers=layers, modes=[Mode.FREEZE_VISUAL])
+    engines: dict[tuple[str, int], Callable[[], None]] = {
+        (RELEASED, 1): partial(_run, released, single),
+        (RELEASED, spec.batch_size): partial(_run, released, batched),
+        ("this engine, unstacked", spec.batch_size): partial(_run, partial(stacked, stack=1), batched),
+        ("this engine", 1): partial(_run, stacked, single),
+        ("this engine", spec.batch_size): partial(_run, stacked, batched),
+    }
+    passes = {key: _layer_passes(loaded, run) for key, run in engines.items()}
+    variants = {key: partial(seconds, run, loaded.device) for key, run in engines.items()}
+    times = Timings.interleaved(variants, rounds=spec.repeats, device=loaded.device)
+    where = f"{len(samples)} samples, {len(layers)} layers, {spec.dtype} on {spec.device}"
+    for key in engines:
+        name, size = key
+        figures = {
+            "layer_passes": passes[key],
+            "times_faster": 1 / times.ratio(key, (RELEASED, size)),
+            "times_faster_than_batch_1": 1 / times.ratio(key, (RELEASED, 1)),
+        }
+        yield times.row(f"{where}, {name}, batch {size}; against {RELEASED}", key, (RELEASED, size), **figures)
 
 
 @torch.inference_mode()
@@ -93,11 +78,8 @@ def measure_released(loaded: LoadedModel, batch: Batch) -> list[Divergence]:
 
 def _forward(loaded: LoadedModel, batch: Batch) -> Tensor:
     left: list[Tensor] = []
-    handle = loaded.decoder.layers[-1].register_forward_hook(lambda _, __, output: left.append(output))
-    try:
+    with loaded.decoder.layers[-1].register_forward_hook(lambda _, __, output: left.append(output)):
         loaded.decoder.backbone(**batch.inputs, use_cache=False)
-    finally:
-        handle.remove()
     return last_logits(loaded.decoder, left[0], batch.types.last_B)
 
 
@@ -110,12 +92,8 @@ def _silenced(decoder: Decoder, layer: nn.Module, visual_BT1: Tensor) -> Iterato
             return (output[0].masked_fill(visual_BT1, 0), *output[1:])
         return output.masked_fill(visual_BT1, 0)
 
-    handles = [part.register_forward_hook(silence) for part in (decoder.attention(layer), decoder.ffn(layer))]
-    try:
+    with decoder.attention(layer).register_forward_hook(silence), decoder.ffn(layer).register_forward_hook(silence):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], size: int) -> list[Batch]:
@@ -129,35 +107,15 @@ def _batches(loaded: LoadedModel, samples: Sequence[Sample], size: int) -> list[
     return batches
 
 
-def _layer_passes(loaded: LoadedModel, engine: Engine, batches: Sequence[Batch]) -> int:
-    with _counting(loaded) as count:
-        for batch in batches:
-            engine(batch)
-    return count[0]
+def _run(engine: Callable[[Batch], object], batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        engine(batch)
 
 
-@contextmanager
-def _counting(loaded: LoadedModel) -> Iterator[list[int]]:
-    count = [0]
-
-    def hook(_: Any, __: Any, output_NTD: torch.Tensor) -> None:
-        count[0] += len(output_NTD)
-
-    handles = [layer.register_forward_hook(hook) for layer in loaded.decoder.layers]
-    try:
-        yield count
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def sweep_text(rows: Sequence[BenchRow]) -> str:
-    """Format the rows with their ratios to the released algorithm, at batch 1 and at the same batch size."""
-    released = {row.batch_size: row for row in rows if row.name == "released algorithm"}
-    lines = [f"{'':26}{'batch':>6}{'layer passes':>14}{'seconds':>9}{'x batch 1':>11}{'x same batch':>14}"]
-    for row in rows:
-        alone, same = released[1].seconds / row.seconds, released[row.batch_size].seconds / row.seconds
-        lines.append(
-            f"{row.name:26}{row.batch_size:>6}{row.layer_passes:>14}{row.seconds:>9.2f}{alone:>11.2f}{same:>14.2f}"
-        )
-    return "\n".join(lines)
+def _layer_passes(loaded: LoadedModel, run: Callable[[], None]) -> int:
+    passes = []
+    with ExitStack() as hooks:
+        for layer in loaded.decoder.layers:
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output_NTD: passes.append(len(output_NTD))))
+        run()
+    return sum(passes)

@@ -1,21 +1,16 @@
-"""GPU memory and time that a sweep or a replica needs, as the tables of docs/cluster.md.
+"""GPU memory and time that a sweep or a replica needs: the formulas, and the tables of docs/cluster.md.
 
-All figures are computed from the models' sizes by `shortv.costs`; none is measured.
+All figures are computed from the models' sizes; none is measured.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from __future__ import annotations
 
+from typing import Final, NamedTuple
+
+from shortv.architecture import Architecture
 from shortv.bench.models import MODELS, PublishedModel
-from shortv.costs import (
-    SweepMemory,
-    activation_bytes,
-    decoder_parameters,
-    kv_cache_bytes,
-    plan_flops,
-    sweep_flops,
-    sweep_memory,
-)
+from shortv.bench.rows import GIB, markdown
+from shortv.costs import STACK_SHARE, activation_bytes, plan_flops, sweep_flops
 from shortv.plan import Mode
 
 TEXT_TOKENS: Final = 64
@@ -29,7 +24,6 @@ ITEMSIZE: Final = 2
 """Bytes of a bfloat16."""
 FLOPS_PER_SECOND: Final = 150e12
 """What one GPU is assumed to reach: about half of the 312e12 that an A100 has on paper in bfloat16."""
-GIB: Final = 2**30
 CARDS: Final = (24, 48, 80, 141)
 """GiB of the GPUs that the tables choose from."""
 USABLE: Final = 0.9
@@ -37,17 +31,77 @@ USABLE: Final = 0.9
 SAMPLES: Final = (40, 1_000, 10_000)
 
 
+def decoder_parameters(arch: Architecture) -> int:
+    """Return the weights of the decoder with its embeddings and its LM head, untied; biases are left out."""
+    query_width = arch.num_heads * arch.head_dim
+    key_width = arch.num_kv_heads * arch.head_dim
+    layer = 2 * arch.hidden_size * (query_width + key_width) + 3 * arch.hidden_size * arch.intermediate_size
+    norms = (2 * arch.num_layers + 1) * arch.hidden_size
+    return arch.num_layers * layer + norms + 2 * arch.vocab_size * arch.hidden_size
+
+
+def kv_cache_bytes(arch: Architecture, tokens: int, itemsize: int) -> int:
+    """Return the bytes of the keys and values of one sequence; frozen tokens have theirs as well."""
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * tokens * itemsize
+
+
+class SweepMemory(NamedTuple):
+    """Bytes that a sweep needs on one device, by what they are for, and how many ablations are stacked."""
+
+    weights: int
+    states: int
+    """The residual stream of the clean pass before and after every layer."""
+    stacked: int
+    """What the stacked ablations work in: their keys and values, activations and masks."""
+    logits: int
+    stack: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.states + self.stacked + self.logits
+
+
+def sweep_memory(
+    arch: Architecture,
+    *,
+    tokens: int,
+    batch: int,
+    itemsize: int,
+    ablations: int,
+    device_bytes: int,
+    other_parameters: int = 0,
+) -> SweepMemory:
+    """Return what a sweep fills on a GPU of `device_bytes`, which stacks as many of the ablations as it may.
+
+    `tokens` are those of the longest sample of a batch, `itemsize` the bytes per weight, and `other_parameters` the
+    weights beside the decoder (vision tower, projector). What CUDA itself and a vision tower at work take is left out.
+    """
+    each = activation_bytes(arch, batch * tokens, itemsize)
+    stack = max(1, min(ablations, int(STACK_SHARE * device_bytes) // each))
+    masks = stack * batch * tokens * tokens
+    # Log-probabilities in float64: the full model's, one ablation's, and two tables in between.
+    in_float64 = 4 * batch * arch.vocab_size * 8
+    return SweepMemory(
+        weights=(decoder_parameters(arch) + other_parameters) * itemsize,
+        states=(arch.num_layers + 1) * batch * tokens * arch.hidden_size * itemsize,
+        stacked=stack * each + masks,
+        logits=stack * batch * arch.vocab_size * itemsize + in_float64,
+        stack=stack,
+    )
+
+
 def sweep_table() -> str:
     """GPU memory and time of a sweep per model and number of samples, as Markdown."""
     samples = [f"{number:,} samples" for number in SAMPLES]
     head = ["model", "visual tokens", "weights", "kept states", "stacked", "ablations", "in all", "GPU", "PFLOP/sample"]
-    return _markdown([*head, *samples], (_sweep_row(name, MODELS[name]) for name in TABLE_MODELS))
+    return markdown([*head, *samples], (_sweep_row(name, MODELS[name]) for name in TABLE_MODELS))
 
 
 def endpoint_table() -> str:
     """GPU memory and prefill time of one replica per model, as Markdown."""
     head = ["model", "weights", f"KV of {ENDPOINT_BATCH} requests", "activations", "in all", "GPU", "prefill"]
-    return _markdown(head, (_endpoint_row(name, MODELS[name]) for name in TABLE_MODELS))
+    return markdown(head, (_endpoint_row(name, MODELS[name]) for name in TABLE_MODELS))
 
 
 def _sweep_row(name: str, sized: PublishedModel) -> list[str]:
@@ -103,8 +157,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

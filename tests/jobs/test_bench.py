@@ -1,14 +1,20 @@
 """jobs/bench.py as users run it; GPU machines have no Ray."""
 
+from __future__ import annotations
+
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from jobs.bench import bench as job
+from shortv.bench import gpu, measuring
 from shortv.bench.models import MODELS, PublishedModel
+from shortv.bench.specs import BENCHMARKS, PrefillBench, SweepBench, TrainingBench
 from shortv.errors import Refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,65 +26,84 @@ runpy.run_path("jobs/bench.py", run_name="__main__")
 """
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_sweep_prints_half_the_layer_passes_without_ray() -> None:
-    done = bench("sweep", "--limit", "3", "--repeats", "1", "--batch-size", "2")
+def bench(output: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run a benchmark as a script without Ray and return its rows."""
+    command = [sys.executable, "-c", WITHOUT_RAY, *arguments, "--output-path", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("3 samples, 8 layers")
-    passes = {int(line.split()[-4]) for line in lines[2:]}
-    assert passes == {3 * 8 * 9, 3 * 8 * 9 // 2}
+    rows: list[dict[str, Any]] = json.loads((output / "results.json").read_text())["rows"]
+    assert all(row["case"] in done.stdout for row in rows)
+    return rows
+
+
+def test_a_sweep_has_half_the_layer_passes_without_ray(tmp_path: Path) -> None:
+    rows = bench(tmp_path, "sweep", "--limit", "3", "--repeats", "1", "--batch-size", "2")
+    passes = [row["figures"]["layer_passes"] for row in rows]
+    assert passes == [3 * 8 * 9] * 2 + [3 * 8 * 9 // 2] * 3
+    assert all(row["case"].startswith("3 samples, 8 layers") and row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--layers", "40"], "llava-1.5-7b has 32"),
-        (["--layers", "4", "--frozen", "5"], "5 frozen of 4 layers"),
+        (["prefill", "--layers", "40"], "llava-1.5-7b has 32"),
+        (["prefill", "--layers", "4", "--frozen", "5"], "5 frozen of 4 layers"),
+        (["prefill", "--batch_size", "0"], "--batch-size is '0'"),
+        (["sizing", "--shape", "llava-2"], "llava-2"),
+        (["training", "--shape", "qwen2.5-vl-7b"], "qwen2.5-vl-7b"),
+        (["campaign", "--limit", "1001"], "--limit is '1001'"),
+        (["scheduling", "--workers", "1,a"], "--workers is 'a'"),
     ],
 )
-def test_prefill_refuses_what_it_cannot_build(arguments: list[str], reason: str) -> None:
+def test_what_cannot_be_measured_is_refused(arguments: list[str], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
-        job.main(["prefill", *arguments], standalone_mode=False)
+        job.main(arguments, standalone_mode=False)
 
 
-def test_training_prints_both_stages_and_the_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-    sizes = {**small, "vocab_size": 32064}
-    monkeypatch.setitem(MODELS, "small", PublishedModel(kind="llava", text=sizes, frozen=1, visual_tokens=576))
-    done = CliRunner().invoke(job, ["training", "--shape", "small", "--pairs", "1"], standalone_mode=False)
-    assert done.return_value == 0, done.exception
-    where, head, projectors, joint, flops = done.output.splitlines()
-    assert where == "small, 2 layers, batch 1, t = 64, v = 576, float32 on cpu" and head.endswith("of dense")
-    assert float(projectors.split()[-1]) > 0 and float(joint.split()[-1]) > 0
-    assert 0 < float(flops.split()[-1]) < 1
+@pytest.mark.parametrize("name", [*BENCHMARKS, "tables"])
+def test_help(name: str) -> None:
+    assert CliRunner().invoke(job, [name, "--help"]).exit_code == 0
 
 
-@pytest.mark.parametrize("command", ["prefill", "sizing", "training"])
-def test_an_unknown_shape_is_refused(command: str) -> None:
-    with pytest.raises(Refused, match="llava-2"):
-        job.main([command, "--shape", "llava-2"], standalone_mode=False)
+def test_all_gpu_benchmarks_give_rows_and_a_failure_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SIDE", {"cpu": 64})
+    monkeypatch.setattr(measuring, "_COPY_BYTES", {"cpu": 2**16})
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 32064}
+    small = PublishedModel(kind="llava", text=text, frozen=1, visual_tokens=576, real_tower=False)
+    monkeypatch.setitem(MODELS, "small", small)
+    cases = (
+        ("prefill", PrefillBench(shape="small", vision_tower=True, pairs=1)),
+        ("prefill", PrefillBench(shape="small", layers=9)),
+        ("training", TrainingBench(shape="small", pairs=1)),
+        ("sweep", SweepBench(limit=2, batch_size=2, repeats=1)),
+    )
+    monkeypatch.setattr(gpu.bench, "__defaults__", (cases,))
+    arguments = ["gpu", "--device", "cpu", "--output-path", str(tmp_path)]
+    done = CliRunner().invoke(job, arguments, standalone_mode=False)
+    assert done.return_value == 3, done.exception
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    measured = [row for row in rows if not row["error"]]
+    assert [row["benchmark"] for row in measured] == ["prefill", *["training"] * 2, *["sweep"] * 5]
+    assert all(row["ratio"] > 0 for row in measured)
+    assert [row["error"] for row in rows if row["error"]] == ["4 frozen of 9 layers cannot be: small has 2"]
+    assert len((tmp_path / "results.md").read_text().splitlines()) == 4 + len(rows)
+
+
+def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Refused, match="cuda"):
+        job.main(["gpu"], standalone_mode=False)
 
 
 @pytest.mark.slow
-def test_sizing_prints_what_was_predicted_and_what_was_measured() -> None:
+def test_sizing_predicts_what_is_measured(tmp_path: Path) -> None:
     """The model is small, so the bounds are wide; docs/cluster.md has a run of real size."""
-    done = bench(
-        "sizing", "--shape", "smollm2-135m", "--layers", "2", "--visual-tokens", "192", "--stack", "3", "--repeats", "1"
-    )
-    assert done.returncode == 0, done.stderr
-    where, limits, head, *rows = done.stdout.splitlines()
-    assert where == "smollm2-135m, 2 layers, batch 2, t = 64, v = 192, float32 on cpu"
-    assert limits.startswith("stacked ablations: 3 predicted, 3 run; ") and limits.endswith(" GFLOP/s")
-    assert head.split() == ["predicted", "measured", "of", "predicted"]
-    found = {row[:24].strip(): [float(cell) for cell in row[24:].split()] for row in rows}
-    assert list(found) == ["weights, GiB", "work of the sweep, GiB", "in all, GiB", "seconds"]
-    for name, (predicted, measured, ratio) in found.items():
-        assert ratio == pytest.approx(measured / predicted, rel=0.05), name
-    assert 0.8 < found["weights, GiB"][2] < 1.3
-    assert 0.7 < found["in all, GiB"][2] < 1.6
+    sizes = ["--shape", "smollm2-135m", "--layers", "2", "--visual-tokens", "192", "--stack", "3", "--repeats", "1"]
+    [row] = bench(tmp_path, "sizing", *sizes)
+    figures = row["figures"]
+    assert figures["predicted_stack"] == figures["stack"] == 3
+    assert 0.8 < figures["weights_gib"] / figures["predicted_weights_gib"] < 1.3
+    assert 0.7 < figures["measured_gib"] / figures["predicted_gib"] < 1.6

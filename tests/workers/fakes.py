@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,24 @@ from pyarrow import parquet as pq
 
 from reports.store import Folder
 from shortv.architecture import Architecture
+from shortv.bench.scheduling import SleepEngine, used
 from shortv.plan import Mode
-from shortv.records import ErrorRecord, LcRecord, UsedSample
+from shortv.records import ErrorRecord, LcRecord
 from shortv.sample import Sample
 from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.sweep.measure import Measured, SweepEngine
+from shortv.workers.sweep.measure import Measured
 from shortv.workers.sweep.spec import SweepSpec
 from tests.architectures import architecture
+
+__all__ = ["LAYERS", "FakeEngine", "make_samples", "make_spec", "record", "tables", "used", "write_calibration"]
 
 LAYERS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeEngine(SweepEngine):
+class FakeEngine(SleepEngine):
     """Measures by hashing; samples named in a field fail in that field's way."""
 
-    seconds: float = 0.0
     kills: frozenset[str] = frozenset()
     raises: frozenset[str] = frozenset()
     unusable: frozenset[str] = frozenset()
@@ -51,34 +52,15 @@ class FakeEngine(SweepEngine):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.broken:
             raise OSError("no file named model.safetensors")
-        return "loaded"
-
-    def load_preprocessor(self, spec: ModelSpec) -> str:
-        return "preprocessor"
+        return super().load(spec, device=device, threads=threads)
 
     def preprocess(self, preprocessor: Any, samples: Sequence[Sample], *, alone: bool) -> bytes:
         if {sample.sample_id for sample in samples} & self.preparing_kills:
             os.kill(os.getpid(), signal.SIGKILL)
-        return " ".join(sample.sample_id for sample in samples).encode()
+        return super().preprocess(preprocessor, samples, alone=alone)
 
-    def noise_floor(self, loaded: Any, samples: Sequence[Sample]) -> float:
-        """The floor of a batch depends on what is in it."""
-        if len(samples) > self.most_samples:
-            raise MemoryError
-        return 1e-9 * len(samples)
-
-    def measure(
-        self,
-        loaded: Any,
-        samples: Sequence[Sample],
-        inputs: bytes,
-        *,
-        layers: range,
-        modes: Sequence[Mode],
-        stack: int | None,
-    ) -> Measured:
+    def measure(self, loaded: Any, samples: Sequence[Sample], inputs: bytes, **options: Any) -> Measured:
         assert loaded == "loaded" and inputs.decode().split() == [sample.sample_id for sample in samples]
-        time.sleep(self.seconds)
         names = {sample.sample_id for sample in samples}
         if names & self.kills:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,16 +69,22 @@ class FakeEngine(SweepEngine):
         if len(samples) > self.most_samples:
             raise MemoryError
         good = [sample for sample in samples if sample.sample_id not in self.unusable]
-        return Measured(
-            records=tuple(record(sample, mode, layer) for sample in good for mode in modes for layer in layers),
-            used=tuple(used(sample) for sample in good),
-            errors=tuple(
-                ErrorRecord(sample_id=sample.sample_id, stage="decode", error="fake", message="unusable")
-                for sample in samples
-                if sample.sample_id in self.unusable
-            ),
-            noise_floor=self.noise_floor(loaded, good) if 0 in layers and good else None,
+        errors = tuple(
+            ErrorRecord(sample_id=name, stage="decode", error="fake", message="unusable")
+            for name in (sample.sample_id for sample in samples)
+            if name in self.unusable
         )
+        floor = self.noise_floor(loaded, good) if 0 in options["layers"] and good else None
+        return replace(super().measure(loaded, good, inputs, **options), errors=errors, noise_floor=floor)
+
+    def noise_floor(self, loaded: Any, samples: Sequence[Sample]) -> float:
+        """The floor of a batch depends on what is in it."""
+        if len(samples) > self.most_samples:
+            raise MemoryError
+        return 1e-9 * len(samples)
+
+    def record(self, sample: Sample, mode: Mode, layer: int) -> LcRecord:
+        return record(sample, mode, layer)
 
 
 def record(sample: Sample, mode: Mode, layer: int) -> LcRecord:
@@ -109,17 +97,6 @@ def record(sample: Sample, mode: Mode, layer: int) -> LcRecord:
         kl_full_ablated=value,
         kl_ablated_full=2 * value,
         top1_changed=bool(digest[1] % 2),
-    )
-
-
-def used(sample: Sample) -> UsedSample:
-    return UsedSample(
-        sample_id=sample.sample_id,
-        dataset=sample.dataset,
-        prompt=sample.prompt,
-        answer=sample.answer,
-        n_text=5,
-        n_visual=4 * len(sample.images),
     )
 
 
