@@ -28,7 +28,7 @@ from shortv.workers.placement import Placement
 from shortv.workers.serving.app import deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
-from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec
 from tests.tiny_model import TINY, bundled
 
@@ -57,7 +57,7 @@ def url(local_ray: None) -> Iterator[str]:
     serve.start(proxy_location="Disabled")
     model = RemoteModel(loader=ModelLoader(), spec=ModelSpec(name=MODEL), folder=None)
     app = replica_app(model, [plan()], Placement(low=1, high=1, cpus=0, gpus=0), engine=EngineSettings())
-    client = ReplicaClient(deploy(app, name=APP, route_prefix=None))
+    client = ReplicaClient(deploy(app, name=APP))
     face = make_endpoint(EndpointSpec(), client)
     server = uvicorn.Server(uvicorn.Config(face, log_level="warning", access_log=False))
     with socket.create_server(("127.0.0.1", 0)) as listening:

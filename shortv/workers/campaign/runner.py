@@ -32,7 +32,7 @@ from shortv.workers.progress import SampleProgress
 from shortv.workers.run import run_async, stop_on_signal
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.scheduler import EngineSettings
 
 REQUEST_SECONDS = 600.0
 """How long one request may take, including the time until a lost replica is back."""
@@ -83,7 +83,7 @@ class ReplicaRunner:
             name = f"shortv-campaign-{secrets.token_hex(4)}"
             try:
                 serve.start(proxy_location="Disabled")
-                handle = deploy(app, name=name, route_prefix=None)
+                handle = deploy(app, name=name)
                 yield partial(self._run_cell, handle, concurrency, placement.high)
             finally:
                 serve.delete(name)

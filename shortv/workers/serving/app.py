@@ -29,11 +29,11 @@ from shortv.terminal import printable
 from shortv.workers.cluster import living_nodes
 from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement, place
+from shortv.workers.serving.chat_reply import RETRY_AFTER_S
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.endpoint import limits_of, make_endpoint
-from shortv.workers.serving.engine import EngineSettings
-from shortv.workers.serving.plans import read_plans
-from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.endpoint import make_endpoint
+from shortv.workers.serving.replica import Replica, ReplicaSetup, read_plans
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 from shortv.workers.shipping import offer
 
@@ -42,8 +42,8 @@ STARTUP_S = 1800.0
 """Within how many seconds replicas must have started, unless a limit is given."""
 # Requests that one process of the endpoint refuses at a time.
 _REFUSING = 32
-# Serve's access log has a line per request with its path; the endpoint writes its own.
 _POLL_S = 0.1
+# Serve's access log has a line per request with its path; the endpoint writes its own.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
@@ -57,18 +57,11 @@ def place_replicas(nodes: Sequence[Node], *, replicas: WorkerRange | None, gpus:
         Refused: GPUs are required and no node has enough of them.
     """
     if replicas is not None and device == "cuda":
-        found = Placement(low=replicas.low, high=replicas.high, cpus=1, gpus=gpus)
-    else:
-        found = place(nodes, workers=replicas, gpus=gpus, device=device, spare_cpus=1)
-        if replicas is not None and not found.gpus and found.low < replicas.low:
-            found = Placement(low=replicas.low, high=replicas.high, cpus=0, gpus=0)
+        return Placement(low=replicas.low, high=replicas.high, cpus=1, gpus=gpus)
+    found = place(nodes, workers=replicas, gpus=gpus, device=device, spare_cpus=1)
+    if replicas is not None and not found.gpus and found.low < replicas.low:
+        return Placement(low=replicas.low, high=replicas.high, cpus=0, gpus=0)
     return found
-
-
-def all_nodes() -> list[Node]:
-    """Return what the nodes have in all: an update of an application takes the place of its running replicas."""
-    totals = [node["Resources"] for node in living_nodes()]
-    return [Node(cpus=one.get("CPU", 0), gpus=one.get("GPU", 0), total_gpus=one.get("GPU", 0)) for one in totals]
 
 
 def replica_app(
@@ -98,7 +91,15 @@ def replica_app(
     )
     low, high = placement.low, placement.high
     most = engine.batch_size + engine.max_queued
-    size = {"num_replicas": low} if low == high else {"autoscaling_config": _autoscaling(low, high, engine.batch_size)}
+    autoscaling = {
+        "min_replicas": low,
+        "max_replicas": high,
+        "initial_replicas": low,
+        # Above one batch each, another replica shortens the wait.
+        "target_ongoing_requests": engine.batch_size,
+        "upscale_delay_s": 5,
+        "downscale_delay_s": 60,
+    }
     deployment: Any = serve.deployment(
         Replica,
         name=REPLICA,
@@ -113,39 +114,53 @@ def replica_app(
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=_LOGGING,
-        **size,
+        **({"num_replicas": low} if low == high else {"autoscaling_config": autoscaling}),
     )
     return deployment.bind(setup)
 
 
-def _autoscaling(low: int, high: int, batch_size: int) -> dict[str, Any]:
-    return {
-        "min_replicas": low,
-        "max_replicas": high,
-        "initial_replicas": low,
-        # Above one batch each, another replica shortens the wait.
-        "target_ongoing_requests": batch_size,
-        "upscale_delay_s": 5,
-        "downscale_delay_s": 60,
-    }
-
-
 class Endpoint:
-    """The deployment that clients talk to; its process loads neither torch nor a model."""
+    """The deployment that clients talk to; its process loads no model."""
 
     def __init__(self, replicas: DeploymentHandle[Any], spec: EndpointSpec, key_digests: Sequence[str]) -> None:
         """Take the handle of the replicas."""
         log_requests()
+        # Serve's proxy adds the request id.
         self._app = make_endpoint(
-            spec,
-            ReplicaClient(replicas),
-            key_digests=key_digests,
-            reports=reports_of(spec),
-            sends_request_id=False,  # Serve's proxy adds the header
+            spec, ReplicaClient(replicas), key_digests=key_digests, reports=reports_of(spec), sends_request_id=False
         )
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
+
+
+def endpoint(args: Mapping[str, Any]) -> Any:
+    """Return the replicas and, behind Serve's proxies, the endpoint, as `serve run` and config files name them.
+
+    Raises:
+        Refused: an argument is unknown or out of its range, or plans or keys cannot be read.
+    """
+    if not ray.is_initialized():
+        # `serve run` connects only after this, and uses a connection that exists.
+        ray.init(namespace="serve")
+    spec = read_arguments(args)
+    deployment: Any = serve.deployment(
+        serve.ingress()(Endpoint),
+        name="Endpoint",
+        # The endpoint refuses surplus requests in OpenAI's form. When even that is too much, the proxies refuse.
+        max_ongoing_requests=spec.max_in_flight + _REFUSING,
+        max_queued_requests=_REFUSING,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=spec.timeout,
+        logging_config=_LOGGING,
+    )
+    # All that the nodes have: an update of an application takes the place of its running replicas.
+    totals = [node["Resources"] for node in living_nodes()]
+    nodes = [Node(cpus=one.get("CPU", 0), gpus=one.get("GPU", 0), total_gpus=one.get("GPU", 0)) for one in totals]
+    # A folder must be on every node: nobody could ship it to replicas that start after this process has ended.
+    model = RemoteModel(loader=ModelLoader(), spec=spec.model_spec(), folder=None, environment=hub_environment())
+    return deployment.bind(replicas_of(spec, model, placement_of(spec, nodes)), spec, key_digests(spec))
 
 
 def reports_of(spec: EndpointSpec) -> Any:
@@ -158,58 +173,30 @@ def key_digests(spec: EndpointSpec) -> tuple[str, ...]:
     return key_digests_of(spec.api_key_file) if spec.api_key_file else ()
 
 
-def endpoint(args: Mapping[str, Any]) -> Any:
-    """Build the application from arguments as `serve run` and config files give them. Raises Refused."""
-    if not ray.is_initialized():
-        # `serve run` connects only after this, and uses a connection that exists.
-        ray.init(namespace="serve")
-    return build(read_arguments(args))
-
-
-def build(spec: EndpointSpec) -> Any:
-    """Return the replicas and, behind Serve's proxies, the endpoint. Raises Refused for unreadable plans or keys."""
-    deployment: Any = serve.deployment(
-        serve.ingress()(Endpoint),
-        name="Endpoint",
-        # The endpoint refuses surplus requests in OpenAI's form. When even that is too much, the proxies refuse.
-        max_ongoing_requests=spec.max_in_flight + _REFUSING,
-        max_queued_requests=_REFUSING,
-        backpressure_config={"status_code": 429, "retry_after_s": limits_of(spec).retry_after_s},
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=spec.timeout,
-        logging_config=_LOGGING,
-    )
-    placement = place_replicas(all_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device)
-    # A folder must be on every node: nobody could ship it to replicas that start after this process has ended.
-    model = RemoteModel(loader=ModelLoader(), spec=spec.model_spec(), folder=None, environment=hub_environment())
-    return deployment.bind(replicas_of(spec, model, placement), spec, key_digests(spec))
+def placement_of(spec: EndpointSpec, nodes: Sequence[Node]) -> Placement:
+    """Fit the replicas of an endpoint to the nodes. Raises Refused as `place_replicas`."""
+    return place_replicas(nodes, replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device)
 
 
 def replicas_of(spec: EndpointSpec, model: RemoteModel, placement: Placement) -> Any:
     """Return the replicas of an endpoint. Raises Refused for unreadable plans."""
     engine = EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout)
-    return replica_app(
-        model,
-        read_plans(spec.plans),
-        placement,
-        engine=engine,
-        cpus=spec.cpus_per_replica,
-        drain_s=spec.timeout,
-    )
+    cpus, plans = spec.cpus_per_replica, read_plans(spec.plans)
+    return replica_app(model, plans, placement, engine=engine, cpus=cpus, drain_s=spec.timeout)
 
 
-def deploy(app: Any, *, name: str, route_prefix: str | None, timeout_s: float = STARTUP_S) -> DeploymentHandle[Any]:
-    """Run an application and wait until all of its replicas have started.
+def deploy(app: Any, *, name: str, timeout_s: float = STARTUP_S) -> DeploymentHandle[Any]:
+    """Run an application without routes and wait until all of its replicas have started.
 
     Raises:
         ShortVError: they cannot start, or have not started in time; with what Serve reports.
     """
     try:
-        target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
+        target = serve.RunTarget(target=app, name=name, route_prefix=None)
         # Serve's own waiting has no time limit: a replica that fits on no node waits for ever.
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         until = time.monotonic() + timeout_s
-        while (status := _status(name)) != ApplicationStatus.RUNNING:
+        while (status := application_status(name)) != ApplicationStatus.RUNNING:
             if status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise ShortVError(f"the replicas did not start: {_reason(name) or status}")
             if time.monotonic() > until:
@@ -221,9 +208,10 @@ def deploy(app: Any, *, name: str, route_prefix: str | None, timeout_s: float = 
         raise ShortVError(f"the replicas did not start: {_reason(name) or one_line(error)}") from error
 
 
-def _status(name: str) -> ApplicationStatus | None:
+def application_status(name: str) -> ApplicationStatus | None:
+    """Return what Serve says of an application, None where there is none."""
     application = serve.status().applications.get(name)
-    return None if application is None else application.status
+    return application.status if application else None
 
 
 def _reason(name: str) -> str | None:

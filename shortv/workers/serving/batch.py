@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from shortv.evals.generation import likelihoods
@@ -20,8 +19,8 @@ from shortv.families.vision import VisionCache
 from shortv.layers.cache import keep_rows
 from shortv.learned.dyvte.run import exit_layers
 from shortv.request import Reason
-from shortv.workers.serving.sampling import Sampler, choose_all
-from shortv.workers.serving.sequence import Detokenizer, Sequence
+from shortv.workers.serving.sampling import choose_all
+from shortv.workers.serving.sequence import Sequence
 
 NOT_FINITE = "the logits, or what the settings make of them, are not finite numbers"
 
@@ -42,49 +41,30 @@ class RunningBatch:
         self.sequences = list(sequences)
         started = time.monotonic()
         encoded = batch_of(loaded, [sequence.prompt for sequence in self.sequences], padding_side="left")
-        self._enter(encoded.inputs["input_ids"], encoded.inputs["attention_mask"], started)
+        ids_BT, types = encoded.inputs["input_ids"], encoded.types
         inputs = encoded.on(loaded).inputs
         self._mask_BT = inputs["attention_mask"]
+        for at, sequence in enumerate(self.sequences):
+            sequence.begin(loaded, ids_BT[at][encoded.inputs["attention_mask"][at].bool()].tolist(), started=started)
+            sequence.n_text, sequence.n_visual = types.n_text[at], types.n_visual[at]
         self._cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
-        if not self._has_own_positions:
+        run, has_images = self.sequences[0].run, bool(self.sequences[0].prompt.images)
+        has_own_positions = has_images and not loaded.decoder.family.positions_from_mask
+        if not has_own_positions:
             inputs.setdefault("position_ids", positions_of(self._mask_BT))
-        run = self.sequences[0].run
         # Such parts read states inside the vision tower, so it has to run.
         by_tower = run is not None and run.needs_tower
         with torch.inference_mode(), nullcontext() if by_tower else vision.reusing(encoded):
             output = loaded.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._delta_B1 = torch.zeros_like(self._mask_BT[:, :1])
-        if self._has_own_positions:
+        if has_own_positions:
             # The model keeps it for the batch it saw last, and there may be several.
             deltas_B1: Any = loaded.decoder.backbone.rope_deltas
             self._delta_B1 = deltas_B1.to(self._delta_B1)
-        logits_BV = output.logits[:, -1].float()
-        types = encoded.types
-        for sequence, n_text, n_visual in zip(self.sequences, types.n_text, types.n_visual, strict=True):
-            sequence.n_text, sequence.n_visual = n_text, n_visual
         exits = exit_layers(self._cache)
         for sequence, layer in zip(self.sequences, exits or (), strict=exits is not None):
             sequence.exit_layer = layer if sequence.n_visual else None
-        self._choose(logits_BV, prefill_since=started)
-
-    @property
-    def _has_own_positions(self) -> bool:
-        return not self._loaded.decoder.family.positions_from_mask and bool(self.sequences[0].prompt.images)
-
-    def _enter(self, ids_BT: Tensor, mask_BT: Tensor, started: float) -> None:
-        tokenizer = self._loaded.processor.tokenizer
-        for sequence, ids_T, mask_T in zip(self.sequences, ids_BT, mask_BT, strict=True):
-            sampling = sequence.request.sampling
-            ends, texts = self._loaded.end_tokens(sampling.stop)
-            prompt = ids_T[mask_T.bool()].tolist()
-            sequence.begin(
-                Sampler(sampling, seed=sequence.seed, prompt=prompt, ends=ends, tokenizer=tokenizer),
-                Detokenizer(tokenizer, stop=texts, ends=ends, limit=self._limit(sampling.max_tokens, len(prompt))),
-                started=started,
-            )
-
-    def _limit(self, max_tokens: int, prompt: int) -> int:
-        return max(1, min(max_tokens, self._loaded.context - prompt))
+        self._choose(output, prefill_since=started)
 
     def step(self) -> None:
         """Generate one token for each sequence."""
@@ -103,16 +83,15 @@ class RunningBatch:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self._choose(output.logits[:, -1].float())
+        self._choose(output)
 
-    def _choose(self, logits_BV: Tensor, prefill_since: float | None = None) -> None:
-        chosen = choose_all([sequence.sampler for sequence in self.sequences], logits_BV)
-        if prefill_since is not None:
-            # Choosing has waited for the device.
-            now = time.monotonic()
-            for sequence in self.sequences:
-                sequence.prefill_ms, sequence.prefilled_at = 1e3 * (now - prefill_since), now
+    def _choose(self, output: Any, prefill_since: float | None = None) -> None:
+        chosen = choose_all([sequence.sampler for sequence in self.sequences], output.logits[:, -1].float())
+        # Choosing has waited for the device.
+        now = time.monotonic()
         for sequence, one in zip(self.sequences, chosen, strict=True):
+            if prefill_since is not None:
+                sequence.prefill_ms, sequence.prefilled_at = 1e3 * (now - prefill_since), now
             if one is None:
                 sequence.fail(Reason.INTERNAL, NOT_FINITE)
             elif not sequence.over:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -32,7 +32,6 @@ from shortv.workers.serving.spec import EndpointSpec
 
 MAX_PROMPT_CHARS = 1_000_000
 """Of all texts of a request together: far beyond any context, so that megabytes are not tokenized to be refused."""
-DEFAULT_MAX_TOKENS = 1024
 _MAX_JSON_VALUES = 1_500_000
 _MAX_MESSAGES, _MAX_PARTS, _MAX_FIELDS = 1024, 1024, 100
 _DATA_URI = re.compile(r"data:image/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE | re.ASCII)
@@ -40,41 +39,33 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}:")
 _STRANGE = re.compile(r"[^A-Za-z0-9_.-]")
 # The values, besides null, that fields of OpenAI's API may have where this service does not support the others.
 _ONLY: Mapping[str, tuple[object, ...]] = {
-    "audio": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("functions", "tools"), ([],)),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "moderation": (),
     "n": (1,),
-    "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
-    "web_search_options": (),
     # In messages, as clients send a completion back.
-    "annotations": ([],),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
+    **dict.fromkeys(("annotations", "tool_calls"), ([],)),
+    **dict.fromkeys(("refusal", "tool_call_id"), ()),
 }
 # Fields that do not change a completion.
 _IGNORED = {
-    "metadata",
-    "name",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
+    *("metadata", "name", "parallel_tool_calls", "safety_identifier", "service_tier", "store", "user"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+StopText = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    return name in _IGNORED or (name in _ONLY and (value is None or value in _ONLY[name]))
 
 
 def _listed(value: object) -> object:
@@ -85,13 +76,8 @@ def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-StopText = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
-
-
-class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+class _Object(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -102,32 +88,46 @@ class _Open(BaseModel):
         return value
 
 
-class _Closed(_Open):
-    model_config = ConfigDict(extra="forbid")
+class _Open(_Object):
+    """An object whose fields may be any of OpenAI's, as long as they change nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if not _is_neutral(name, item)}
 
 
-class _ImageUrl(_Closed):
+class _ImageUrl(_Object):
     url: StrictStr
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class _Part(_Closed):
+class _Part(_Object):
     type: Literal["text", "image_url"]
     text: StrictStr | None = None
     image_url: _ImageUrl | None = None
 
+    @model_validator(mode="after")
+    def _one_content(self) -> _Part:
+        if (self.text is not None, self.image_url is not None) != (self.type == "text", self.type == "image_url"):
+            problem = "the part is of type {type}, so it needs the field {type} and no other content"
+            raise PydanticCustomError("part", problem, {"type": self.type})
+        return self
+
 
 class _Message(_Open):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_Part], FailFast(), Field(max_length=_MAX_PARTS), BeforeValidator(_as_parts)]
+    content: Annotated[list[_Part], FailFast(), Field(min_length=1, max_length=_MAX_PARTS), BeforeValidator(_as_parts)]
 
 
-class _StreamOptions(_Closed):
+class _StreamOptions(_Object):
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
 
 
-class _Vendor(_Closed):
+class _Vendor(_Object):
     """Settings that OpenAI's API does not have, under the key `shortv`."""
 
     top_k: Count | None = None
@@ -148,7 +148,7 @@ class _Body(_Open):
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    stop: Annotated[list[StopText], Field(max_length=16), BeforeValidator(_listed)] | None = None
+    stop: Annotated[tuple[StopText, ...], Field(max_length=16), BeforeValidator(_listed)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[Count, Field(le=20)] | None = None
@@ -174,15 +174,10 @@ def read_chat(body: bytes, spec: EndpointSpec, *, request_id: str) -> ChatCall:
             range; there are too many images, pixels or characters; or an image is not a readable data URI.
     """
     parsed = _parse(body)
+    sampling = _sampling(parsed)
+    messages = tuple(_messages(parsed, spec))
+    request = Request(request_id=request_id, messages=messages, sampling=sampling, timeout_s=spec.timeout)
     options = parsed.stream_options
-    if options is not None and not parsed.stream:
-        raise HttpError(400, "stream_options needs stream true; send both or neither", param="stream_options")
-    request = Request(
-        request_id=request_id,
-        messages=_messages(parsed.messages, spec),
-        sampling=_sampling(parsed),
-        timeout_s=spec.timeout,
-    )
     return ChatCall(parsed.model, request, bool(parsed.stream), bool(options and options.include_usage))
 
 
@@ -197,136 +192,99 @@ def _parse(body: bytes) -> _Body:
     if not isinstance(found, dict):
         raise HttpError(400, 'the body is JSON, but not an object; send {"model": ..., "messages": [...]}')
     try:
-        parsed = _Body.model_validate(found)
+        return _Body.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = _shown(".".join(str(step) for step in first["loc"])) or "body"
-        unknown = first["type"] == "extra_forbidden"
-        raise _bad_field(where, "this field is unknown; leave it out" if unknown else first["msg"]) from None
-    _check_extras(parsed.model_extra or {})
-    for number, message in enumerate(parsed.messages):
-        _check_extras(message.model_extra or {}, prefix=f"messages.{number}.")
-    return parsed
+        where = _STRANGE.sub("?", ".".join(map(str, first["loc"]))[:80]) or "body"
+        problem = _unknown(first["loc"]) if first["type"] == "extra_forbidden" else first["msg"]
+        raise HttpError(400, f"{where}: {problem}", param=where) from None
 
 
-def _check_extras(extras: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse fields that are unknown, or that demand what this service does not support."""
-    for name, value in extras.items():
-        if name in _IGNORED or (name in _ONLY and (value is None or value in _ONLY[name])):
-            continue
-        where = _shown(prefix + name)
-        if name in _ONLY:
-            allowed = " or ".join(map(repr, _ONLY[name]))
-            raise _bad_field(
-                where, f"this service does not support it; leave it out{allowed and f', or send {allowed}'}"
-            )
-        vendor = name in _Vendor.model_fields and not prefix
-        hint = f'send it as {{"shortv": {{"{name}": ...}}}}' if vendor else "leave it out"
-        raise _bad_field(where, f"this field is unknown; {hint}")
+def _unknown(location: tuple[int | str, ...]) -> str:
+    """Return what is wrong with a field that no model has."""
+    name = str(location[-1])
+    if name in _ONLY:
+        allowed = " or ".join(map(repr, _ONLY[name]))
+        return f"this service does not support it; leave it out{allowed and f', or send {allowed}'}"
+    if name in _Vendor.model_fields and len(location) == 1:
+        return f'this field is unknown; send it as {{"shortv": {{"{name}": ...}}}}'
+    return "this field is unknown; leave it out"
 
 
-def _bad_field(where: str, problem: str) -> HttpError:
-    return HttpError(400, f"{where}: {problem}", param=where)
+def _sampling(parsed: _Body) -> SamplingParams:
+    vendor = parsed.shortv or _Vendor()
+    limits = {parsed.max_tokens, parsed.max_completion_tokens} - {None}
+    # No upper bound: a completion ends where the model's context does.
+    max_tokens = next(iter(limits), None) or SamplingParams().max_tokens
+    shortest = vendor.min_tokens or 0
+    rules = (
+        (parsed.stream_options and not parsed.stream, "stream_options", "needs stream true; send both or neither"),
+        (len(limits) > 1, "max_tokens", "differs from max_completion_tokens; send one of them"),
+        (shortest > max_tokens, "shortv.min_tokens", f"is {shortest}, and the completion ends after {max_tokens}"),
+        (parsed.top_logprobs is not None and not parsed.logprobs, "top_logprobs", "needs logprobs true; send both"),
+    )
+    for is_broken, param, problem in rules:
+        if is_broken:
+            raise HttpError(400, f"{param} {problem}", param=param)
+    given = parsed.model_dump(include={"temperature", "top_p", "seed", "stop"}, exclude_none=True)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        top_logprobs=(parsed.top_logprobs or 0) if parsed.logprobs else None,
+        **given,
+        **vendor.model_dump(exclude_none=True),
+    )
 
 
-def _shown(name: str) -> str:
-    return _STRANGE.sub("?", name[:80])
-
-
-def _messages(messages: Sequence[_Message], spec: EndpointSpec) -> tuple[Message, ...]:
-    images = sum(part.type == "image_url" for message in messages for part in message.content)
+def _messages(parsed: _Body, spec: EndpointSpec) -> Iterator[Message]:
+    parts = [part for message in parsed.messages for part in message.content]
+    images, characters = sum(part.image_url is not None for part in parts), sum(len(part.text or "") for part in parts)
     if images > spec.max_images:
         problem = f"messages have {images} images, and {spec.max_images} are allowed; send fewer"
         raise HttpError(400, problem, param="messages", code="too_many_images")
-    characters = sum(len(part.text or "") for message in messages for part in message.content)
     if characters > MAX_PROMPT_CHARS:
         problem = f"messages have {characters} characters, and {MAX_PROMPT_CHARS} are allowed; shorten them"
         raise HttpError(400, problem, param="messages", code="context_length_exceeded")
-    reader = _ImageReader(int(spec.max_image_megapixels * 1e6))
-    return tuple(_message(message, f"messages.{number}", reader) for number, message in enumerate(messages))
+    pixels = int(spec.max_image_megapixels * 1e6)
+    left = pixels
+    for at, message in enumerate(parsed.messages):
+        content: list[str | bytes] = []
+        for number, part in enumerate(message.content):
+            where = f"messages.{at}.content.{number}"
+            if part.image_url is None:
+                content.append(part.text or "")
+            elif message.role != "user":
+                problem = f"{where} is an image of role {message.role}; only users send images"
+                raise HttpError(400, problem, param=where)
+            else:
+                data, used = _image(part.image_url.url, f"{where}.image_url.url", left=left, allowed=pixels)
+                content.append(data)
+                left -= used
+        yield Message(role="system" if message.role == "developer" else message.role, parts=tuple(content))
 
 
-def _message(message: _Message, where: str, reader: _ImageReader) -> Message:
-    if not message.content:
-        raise HttpError(400, f"{where}.content is empty; send a text or a part", param=f"{where}.content")
-    parts = tuple(_part(part, message, f"{where}.content.{n}", reader) for n, part in enumerate(message.content))
-    return Message(role="system" if message.role == "developer" else message.role, parts=parts)
-
-
-def _part(part: _Part, message: _Message, where: str, reader: _ImageReader) -> str | bytes:
-    has_text, has_image = part.text is not None, part.image_url is not None
-    if (has_text, has_image) != (part.type == "text", part.type == "image_url"):
-        problem = f"{where} is of type {part.type}, so it needs the field {part.type} and no other content"
-        raise HttpError(400, problem, param=where)
-    if part.image_url is None:
-        return part.text or ""
-    if message.role != "user":
-        raise HttpError(400, f"{where} is an image of role {message.role}; only users send images", param=where)
-    return reader.read(part.image_url.url, f"{where}.image_url.url")
-
-
-class _ImageReader:
-    """Reads the images of one request, which share a number of pixels."""
-
-    def __init__(self, max_pixels: int) -> None:
-        self._max_pixels = max_pixels
-        self._pixels = 0
-
-    def read(self, url: str, param: str) -> bytes:
-        """Return the encoded image of a data URI; nothing is ever fetched. Raises HttpError."""
-        data = _data(url, param)
-        try:
-            width, height = image_size(data, formats=WEB_FORMATS, max_pixels=self._max_pixels)
-        except SampleError as error:
-            code = "image_too_large" if error.error in ("too-large", "too-elongated") else "invalid_image"
-            raise HttpError(400, f"{param}: {error.message}", param=param, code=code) from None
-        self._pixels += width * height
-        if self._pixels > self._max_pixels:
-            problem = (
-                f"with {width} x {height} pixels the images exceed the {self._max_pixels} allowed for all together"
-            )
-            raise HttpError(400, f"{param}: {problem}; scale them down", param=param, code="image_too_large")
-        return data
+def _image(url: str, param: str, *, left: int, allowed: int) -> tuple[bytes, int]:
+    """Return the encoded image of a data URI and its pixels; nothing is ever fetched. Raises HttpError."""
+    data = _data(url, param)
+    try:
+        width, height = image_size(data, formats=WEB_FORMATS, max_pixels=allowed)
+    except SampleError as error:
+        code = "image_too_large" if error.error in ("too-large", "too-elongated") else "invalid_image"
+        raise HttpError(400, f"{param}: {error.message}", param=param, code=code) from None
+    if width * height > left:
+        problem = f"with {width} x {height} pixels the images exceed the {allowed} allowed for all together"
+        raise HttpError(400, f"{param}: {problem}; scale them down", param=param, code="image_too_large")
+    return data, width * height
 
 
 def _data(url: str, param: str) -> bytes:
     found = _DATA_URI.match(url)
     if found is None:
         scheme = _SCHEME.match(url)
-        name = scheme.group().lower() if scheme else ""
-        problem = f"is a {name} URL, which is never fetched" if name else "is not a data URI of an image"
-        if name == "data:":
-            problem = "is a data URI, but not of a base64 image"
-        raise HttpError(400, f"{param} {problem}; send data:image/png;base64,...", param=param)
+        kind = f"a {scheme.group().lower()} URL" if scheme else "a text"
+        problem = f"{param} is {kind}, not a base64 data URI of an image; URLs are never fetched"
+        raise HttpError(400, f"{problem}; send data:image/png;base64,...", param=param)
     try:
         return binascii.a2b_base64(memoryview(url.encode("ascii"))[found.end() :], strict_mode=True)
     except (binascii.Error, UnicodeEncodeError):
         problem = f"{param} is not valid base64; encode the file with the standard alphabet"
         raise HttpError(400, problem, param=param) from None
-
-
-def _sampling(parsed: _Body) -> SamplingParams:
-    vendor = parsed.shortv or _Vendor()
-    limits = {parsed.max_tokens, parsed.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        problem = f"max_tokens is {parsed.max_tokens} and max_completion_tokens {parsed.max_completion_tokens}"
-        raise HttpError(400, f"{problem}; send one of them", param="max_tokens")
-    # No upper bound: a completion ends where the model's context does.
-    max_tokens = next(iter(limits), None) or DEFAULT_MAX_TOKENS
-    min_tokens = vendor.min_tokens or 0
-    if min_tokens > max_tokens:
-        problem = f"shortv.min_tokens is {min_tokens}, and the completion has at most {max_tokens} tokens; send less"
-        raise HttpError(400, problem, param="shortv.min_tokens")
-    if parsed.top_logprobs is not None and not parsed.logprobs:
-        raise HttpError(400, "top_logprobs needs logprobs true; send both or neither", param="top_logprobs")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=parsed.temperature or 0.0,
-        top_p=1.0 if parsed.top_p is None else parsed.top_p,
-        top_k=vendor.top_k or 0,
-        repetition_penalty=1.0 if vendor.repetition_penalty is None else vendor.repetition_penalty,
-        seed=parsed.seed,
-        stop=tuple(parsed.stop or ()),
-        top_logprobs=(parsed.top_logprobs or 0) if parsed.logprobs else None,
-    )

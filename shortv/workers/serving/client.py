@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ import ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request
+from shortv.request import Chunk, Completion, Failure, Reason, Request
 
 LOG = logging.getLogger("shortv.client")
 # How long a handle may take to find a replica that can list its plans.
@@ -45,18 +45,32 @@ class ReplicaClient:
         self._plans_at = -math.inf
         self._lookup: asyncio.Task[bool] | None = None
 
-    async def complete(self, request: Request) -> Completion | Failure:
-        """Complete a request. Raises CancelledError when the caller gives up; its place is free then."""
-        found: Completion | Failure = await self._retried(request, self._handle.complete.remote)
-        return found
+    async def complete(self, request: Request) -> Any:
+        """Return the completion of a request, the likelihood of its continuation, or a failure.
 
-    async def score(self, request: Request) -> Likelihood | Failure:
-        """Score the continuation of a request."""
-        found: Likelihood | Failure = await self._retried(request, self._handle.score.remote)
-        return found
+        Raises CancelledError when the caller gives up; its place is free then.
+        """
+        until = time.monotonic() + request.timeout_s
+        pause, losses = _FIRST_PAUSE_S, 0
+        while True:
+            async with self._suspects if losses >= _SUSPICIOUS else nullcontext():
+                found = await _outcome(self._handle.complete.remote(request))
+            if not isinstance(found, Failure):
+                return found
+            if found.reason is Reason.LOST:
+                losses, pause = losses + 1, max(pause, _LOSS_PAUSE_S)
+            if losses >= _MAX_LOSSES:
+                return Failure(reason=Reason.LOST, message=f"{losses} replicas failed while they had the request")
+            retry = found.reason is Reason.LOST or (self._patient and found.reason is Reason.OVERLOADED)
+            if not retry or time.monotonic() + pause > until:
+                return found
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
-        """Complete a request in chunks; a replica that dies in between ends it with a failure."""
+    score = complete
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk | Completion | Failure]:
+        """Complete a request in chunks; the whole completion or a failure comes last. A dead replica is a failure."""
         response: Any = self._streaming.stream.remote(request)
         ended = False
         try:
@@ -70,31 +84,20 @@ class ReplicaClient:
             if not ended:
                 response.cancel()
 
-    async def plans(self) -> Mapping[str, str]:
-        """Return the digest of each plan by name, as one of the replicas listed them in the last seconds.
+    async def plans(self, *, fresh: bool = False) -> Mapping[str, str]:
+        """Return the digest of each plan by name, as a replica listed them in the last seconds, or the last if `fresh`.
 
         Raises:
             TimeoutError: no replica answered.
         """
-        if not await self._known(_PLANS_KEPT_S):
-            raise TimeoutError("no replica can list its plans")
-        return self._plans
-
-    async def healthy(self) -> bool:
-        """Whether a replica answers."""
-        try:
-            return await self._known(_PLANS_FRESH_S)
-        except Exception:  # whatever is wrong, no replica can be reached
-            return False
-
-    async def _known(self, within_s: float) -> bool:
-        """Whether the plans were listed within that time; if not, one lookup that all callers share decides."""
         age = time.monotonic() - self._plans_at
-        if age <= _PLANS_FRESH_S:
-            return True
-        if self._lookup is None or self._lookup.done():
-            self._lookup = asyncio.create_task(self._look_up())
-        return age <= within_s or await asyncio.shield(self._lookup)
+        if age > _PLANS_FRESH_S:
+            # One lookup that all callers share.
+            if self._lookup is None or self._lookup.done():
+                self._lookup = asyncio.create_task(self._look_up())
+            if (fresh or age > _PLANS_KEPT_S) and not await asyncio.shield(self._lookup):
+                raise TimeoutError("no replica can list its plans")
+        return self._plans
 
     async def _look_up(self) -> bool:
         """Ask until a replica lists its plans."""
@@ -109,24 +112,6 @@ class ReplicaClient:
 
     async def aclose(self) -> None:
         """Nothing to close: Serve keeps handles."""
-
-    async def _retried(self, request: Request, send: Callable[[Request], Any]) -> Any:
-        until = time.monotonic() + request.timeout_s
-        pause, losses = _FIRST_PAUSE_S, 0
-        while True:
-            async with self._suspects if losses >= _SUSPICIOUS else nullcontext():
-                found = await _outcome(send(request))
-            if not isinstance(found, Failure):
-                return found
-            if found.reason is Reason.LOST:
-                losses, pause = losses + 1, max(pause, _LOSS_PAUSE_S)
-            if losses >= _MAX_LOSSES:
-                return Failure(reason=Reason.LOST, message=f"{losses} replicas failed while they had the request")
-            retry = found.reason is Reason.LOST or (self._patient and found.reason is Reason.OVERLOADED)
-            if not retry or time.monotonic() + pause > until:
-                return found
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 async def _outcome(response: Any) -> Any:

@@ -10,9 +10,8 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack, suppress
 from time import monotonic
 
 from shortv.errors import SampleError, ShortVError
@@ -22,31 +21,12 @@ from shortv.layers.apply import executing
 from shortv.plan import Mode
 from shortv.request import Reason
 from shortv.workers.serving.batch import RunningBatch, score
-from shortv.workers.serving.scheduler import Scheduler
+from shortv.workers.serving.scheduler import EngineSettings, Scheduler
 from shortv.workers.serving.sequence import Sequence
 
 LOG = logging.getLogger("shortv.engine")
 # Errors after which a CUDA process can compute nothing any more.
 POISONED = ("AcceleratorError", "CudaError")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """How an engine batches sequences (see `Scheduler`) and what it may use.
-
-    Beyond `max_queued` sequences that wait while `batch_size` run, requests are refused. `vision_bytes` bounds the
-    cached vision features, `image_bytes` the decoded images of all requests. An engine that works for `stall_s`
-    seconds without finishing a decoder layer or a step counts as stuck.
-    """
-
-    batch_size: int = 16
-    max_batches: int = 4
-    wait_ms: float = 5.0
-    patience_s: float = 5.0
-    max_queued: int = 64
-    vision_bytes: int = 1 << 30
-    image_bytes: int = 2 << 30
-    stall_s: float = 600.0
 
 
 class Engine:
@@ -56,12 +36,7 @@ class Engine:
         """Take the model; `start` begins to work."""
         self.settings = settings
         self.vision = VisionCache(loaded, max_bytes=settings.vision_bytes)
-        self.scheduler = Scheduler(
-            batch_size=settings.batch_size,
-            max_batches=settings.max_batches,
-            wait_ms=settings.wait_ms,
-            patience_s=settings.patience_s,
-        )
+        self.scheduler = Scheduler(settings)
         self._loaded = loaded
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._applied = ExitStack()
@@ -103,7 +78,10 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            with self._noting_progress():
+            with ExitStack() as hooks:
+                # A step of a large model on CPUs may take many minutes, a layer does not.
+                for layer in self._loaded.decoder.layers:
+                    hooks.callback(layer.register_forward_pre_hook(self._note_progress).remove)
                 while not self._stopping and self._lost is None:
                     self._iterate()
         except BaseException as error:
@@ -116,17 +94,8 @@ class Engine:
                 self._send_away(sequence)
             self._empty_inbox()
 
-    @contextmanager
-    def _noting_progress(self) -> Iterator[None]:
-        """Note the time before every decoder layer: a step of a large model on CPUs may take many minutes."""
-
-        def note(*_: object) -> None:
-            self._progress_at = monotonic()
-
-        with ExitStack() as hooks:
-            for layer in self._loaded.decoder.layers:
-                hooks.callback(layer.register_forward_pre_hook(note).remove)
-            yield
+    def _note_progress(self, *_: object) -> None:
+        self._progress_at = monotonic()
 
     def _iterate(self) -> None:
         """Prefill at most one batch, and step each running one; keep no batch that has ended."""
@@ -144,25 +113,22 @@ class Engine:
         timeout: float | None = 0.0
         if not self.scheduler.running:
             timeout = max(0.0, self.scheduler.due_in()) if self.scheduler.waiting else None
-        while True:
-            try:
-                # An idle engine is not stuck.
-                self._progress_at = monotonic() if timeout is not None else float("inf")
+        # An idle engine is not stuck.
+        self._progress_at = monotonic() if timeout is not None else float("inf")
+        with suppress(queue.Empty):
+            while True:
                 sequence = self._inbox.get(block=timeout != 0, timeout=timeout)
-            except queue.Empty:
-                break
-            if sequence is not None:
-                self.scheduler.waiting.append(sequence)
-            timeout = 0.0
-        self._progress_at = monotonic()
+                if sequence is not None:
+                    self.scheduler.waiting.append(sequence)
+                timeout = 0.0
+        self._note_progress()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         self._apply_plan_of(sequences[0])
         if sequences[0].request.continuation is None:
-            self.scheduler.begin(sequences, RunningBatch(self._loaded, self.vision, sequences))
+            self.scheduler.begin(RunningBatch(self._loaded, self.vision, sequences))
         else:
             score(self._loaded, sequences)
-            self.scheduler.begin(sequences, None)
 
     def _step(self, batch: RunningBatch) -> None:
         self._apply_plan_of(batch.sequences[0])
@@ -177,17 +143,17 @@ class Engine:
             self._applied.enter_context(executing(self._loaded.model, sequence.modes, sequence.run))
             self._plan = sequence.plan
 
-    def _guarded(self, sequences: list[Sequence], work: Callable[..., None], *arguments: object) -> None:
+    def _guarded(self, sequences: list[Sequence], work: Callable[..., None], argument: object) -> None:
         """Work on sequences; if that fails they run again in two halves, down to the one that fails alone."""
         sequences = list(sequences)
         try:
-            work(*arguments)
+            work(argument)
             return
         except Exception as error:  # whatever the model, its processor or its device raises
             if any(kind.__name__ in POISONED for kind in type(error).__mro__):
                 self._lost = f"the device was lost: {type(error).__name__}"
                 return
-            if len(sequences) == 1 and not sequences[0].over:
+            if len(sequences) == 1:
                 _fail(sequences[0], error)
         # Outside the handler: its traceback holds the tensors of the batch.
         self.scheduler.retry(sequences)

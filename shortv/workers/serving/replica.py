@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -11,25 +12,78 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ray.util.metrics import Counter, Histogram
 
+from shortv.architecture import Architecture
 from shortv.errors import Refused, SampleError
-from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Reason, Request
+from shortv.families import LoadedModel, quiet_transformers
+from shortv.families.preprocessing import adds_special_tokens, prompt_of
+from shortv.layers.progress import LearnedRun
+from shortv.learned.files import PartsCache
+from shortv.plan import Mode, Plan
+from shortv.request import FULL_MODEL, Chunk, Completion, Failure, Likelihood, Message, Reason, Request
 from shortv.untrusted import image_size
 from shortv.workers.models import RemoteModel
-from shortv.workers.serving.engine import Engine, EngineSettings
-from shortv.workers.serving.plans import PlanBook, read_plans
+from shortv.workers.serving.engine import Engine
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.sequence import Event, Sequence
 from shortv.workers.shipping import ShippedFolder
-
-if TYPE_CHECKING:
-    from shortv.families import LoadedModel
 
 LOG = logging.getLogger("shortv.replica")
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120]
 _BYTES_PER_PIXEL = 3  # RGB
+
+
+class ServedPlan(NamedTuple):
+    """What sequences run under: modes, what they need beside them, and the plan's digest (None: the full model)."""
+
+    modes: tuple[Mode, ...]
+    run: LearnedRun | None = None
+    digest: str | None = None
+
+
+def read_plans(sources: Iterable[str | Mapping[str, Any]]) -> list[Plan]:
+    """Read plans from files, folders, published names and contents of plan files. Raises Refused."""
+    return [
+        Plan.load(source) if isinstance(source, str) else Plan.from_json(json.dumps(dict(source))) for source in sources
+    ]
+
+
+def fit_plans(
+    plans: Iterable[Plan],
+    architecture: Architecture,
+    *,
+    model: str,
+    revision: str | None,
+    run_of: Callable[[Plan], LearnedRun | None],
+) -> tuple[dict[str, ServedPlan], list[str]]:
+    """Return plans by name, the full model among them, and warnings about those made for another checkpoint.
+
+    Args:
+        run_of: loads, or only checks, the learned parts of a plan.
+
+    Raises:
+        Refused: a plan is for another model, two different plans have one name, or learned parts are missing, for
+            another model, or cannot run.
+    """
+    found = {FULL_MODEL: ServedPlan((Mode.FULL,) * architecture.num_layers)}
+    warnings = []
+    for plan in plans:
+        if plan.name in found and found[plan.name].digest != plan.digest:
+            raise Refused(f"two different plans are named {plan.name!r}; give one of them another name")
+        warnings += plan.check_fits(
+            config_digest=architecture.config_digest,
+            num_layers=architecture.num_layers,
+            model=model,
+            revision=revision,
+        )
+        try:
+            found[plan.name] = ServedPlan(plan.modes, run_of(plan), plan.digest)
+        except Refused as error:
+            raise Refused(f"plan {plan.name!r}: {error}") from error
+    return found, warnings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +102,22 @@ class ReplicaSetup:
 
 
 class Replica:
-    """Completes requests under any plan of its `user_config`, `{"plans": [...]}` (see `plans.PlanSource`).
+    """Completes requests under any plan of its `user_config`, `{"plans": [...]}` (sources as `read_plans` takes them).
 
     Its methods return failures as values: an exception means that the replica itself has failed.
     """
 
     def __init__(self, setup: ReplicaSetup) -> None:
         """Load the model and start the engine; the full model is served at once, plans come with `reconfigure`."""
-        from shortv.families import quiet_transformers
-        from shortv.learned.files import PartsCache
-
         quiet_transformers()
         self._loaded: LoadedModel = setup.model.load(device=setup.device, threads=setup.threads)
         self._name = setup.model.spec.name
         self._parts = PartsCache(folders={path: folder.local for path, folder in setup.parts.items()})
-        self._book = self._book_of({})
-        self._length = PromptLength(self._loaded)
-        self._images = ImageMemory(setup.engine.image_bytes)
+        self._plans = self._fitting({})
+        self._image_bytes, self._most_image_bytes = 0, setup.engine.image_bytes
+        # A tokenizer is for one thread at a time, and the processor's own is the engine's.
+        self._tokenizer = deepcopy(self._loaded.processor.tokenizer)
+        self._counting = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompt-length")
         self._engine = Engine(self._loaded, setup.engine)
         self._engine.start()
         self._metrics = _Metrics()
@@ -72,19 +125,21 @@ class Replica:
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve exactly these plans from now on; running requests keep theirs. Raises Refused, changing nothing."""
         # Loading learned parts takes a while, and requests go on meanwhile.
-        self._book = await asyncio.to_thread(self._book_of, user_config)
+        self._plans = await asyncio.to_thread(self._fitting, user_config)
 
-    def _book_of(self, user_config: Mapping[str, Any]) -> PlanBook:
+    def _fitting(self, user_config: Mapping[str, Any]) -> dict[str, ServedPlan]:
         unknown = sorted(user_config.keys() - {"plans"})
         if unknown:
             raise Refused(f"user_config has the unknown key {unknown[0]!r}; give plans, a list of plans")
-        return PlanBook(
-            self._loaded.architecture,
+        loaded = self._loaded
+        found, _ = fit_plans(
             read_plans(user_config.get("plans") or ()),
+            loaded.architecture,
             model=self._name,
-            revision=self._loaded.revision,
-            runs=lambda plan: self._parts.run(plan, self._loaded.decoder, self._loaded.architecture),
+            revision=loaded.revision,
+            run_of=lambda plan: self._parts.run(plan, loaded.decoder, loaded.architecture),
         )
+        return found
 
     def check_health(self) -> None:
         """End the process if it can complete nothing any more; Serve then replaces it.
@@ -97,29 +152,21 @@ class Replica:
             os._exit(1)
 
     async def plans(self) -> dict[str, str]:
-        """Return the digest of each plan by name."""
-        return self._book.digests()
+        """Return the digest of each plan by name, in the order given, without the full model."""
+        return {name: plan.digest for name, plan in self._plans.items() if plan.digest is not None}
 
-    async def complete(self, request: Request) -> Completion | Failure:
-        """Complete a request."""
-        last: Any = None
-        async for event in self._events(request):
-            last = event
-        return last  # type: ignore[no-any-return]  # the last event is one of the two
+    async def complete(self, request: Request) -> Completion | Likelihood | Failure:
+        """Complete a request, or score its continuation."""
+        last = [event async for event in self._events(request, streams=False)][-1]
+        assert not isinstance(last, Chunk)
+        return last
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Complete a request in chunks; the whole completion or a failure comes last."""
         async for event in self._events(request, streams=True):
-            yield event  # type: ignore[misc]  # a likelihood is emitted only for a continuation
+            yield event
 
-    async def score(self, request: Request) -> Likelihood | Failure:
-        """Score the continuation of a request."""
-        last: Any = None
-        async for event in self._events(request):
-            last = event
-        return last  # type: ignore[no-any-return]
-
-    async def _events(self, request: Request, *, streams: bool = False) -> AsyncIterator[Event]:
+    async def _events(self, request: Request, *, streams: bool) -> AsyncIterator[Event]:
         started = time.monotonic()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -129,15 +176,14 @@ class Replica:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        with self._images.reserved(request.messages) as fits:
+        with self._image_memory(request.messages) as fits:
             problem = "the images of other requests fill the memory; try again later"
             full = Failure(reason=Reason.OVERLOADED, message=problem)
-            sequence = await self._sequence(request, emit, streams=streams) if fits else full
-            if isinstance(sequence, Failure):
-                self._metrics.record(request, sequence, started)
-                yield sequence
-                return
-            self._engine.submit(sequence)
+            found = await self._sequence(request, emit, streams=streams) if fits else full
+            if isinstance(found, Failure):
+                emit(found)
+            else:
+                self._engine.submit(found)
             try:
                 while True:
                     event = await events.get()
@@ -147,33 +193,58 @@ class Replica:
                         return
             finally:
                 # Also when the caller goes away: the place is free after the current step.
-                sequence.cancelled = True
+                if isinstance(found, Sequence):
+                    found.cancelled = True
 
     async def _sequence(self, request: Request, emit: Callable[[Event], None], *, streams: bool) -> Sequence | Failure:
-        from shortv.families.preprocessing import prompt_of
-
-        book = self._book
-        modes = book.modes(request.plan)
-        if modes is None:
-            known = ", ".join(book.digests()) or "none"
-            message = f"there is no plan {request.plan!r}; the plans are: {known}"
-            return Failure(reason=Reason.UNKNOWN_PLAN, message=message)
+        plan = self._plans.get(request.plan)
+        if plan is None:
+            problem = f"there is no plan {request.plan!r}; the plans are: {', '.join(await self.plans()) or 'none'}"
+            return Failure(reason=Reason.UNKNOWN_PLAN, message=problem)
         if self._engine.trouble:
             return Failure(reason=Reason.LOST, message=self._engine.trouble)
         try:
             prompt = await asyncio.to_thread(prompt_of, self._loaded, request.messages)
-            await self._length.check(prompt.text + (request.continuation or ""))
+            text = prompt.text + (request.continuation or "")
+            if len(text) > self._loaded.context:
+                await asyncio.get_running_loop().run_in_executor(self._counting, self._check_length, text)
         except SampleError as error:
             return Failure(reason=Reason.INVALID, message=str(error))
         return Sequence(
             request=request,
             prompt=prompt,
-            modes=modes,
-            run=book.run(request.plan),
-            plan_digest=book.digest(request.plan),
+            modes=plan.modes,
+            run=plan.run,
+            plan_digest=plan.digest,
             emit=emit,
             streams=streams,
         )
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a prompt beyond the context before it takes the engine's time: megabytes take seconds to tokenize.
+
+        Images count as their placeholders, so that some prompts that pass are still too long. Raises SampleError.
+        """
+        special = adds_special_tokens(self._loaded, text)
+        count = len(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        if count > self._loaded.context:
+            message = f"{count} text tokens exceed the model's context of {self._loaded.context}"
+            raise SampleError(stage="tokenise", error="context", message=message)
+
+    @contextmanager
+    def _image_memory(self, messages: Iterable[Message]) -> Iterator[bool]:
+        """Reserve the bytes of the decoded images for the time of the block; yield whether there are so many.
+
+        However large they are, they may be decoded while no others are.
+        """
+        size = sum(_decoded_bytes(part) for message in messages for part in message.parts if isinstance(part, bytes))
+        fits = not size or not self._image_bytes or self._image_bytes + size <= self._most_image_bytes
+        reserved = size if fits else 0
+        self._image_bytes += reserved
+        try:
+            yield fits
+        finally:
+            self._image_bytes -= reserved
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
@@ -181,67 +252,12 @@ class Replica:
             engine.stop()
 
 
-class ImageMemory:
-    """Bounds the bytes of the images that are decoded at a time. For one thread at a time."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.used = 0
-        """Bytes that are reserved now."""
-        self._max_bytes = max_bytes
-
-    @contextmanager
-    def reserved(self, messages: Iterable[Message]) -> Iterator[bool]:
-        """Reserve the bytes that the images need for the time of the block; yield whether there are so many.
-
-        However large they are, they may be decoded while no others are.
-        """
-        size = sum(_decoded_bytes(part) for message in messages for part in message.parts)
-        fits = not size or not self.used or self.used + size <= self._max_bytes
-        reserved = size if fits else 0
-        self.used += reserved
-        try:
-            yield fits
-        finally:
-            self.used -= reserved
-
-
-def _decoded_bytes(part: object) -> int:
+def _decoded_bytes(image: bytes) -> int:
     try:
-        width, height = image_size(part) if isinstance(part, bytes) else getattr(part, "size", (0, 0))
+        width, height = image_size(image)
     except SampleError:  # decoding it fails with the same error
         return 0
-    return int(width * height * _BYTES_PER_PIXEL)
-
-
-class PromptLength:
-    """Counts the tokens of long prompts in a thread of its own; the engine counts those of short ones.
-
-    Prompts beyond the context are refused before they take the engine's time: megabytes take seconds to tokenize.
-    """
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-        # A tokenizer is for one thread at a time, and the processor's own is the engine's.
-        self._tokenizer = deepcopy(loaded.processor.tokenizer)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompt-length")
-
-    async def check(self, text: str) -> None:
-        """Check a prompt. Images count as their placeholders, so that some prompts that pass are still too long.
-
-        Raises:
-            SampleError: it exceeds the model's context.
-        """
-        if len(text) > self._loaded.context:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._check, text)
-
-    def _check(self, text: str) -> None:
-        from shortv.families.preprocessing import adds_special_tokens
-
-        special = adds_special_tokens(self._loaded, text)
-        count = len(self._tokenizer(text, add_special_tokens=special)["input_ids"])
-        if count > self._loaded.context:
-            message = f"{count} text tokens exceed the model's context of {self._loaded.context}"
-            raise SampleError(stage="tokenise", error="context", message=message)
+    return width * height * _BYTES_PER_PIXEL
 
 
 class _Metrics:
@@ -259,9 +275,8 @@ class _Metrics:
     def record(self, request: Request, event: Event, started: float) -> None:
         """Count a request that ended."""
         outcome = str(event.reason) if isinstance(event, Failure) else "answered"
-        unknown = isinstance(event, Failure) and event.reason is Reason.UNKNOWN_PLAN
         # Names that callers choose must not become labels.
-        plan = "unknown" if unknown else request.plan or "full"
+        plan = "unknown" if outcome == Reason.UNKNOWN_PLAN else request.plan or "full"
         tags = {"plan": plan, "outcome": outcome}
         self._requests.inc(1, tags)
         self._seconds.observe(time.monotonic() - started, tags)

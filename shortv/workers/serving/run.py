@@ -9,28 +9,28 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
 from reports.access import address_of, bound, check_host
 from reports.http import log_requests, serve_app
 from reports.locations import masked_uri
 from shortv.errors import Refused
+from shortv.learned.header import check_parts
+from shortv.plan import Plan
 from shortv.terminal import say
 from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.run import Stopped, stop_on_signal
-from shortv.workers.serving.app import deploy, key_digests, place_replicas, replicas_of, reports_of
+from shortv.workers.serving.app import application_status, deploy, key_digests, placement_of, replicas_of, reports_of
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
-from shortv.workers.serving.plans import PlanBook, read_plans
+from shortv.workers.serving.replica import fit_plans, read_plans
 from shortv.workers.serving.spec import EndpointSpec
 
 APP = "shortv"
@@ -56,25 +56,69 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
         if APP in others:
             raise Refused(f"this cluster serves {APP} already; end that job or application first")
         serve.start(proxy_location="Disabled")
+        over = threading.Event()
         try:
-            placement = place_replicas(
-                free_nodes(),
-                replicas=spec.replicas,
-                gpus=spec.gpus_per_replica,
-                device=spec.device,
-            )
+            placement = placement_of(spec, free_nodes())
             if placement.note:
                 say(console, placement.note)
             app = replicas_of(spec, remote_model(ModelLoader(), spec.model_spec()), placement)
-            replicas = deploy(app, name=APP, route_prefix=None, timeout_s=spec.startup_timeout)
+            replicas = deploy(app, name=APP, timeout_s=spec.startup_timeout)
             endpoint = make_endpoint(spec, ReplicaClient(replicas), key_digests=digests, reports=reports)
-            announce = partial(_announce, spec, address_of(listening), console)
-            with _watched(console):
-                serve_app(endpoint, listening, announce=announce)
+            threading.Thread(target=_watch, args=(console, over), name="shortv-watch", daemon=True).start()
+            serve_app(endpoint, listening, announce=partial(_announce, spec, address_of(listening), console))
         finally:
+            over.set()
             _end(alone=not others)
     say(console, "stopped")
     return 0
+
+
+def check_model(spec: EndpointSpec, console: Console) -> None:
+    """Check on the driver what a replica would only find out after loading weights. Raises Refused."""
+    model = spec.model_spec()
+
+    def check(plan: Plan) -> None:
+        if plan.parts is not None:
+            check_parts(plan.parts, plan.config_digest)
+
+    architecture, plans = ModelLoader().describe(model), read_plans(spec.plans)
+    _, warnings = fit_plans(plans, architecture, model=model.name, revision=model.revision, run_of=check)
+    for warning in warnings:
+        say(console, warning)
+
+
+def _applications() -> list[str]:
+    """The applications that Serve runs on this cluster."""
+    try:
+        return list(serve.status().applications)
+    except Exception:  # Serve raises its own kinds where it was never started
+        return []
+
+
+def _announce(spec: EndpointSpec, address: str, console: Console) -> None:
+    names = [spec.served_name, *(f"{spec.served_name}@{plan.name}" for plan in read_plans(spec.plans))]
+    say(console, f"serving {', '.join(names)}")
+    if spec.reports:
+        say(console, f"{masked_uri(spec.reports)} is at {address}/reports/")
+    say(console, f"{address}/v1 is ready; Ctrl-C stops it")
+
+
+def _status() -> str:
+    try:
+        status = application_status(APP)
+    except (RayError, RayServeException):
+        return "out of reach"
+    return status.value.lower().replace("_", " ") if status else _GONE
+
+
+def _watch(console: Console, over: threading.Event) -> None:
+    """Say when the application changes its state."""
+    last = "running"
+    while not over.wait(1):
+        status = _status()
+        if status != last and not over.is_set():
+            say(console, f"the application is {status}")
+            last = status
 
 
 def _end(*, alone: bool) -> None:
@@ -87,58 +131,3 @@ def _end(*, alone: bool) -> None:
     # A Ray of this process ends with it, more quietly.
     if alone and os.environ.get("RAY_ADDRESS"):
         serve.shutdown()  # type: ignore[no-untyped-call]
-
-
-def _applications() -> list[str]:
-    """The applications that Serve runs on this cluster."""
-    try:
-        return list(serve.status().applications)
-    except Exception:  # Serve raises its own kinds where it was never started
-        return []
-
-
-def check_model(spec: EndpointSpec, console: Console) -> None:
-    """Check on the driver what a replica would only find out after loading weights. Raises Refused."""
-    model = spec.model_spec()
-    architecture = ModelLoader().describe(model)
-    book = PlanBook(architecture, read_plans(spec.plans), model=model.name, revision=model.revision)
-    for warning in book.warnings:
-        say(console, warning)
-
-
-def _announce(spec: EndpointSpec, address: str, console: Console) -> None:
-    names = [spec.served_name, *(f"{spec.served_name}@{plan.name}" for plan in read_plans(spec.plans))]
-    say(console, f"serving {', '.join(names)}")
-    if spec.reports:
-        say(console, f"{masked_uri(spec.reports)} is at {address}/reports/")
-    say(console, f"{address}/v1 is ready; Ctrl-C stops it")
-
-
-@contextmanager
-def _watched(console: Console) -> Iterator[None]:
-    """Say when the application changes its state while the block runs."""
-    over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(console, over), name="shortv-watch", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-
-
-def _watch(console: Console, over: threading.Event) -> None:
-    last = ApplicationStatus.RUNNING.value
-    while not over.wait(1):
-        status = _status()
-        if status != last:
-            say(console, f"the application is {status.lower().replace('_', ' ')}")
-            last = status
-
-
-def _status() -> str:
-    try:
-        application = serve.status().applications.get(APP)
-    except (RayError, RayServeException):
-        return "out of reach"
-    return str(application.status.value) if application else _GONE

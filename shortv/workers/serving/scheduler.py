@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from dataclasses import dataclass
 
 from shortv.request import Reason
 from shortv.workers.serving.batch import RunningBatch
 from shortv.workers.serving.sequence import Sequence
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How an engine batches sequences (see `Scheduler`) and what it may use.
+
+    Beyond `max_queued` sequences that wait while `batch_size` run, requests are refused. `vision_bytes` bounds the
+    cached vision features, `image_bytes` the decoded images of all requests. An engine that works for `stall_s`
+    seconds without finishing a decoder layer or a step counts as stuck.
+    """
+
+    batch_size: int = 16
+    max_batches: int = 4
+    wait_s: float = 0.005
+    patience_s: float = 5.0
+    max_queued: int = 64
+    vision_bytes: int = 1 << 30
+    image_bytes: int = 2 << 30
+    stall_s: float = 600.0
+
+
 class Scheduler:
     """The waiting sequences and the running batches of an engine; for the engine's thread alone.
 
     A batch holds sequences of one group (`Sequence.group`). It begins with the group of the oldest waiting sequence,
-    full or after `wait_ms`. New batches, and small ones while many sequences wait, begin beside `max_batches` others
+    full or after `wait_s`. New batches, and small ones while many sequences wait, begin beside `max_batches` others
     only if no place has become free for `patience_s`.
     """
 
-    def __init__(self, *, batch_size: int, max_batches: int, wait_ms: float, patience_s: float) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[RunningBatch] = []
-        self._batch_size = batch_size
-        self._max_batches = max_batches
-        self._wait_s = wait_ms / 1e3
-        self._patience_s = patience_s
-        self._free = batch_size
+        self._settings = settings
+        self._free = settings.batch_size
         self._changed = time.monotonic()
 
     @property
@@ -40,20 +56,21 @@ class Scheduler:
 
     def due_in(self) -> float:
         """Return the seconds until the oldest waiting sequence no longer waits for company."""
-        return self.waiting[0].arrived + self._wait_s - time.monotonic()
+        return self.waiting[0].arrived + self._settings.wait_s - time.monotonic()
 
     def drop_finished(self) -> None:
         """Fail sequences beyond their time limit; remove those that are finished or cancelled, and empty batches."""
         for one in self.all:
-            if one.overdue and not one.over:
-                problem = f"no completion within {one.request.timeout_s:g} s; request fewer tokens, or try later"
-                one.fail(Reason.DEADLINE, problem)
+            limit = one.request.timeout_s
+            if time.monotonic() - one.arrived > limit and not one.over:
+                one.fail(Reason.DEADLINE, f"no completion within {limit:g} s; request fewer tokens, or try later")
         self.waiting = [one for one in self.waiting if not one.over]
         self.running = [batch for batch in self.running if batch.size]
 
     def next_batch(self) -> list[Sequence]:
         """Return the sequences to prefill now, or none yet."""
-        free = self._batch_size - sum(batch.size for batch in self.running)
+        settings = self._settings
+        free = settings.batch_size - self.load[0]
         if free != self._free:
             self._free, self._changed = free, time.monotonic()
         if not self.waiting or free < 1:
@@ -65,25 +82,20 @@ class Scheduler:
         if len(group) < size and self.due_in() > 0:
             return []
         # With a long queue a few places are not worth a prefill and steps of their own, unless no others come.
-        few = len(group) > free and free < self._batch_size // self._max_batches
-        if few or len(self.running) >= self._max_batches:
-            return group[:size] if time.monotonic() - self._changed > self._patience_s else []
-        return group[:size]
+        few = len(group) > free and free < settings.batch_size // settings.max_batches
+        is_patient = time.monotonic() - self._changed <= settings.patience_s
+        return [] if (few or len(self.running) >= settings.max_batches) and is_patient else group[:size]
 
-    def begin(self, sequences: Collection[Sequence], batch: RunningBatch | None) -> None:
-        """Take sequences from the queue; those with a batch run from now on."""
+    def begin(self, batch: RunningBatch) -> None:
+        """Take the sequences of a new batch from the queue."""
         # In this order no sequence is ever counted twice.
-        self.waiting = [one for one in self.waiting if one not in sequences]
-        self.running += [batch] if batch is not None else []
+        self.waiting = [one for one in self.waiting if one not in batch.sequences]
+        self.running.append(batch)
 
-    def retry(self, sequences: list[Sequence]) -> bool:
-        """Queue the sequences of a failed batch again, for batches of half its size; False if there was only one."""
+    def retry(self, sequences: list[Sequence]) -> None:
+        """Queue the sequences of a failed batch again, for batches of half its size; drop one that failed alone."""
         self.running = [batch for batch in self.running if not set(batch.sequences) & set(sequences)]
-        self.waiting = [one for one in self.waiting if one not in sequences]
-        if len(sequences) == 1:
-            return False
-        left = [one for one in sequences if not one.over]
+        left = [one for one in sequences if not one.over] if len(sequences) > 1 else []
         for one in left:
             one.max_batch = max(1, len(sequences) // 2)
-        self.waiting = [*left, *self.waiting]
-        return True
+        self.waiting = [*left, *(one for one in self.waiting if one not in sequences)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from typing import Any
 
+from shortv.families import LoadedModel
 from shortv.families.preprocessing import Prompt
 from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
@@ -135,16 +137,15 @@ class Sequence:
         """Whether there is nothing left to do for it."""
         return self.finished or self.cancelled
 
-    @property
-    def overdue(self) -> bool:
-        """Whether the time limit of its request has passed."""
-        return time.monotonic() - self.arrived > self.request.timeout_s
-
-    def begin(self, sampler: Sampler, output: Detokenizer, *, started: float) -> None:
+    def begin(self, loaded: LoadedModel, prompt: Listed[int], *, started: float) -> None:
         """Enter a batch whose prefill started at that time. After a failed attempt everything is generated again."""
         if len(self.tokens) >= self._streamed_tokens:
             self._replay = self.tokens[: self._streamed_tokens]
-        self.sampler, self.output = sampler, output
+        sampling, tokenizer = self.request.sampling, loaded.processor.tokenizer
+        ends, texts = loaded.end_tokens(sampling.stop)
+        limit = max(1, min(sampling.max_tokens, loaded.context - len(prompt)))
+        self.sampler = Sampler(sampling, seed=self.seed, prompt=prompt, ends=ends, tokenizer=tokenizer)
+        self.output = Detokenizer(tokenizer, stop=texts, ends=ends, limit=limit)
         self.tokens, self.logprobs = [], []
         self.queue_ms = 1e3 * (started - self.arrived)
 

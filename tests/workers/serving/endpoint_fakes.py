@@ -76,11 +76,10 @@ class FakeReplicas:
         finally:
             self.closed += 1
 
-    async def plans(self) -> Mapping[str, str]:
+    async def plans(self, *, fresh: bool = False) -> Mapping[str, str]:
+        if fresh and not self.is_healthy:
+            raise TimeoutError
         return PLANS
-
-    async def healthy(self) -> bool:
-        return self.is_healthy
 
 
 def _completion(request: Request) -> Completion:

@@ -15,7 +15,8 @@ from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample
-from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.engine import Engine
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.sequence import Event, Sequence
 from tests.tiny_model import bundled
 

@@ -15,7 +15,7 @@ from shortv.workers.models import ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement
 from shortv.workers.serving import app as module
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
-from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 
 ONE_TO_TWO = WorkerRange(1, 2)
@@ -108,7 +108,7 @@ def test_replicas_that_cannot_start_end_the_wait(
     monkeypatch.setattr(module.serve, "run_many", lambda *_, **__: None)
     monkeypatch.setattr(module.serve, "status", lambda: SimpleNamespace(applications={"it": application}))
     with pytest.raises(ShortVError) as caught:
-        deploy(deployment(), name="it", route_prefix=None, timeout_s=0.05)
+        deploy(deployment(), name="it", timeout_s=0.05)
     assert problem in str(caught.value)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,9 +13,9 @@ import pytest
 from starlette.applications import Starlette
 
 from reports.http import HttpError
-from shortv.request import FULL_MODEL, Chunk, Failure, Reason
-from shortv.workers.serving.chat_reply import ReplyForm
-from shortv.workers.serving.endpoint import EventStream, unless_gone
+from shortv.request import FULL_MODEL, Chunk, Failure, Reason, Request
+from shortv.workers.serving.chat_reply import ChatReply, unless_gone
+from shortv.workers.serving.chat_request import ChatCall
 from tests.workers.serving.endpoint_fakes import (
     KEY,
     MODEL,
@@ -318,9 +319,9 @@ def test_a_stream_that_nobody_reads_is_closed() -> None:
         await asyncio.Event().wait()
 
     async def go() -> None:
-        form = ReplyForm(completion_id="c", created=1, model="m", plan="full", with_logprobs=False)
-        fail = lambda failure: HttpError(500, failure.message)  # noqa: E731
-        stream = EventStream(lambda: kept, form, timeout_s=0.1, fail=fail, include_usage=False)
+        request = Request(request_id="c", messages=(), timeout_s=0.1)
+        call = ChatCall(MODEL, request, stream=True, include_usage=False)
+        stream = ChatReply(call, request, SimpleNamespace(stream=lambda _: kept))
         with pytest.raises(HttpError, match="was not whole within"):
             await stream({"type": "http"}, receive, send)
         assert steps == ["http.response.start", "http.response.body", "closed"]

@@ -20,8 +20,9 @@ from shortv.request import Completion, Likelihood, Message, Reason
 from shortv.workers.serving import batch as batch_module
 from shortv.workers.serving import engine as engine_module
 from shortv.workers.serving.batch import RunningBatch
-from shortv.workers.serving.engine import Engine, EngineSettings
+from shortv.workers.serving.engine import Engine
 from shortv.workers.serving.sampling import Chosen
+from shortv.workers.serving.scheduler import EngineSettings
 from tests.tiny_model import bundled, calibration
 from tests.workers.serving.sequences import GUARD_S, Submitted, running, sequence_of, submit
 

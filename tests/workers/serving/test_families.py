@@ -6,7 +6,7 @@ import pytest
 
 from shortv.families import LoadedModel, load
 from shortv.plan import Mode, modes_of_layers
-from shortv.workers.serving.engine import EngineSettings
+from shortv.workers.serving.scheduler import EngineSettings
 from tests.families.test_processors import BATCHES
 from tests.models import LAYERS
 from tests.processors import CHECKPOINTS, save_checkpoint

@@ -24,10 +24,9 @@ from shortv.plan import Mode, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
-from shortv.workers.serving.engine import EngineSettings
-from shortv.workers.serving.plans import PlanBook
-from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.replica import Replica, ReplicaSetup, ServedPlan, fit_plans
 from shortv.workers.serving.run import check_model
+from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec
 from tests.parts import ShiftRun, plan_of, register, save_named, save_shifts
 from tests.tiny_model import TINY, bundled, calibration
@@ -41,10 +40,8 @@ def runs(cache: PartsCache) -> Callable[[Plan], LearnedRun | None]:
     return lambda plan: cache.run(plan, bundled().decoder, bundled().architecture)
 
 
-def book_of(plans: Sequence[Plan], cache: PartsCache | None) -> PlanBook:
-    return PlanBook(
-        bundled().architecture, plans, model="tiny", revision=None, runs=runs(cache) if cache is not None else None
-    )
+def fitted(plans: Sequence[Plan], run_of: Callable[[Plan], LearnedRun | None]) -> dict[str, ServedPlan]:
+    return fit_plans(plans, bundled().architecture, model="tiny", revision=None, run_of=run_of)[0]
 
 
 def at(plan: Plan, threshold: float) -> Plan:
@@ -71,12 +68,12 @@ def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pyte
     plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,)))
     plans = [at(plan, threshold) for threshold in (0.2, 0.5, 0.9)]
     cache = PartsCache()
-    book = book_of(plans, cache)
-    found: Any = [book.run(one.name) for one in plans]
+    book = fitted(plans, runs(cache))
+    found: Any = [book[one.name].run for one in plans]
     assert [run.times for run in found] == [0.2, 0.5, 0.9]
     assert len({id(run.parts) for run in found}) == 1
     # The next list of plans takes over what is loaded, and what no plan needs is let go.
-    again = book_of(plans[:1], cache).run("at-0.2")
+    again = fitted(plans[:1], runs(cache))["at-0.2"].run
     assert again is not None and again.identity == found[0].identity
     parts = weakref.ref(found[0].parts)
     del book, found, again
@@ -134,20 +131,18 @@ def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> Non
     assert found[1].text == found[3].text
 
 
-@pytest.mark.parametrize("loads", [True, False])
-def test_parts_that_are_not_there_refuse_the_plan(loads: bool, tmp_path: Path) -> None:
-    cache = PartsCache() if loads else None
+def test_parts_that_are_not_there_refuse_the_plan(tmp_path: Path) -> None:
     missing = routers(tmp_path / "missing")
     (tmp_path / "missing" / "parts.json").unlink()
     with pytest.raises(Refused, match=r"^plan 'learned': no learned parts at .*; give a folder with parts\.json"):
-        book_of([missing], cache)
+        fitted([missing], runs(PartsCache()))
 
 
 def test_parts_that_cannot_run_under_the_modes_refuse_the_plan(tmp_path: Path) -> None:
     plan = routers(tmp_path)
     frozen = replace(plan, modes=modes_of_layers(Mode.FREEZE_VISUAL, (4,), 8))
     with pytest.raises(Refused, match="plan 'learned': DyVTE itself decides what leaves"):
-        book_of([frozen], PartsCache())
+        fitted([frozen], runs(PartsCache()))
 
 
 def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> None:

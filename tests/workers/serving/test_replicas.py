@@ -26,8 +26,8 @@ from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.placement import Placement
 from shortv.workers.serving.app import REPLICA, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.engine import EngineSettings
 from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.scheduler import EngineSettings
 from tests.tiny_model import TINY, calibration
 
 pytestmark = pytest.mark.ray
@@ -173,7 +173,7 @@ def test_a_request_that_kills_every_replica_is_given_up_and_takes_no_other_with_
             return Completion(text=request.request_id, finish_reason="stop", plan_digest=None, **counts, **times)
 
     deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
-    handle = deploy(deployment.bind(), name="deadly", route_prefix=None)
+    handle = deploy(deployment.bind(), name="deadly")
     names = [*map(str, range(30)), "deadly", *map(str, range(30, 60))]
     found = complete(handle, [request_of(text=name) for name in names])
     for name, one in zip(names, found, strict=True):
@@ -205,7 +205,7 @@ def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch:
             self._engine._prefill = failing  # type: ignore[method-assign]
 
     monkeypatch.setattr("shortv.workers.serving.app.Replica", Losing)
-    handle = deploy(app_of_one(), name="losing", route_prefix=None)
+    handle = deploy(app_of_one(), name="losing")
     before = processes("losing")
     found = complete(handle, [request_of(text=text) for text in ("how many?", "what is red?")])
     assert lost.exists() and all(isinstance(one, Completion) and one.text for one in found)

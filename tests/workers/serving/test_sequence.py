@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from shortv.request import TokenLogprob
 from shortv.workers.serving.sampling import Chosen
@@ -26,10 +25,8 @@ def test_a_stop_whose_characters_are_several_tokens_is_never_shown() -> None:
 
 def test_tokens_without_text_are_streamed_with_their_log_probabilities() -> None:
     tokenizer = bundled().processor.tokenizer
-    one = sequence_of(bundled(), calibration()[0], streams=True)
-    output = Detokenizer(tokenizer, stop=(), ends=(), limit=2)
-    sampler: Any = None
-    one.sequence.begin(sampler, output, started=0.0)
+    one = sequence_of(bundled(), calibration()[0], streams=True, max_tokens=2)
+    one.sequence.begin(bundled(), (), started=0.0)
     logprob = TokenLogprob("a", -1.0, ())
     one.sequence.add(Chosen(tokenizer("a", add_special_tokens=False)["input_ids"][0], logprob))
     one.sequence.add(Chosen(tokenizer.pad_token_id, logprob))
