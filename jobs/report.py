@@ -46,7 +46,11 @@ FOREIGN_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, 
 @option("--api-key-file", help="With --serve: file with one accepted API key per line.")
 def main(folder: str, output: str | None, against: str | None, serve: bool, **serving: Any) -> int:
     if serve:
-        return serve_runs(folder, output or against, **serving)
+        if output or against:
+            raise click.UsageError("--output and --against write a page; leave them out with --serve.")
+        from reports.service import run_service
+
+        return run_service(folder, **serving, say=click.echo)
     if any(value is not None for value in serving.values()):
         raise click.UsageError("--host, --port and --api-key-file need --serve.")
     check_output(output or folder, "--output" if output else "FOLDER")
@@ -69,15 +73,6 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
     state = "" if page.state == "complete" else f", of a run that is {page.state}"
     click.echo(f"written to {target.shown}/{name}{state}")
     return 0
-
-
-def serve_runs(root: str, other: str | None, *, host: str | None, port: int | None, api_key_file: str | None) -> int:
-    """Serve the runs below a root until a signal comes. Raises Refused, or click's error where a page is asked for."""
-    if other is not None:
-        raise click.UsageError("--output and --against write a page; leave them out with --serve.")
-    from reports.service import run_service
-
-    return run_service(root, host=host, port=port or 8080, api_key_file=api_key_file, say=click.echo)
 
 
 def place_of(source: Folder, output: str | None, default: str) -> tuple[Folder, str]:

@@ -36,6 +36,7 @@ _THREADS: Final = 8
 # Each holds a chunk of a file and a descriptor; more are refused.
 _MAX_CONNECTIONS: Final = 256
 _MAX_JOINED: Final = 12
+_PORT: Final = 8080
 _MAX_SHOWN: Final = 500
 _METHODS: Final = ("GET", "HEAD")
 _NO_CACHE: Final = {"cache-control": "private, no-cache"}
@@ -50,7 +51,9 @@ _PAGE_POLICY: Final = (
 _NOT_FOUND: Final = "nothing is served under this name; GET /runs lists what is"
 
 
-def run_service(root: str, *, host: str | None, port: int, api_key_file: str | None, say: Callable[[str], None]) -> int:
+def run_service(
+    root: str, *, host: str | None, port: int | None, api_key_file: str | None, say: Callable[[str], None]
+) -> int:
     """Serve the runs below a root until SIGTERM or Ctrl-C; return the exit status.
 
     Raises:
@@ -59,7 +62,7 @@ def run_service(root: str, *, host: str | None, port: int, api_key_file: str | N
     host = check_host(host, with_key=api_key_file is not None)
     digests = key_digests_of(api_key_file) if api_key_file else ()
     app = guarded(make_service(root), key_digests=digests)
-    with bound(host, port) as listening:
+    with bound(host, _PORT if port is None else port) as listening:
         ready = f"{masked_uri(root)} is at {address_of(listening)}/; Ctrl-C stops it"
         log_requests()
         serve_app(app, listening, announce=partial(say, ready), max_connections=_MAX_CONNECTIONS)

@@ -38,23 +38,23 @@ def links_of(page: Path) -> set[str]:
     return set(re.findall(r'<a href="([^"#]+)"', page.read_text("utf-8")))
 
 
-def test_the_script_writes_the_page_beside_its_tables(tmp_path: Path) -> None:
+def test_the_page_is_written_beside_its_tables_or_links_back(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a run")
-    command = [sys.executable, "jobs/report.py", tmp_path / "a run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == f"written to {tmp_path}/a run/report.html\n"
+    assert report(tmp_path / "a run") == f"written to {tmp_path}/a run/report.html\n"
     page = tmp_path / "a run" / "report.html"
     assert all((page.parent / link).is_file() for link in links_of(page))
     assert [name for name in os.listdir(page.parent) if name.startswith(".")] == []
-
-
-def test_a_page_elsewhere_links_back(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "a run")
     (tmp_path / "pages").mkdir()
     report(tmp_path / "a run", "--output_path", tmp_path / "pages" / "one.html")
     assert "../a%20run/lc_layers.parquet" in links_of(tmp_path / "pages" / "one.html")
     report(tmp_path / "a run", "--output", f"{tmp_path}/pages/")
     assert (tmp_path / "pages" / "report.html").exists()
+
+
+def test_the_script_runs_by_its_path(tmp_path: Path) -> None:
+    command = [sys.executable, "jobs/report.py", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "has no manifest.json" in done.stderr
 
 
 def test_folders_and_pages_in_object_stores(tmp_path: Path) -> None:

@@ -10,79 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reports.locations import masked
-from reports.manifest import (
-    CampaignManifest,
-    RunManifest,
-    State,
-    SweepManifest,
-    TrainingManifest,
-    arguments_digest,
-    utc_now,
-    versions,
-)
+from reports.manifest import RunManifest, SweepManifest, arguments_digest, versions
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
+from tests.reports.runs import campaign_manifest, sweep_manifest, training_manifest
 
-
-def manifest(**changes: Any) -> SweepManifest:
-    values: dict[str, Any] = {
-        "state": State.RUNNING,
-        "arguments": {"model": "m", "layers": [0, 1], "hf_token": "hidden"},
-        "arguments_digest": "aa",
-        "versions": {"python": "3.11"},
-        "model": "m",
-        "revision": None,
-        "config_digest": "bb",
-        "num_layers": 2,
-        "modes": ("freeze-visual",),
-        "kl_direction": "full-ablated",
-        "calibration_ids": ("s0", "s1"),
-        "calibration_digest": "cc",
-        "seed": 0,
-        "started": utc_now(),
-    }
-    return SweepManifest(**(values | changes))
-
-
-def training(**changes: Any) -> TrainingManifest:
-    shared = manifest().to_json()
-    own = {"kind": "training", "parts": "saisa", "data_digest": "dd"}
-    left_out = ("modes", "kl_direction", "calibration_ids", "calibration_digest", "seed", "noise_floor", "stability")
-    return TrainingManifest(**({name: shared[name] for name in shared if name not in left_out} | own | changes))
-
-
-def campaign(**changes: Any) -> CampaignManifest:
-    values: dict[str, Any] = {
-        "state": State.RUNNING,
-        "arguments": {"models": ["m"], "gen_kwargs": {"hf_token": "hidden"}},
-        "versions": {"python": "3.11"},
-        "models": ({"name": "m"},),
-        "plans": ({"model": "m", "name": "full", "modes": ["full", "full"]},),
-        "tasks": ({"name": "shapes"},),
-        "seed": 0,
-        "started": utc_now(),
-    }
-    return CampaignManifest(**(values | changes))
-
-
-RUNS = (manifest, training, campaign)
+RUNS: tuple[Callable[..., RunManifest], ...] = (sweep_manifest, training_manifest, campaign_manifest)
 
 
 @pytest.mark.parametrize("make", RUNS)
-def test_a_manifest_comes_back_as_saved(tmp_path: Path, make: Callable[..., RunManifest]) -> None:
+def test_a_manifest_comes_back_as_saved_and_without_secrets(tmp_path: Path, make: Callable[..., RunManifest]) -> None:
     folder = Folder(tmp_path)
-    final = make(state=State.PARTIAL, counts={"used": 1, "errors": 1}, attempts=2, wall_seconds=3, finished=utc_now())
-    for one in (make(), final, final.updated(attempts=3)):
+    first = make(state="running", finished=None, arguments={"layers": [0, 1], "gen_kwargs": {"hf_token": "hidden"}})
+    final = first.updated(state="partial", counts={"used": 1, "errors": 1}, attempts=2, wall_seconds=3)
+    for one in (first, final, final.updated(attempts=3)):
         one.save(folder)
         assert type(one).load(folder) == one
     text = (tmp_path / "manifest.json").read_text()
     assert "hidden" not in text and text.startswith('{\n  "schema_version": 1')
-
-
-def test_what_a_sweep_found_comes_back(tmp_path: Path) -> None:
-    final = manifest(noise_floor=1e-7, stability={"freeze-visual": {"0.5": 1.0}}, details={"device": "cpu"})
-    final.save(Folder(tmp_path))
-    assert SweepManifest.load(Folder(tmp_path)) == final
 
 
 @pytest.mark.parametrize("make", RUNS)
@@ -105,34 +50,23 @@ def test_malformed_fields_are_refused_in_one_line_that_names_them(make: Callable
         {"num_layers": 999999999999},
         {"num_layers": 0},
         {"kl_direction": "sideways"},
-        {"modes": [{}]},
         {"modes": ["freeze-nothing"]},
         {"noise_floor": float("inf")},
         {"noise_floor": -1},
         {"counts": {"used": -1}},
         {"counts": {"used": 2**60}},
         {"seed": True},
-        {"wall_seconds": float("nan")},
         {"state": "finished\x1b[2J"},
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(Refused, match=next(iter(change))) as caught:
-        SweepManifest.from_json(manifest().to_json() | change)
+        SweepManifest.from_json(sweep_manifest().to_json() | change)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        '{"noise_floor": ' + "9" * 401 + "}",
-        '{"noise_floor": 1e999}',
-        '{"details": ' + "[" * 5000 + "]" * 5000 + "}",
-        '{"kind": "sweep", "kind": "campaign"}',
-        '{"model": "\\ud800"}',
-        "[]",
-        "no JSON",
-    ],
+    "text", ['{"noise_floor": 1e999}', '{"kind": "sweep", "kind": "x"}', '{"model": "\\ud800"}', "[]"]
 )
 def test_hostile_manifest_files_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
@@ -170,7 +104,7 @@ def test_no_secret_is_written(prefix: str, word: str, secret: str) -> None:
     assert secret not in shown and "x=2" in shown and "bucket/x" in shown
 
 
-def test_a_count_of_tokens_is_no_secret_but_tokens_are() -> None:
+def test_a_count_of_tokens_is_not_a_secret_but_tokens_are() -> None:
     counts = {"max_new_tokens": 16, "model_args": "max_new_tokens=16,x=2"}
     assert masked(counts) == counts
     secrets = {"api_tokens": "abc", "hf_token": 16, "model_args": "access_tokens=abc,hf_token=16"}
@@ -181,6 +115,8 @@ def test_the_digest_covers_what_changes_results() -> None:
     first = arguments_digest({"model": "m", "workers": 1, "seed": 0}, ignore={"workers"})
     assert first == arguments_digest({"seed": 0, "workers": 8, "model": "m"}, ignore={"workers"})
     assert first != arguments_digest({"model": "m", "workers": 1, "seed": 1}, ignore={"workers"})
+    # A cell or run of an older release continues where its digest is the same.
+    assert first.startswith("ad4470ab4ce25f2b")
 
 
 def test_versions_name_what_computes() -> None:

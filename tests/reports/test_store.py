@@ -2,23 +2,24 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFile
-from pyarrow import parquet as pq
 
-from reports.schemas import SCHEMAS, table_of
+from reports.schemas import SCHEMAS
 from reports.store import Folder
 from shortv.atomic import remove_leftovers, replace_file
 from shortv.errors import Refused, ShortVError
 from shortv.plan import Mode
-from shortv.records import ErrorRecord, LcRecord
+from shortv.records import LcRecord
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -30,14 +31,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 def lc_row(layer: int) -> LcRecord:
-    return LcRecord(
-        sample_id=f"s{layer}",
-        mode=Mode.FREEZE_VISUAL,
-        layer=layer,
-        kl_full_ablated=0.5,
-        kl_ablated_full=0.25,
-        top1_changed=layer % 2 == 0,
-    )
+    kl = {"kl_full_ablated": 0.5, "kl_ablated_full": 0.25, "top1_changed": layer % 2 == 0}
+    return LcRecord(sample_id=f"s{layer}", mode=Mode.FREEZE_VISUAL, layer=layer, **kl)
 
 
 def test_tables_and_files_come_back_as_written(folder: Folder) -> None:
@@ -45,39 +40,29 @@ def test_tables_and_files_come_back_as_written(folder: Folder) -> None:
         folder.write_table(f"lc_samples/part-{part:05d}", [lc_row(part)])
     folder.write_table("errors", [])
     folder.write_json("manifest.json", {"b": [1, None], "a": "ü"})
-    assert folder.read_tables("lc_samples").to_pylist() == [
-        {**{name: getattr(lc_row(layer), name) for name in SCHEMAS["lc_samples"].names}} for layer in (2, 10)
-    ]
+    assert folder.read_tables("lc_samples").to_pylist() == [asdict(lc_row(layer)) for layer in (2, 10)]
     assert folder.read_table("errors").schema.equals(SCHEMAS["errors"], check_metadata=True)
     assert folder.read_tables("lc_layers").num_rows == 0
     assert folder.read_json("manifest.json") == {"b": [1, None], "a": "ü"}
-    assert folder.list() == [
-        "errors.parquet",
-        "lc_samples/part-00002.parquet",
-        "lc_samples/part-00010.parquet",
-        "manifest.json",
-    ]
+    parts = ["lc_samples/part-00002.parquet", "lc_samples/part-00010.parquet"]
+    assert folder.list() == ["errors.parquet", *parts, "manifest.json"]
     assert folder.exists("lc_samples") and folder.exists("errors.parquet") and not folder.exists("errors")
     folder.delete("lc_samples")
     folder.delete("never-there")
-    assert folder.list() == ["errors.parquet", "manifest.json"]
-
-
-def test_writing_again_replaces(folder: Folder) -> None:
     folder.write_bytes("plans/a.json", b"a long first version")
     folder.write_bytes("plans/a.json", b"second")
     assert folder.read_bytes("plans/a.json") == b"second"
-    assert folder.list("plans") == ["plans/a.json"]
+    assert folder.list() == ["errors.parquet", "manifest.json", "plans/a.json"]
 
 
 def test_a_table_keeps_its_columns_order_and_types(folder: Folder) -> None:
-    table = pa.table({"message": ["m"], "error": ["E"], "stage": ["load"], "sample_id": ["s"], "extra": [1]})
-    folder.write_table("errors", table)
-    assert folder.read_table("errors").to_pylist() == [
-        {"sample_id": "s", "stage": "load", "error": "E", "message": "m"}
-    ]
-    with pytest.raises(ValueError, match="holds a null"):
-        folder.write_table("errors", [ErrorRecord(sample_id="s", stage="load", error="E", message=None)])  # type: ignore[arg-type]
+    row = {"sample_id": "s", "stage": "load", "error": "E", "message": "m"}
+    folder.write_table("errors", pa.Table.from_pylist([{"extra": 1, **dict(reversed(row.items()))}]))
+    assert folder.read_table("errors").to_pylist() == [row]
+    with pytest.raises(ValueError, match="'message' of table 'errors' holds a null"):
+        folder.write_table("errors", [row | {"message": None}])
+    with pytest.raises(pa.ArrowException):
+        folder.write_table("errors", [row | {"message": 1}])
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/outside", "a/../../b"])
@@ -86,50 +71,31 @@ def test_names_stay_inside(folder: Folder, name: str) -> None:
         folder.write_bytes(name, b"x")
 
 
-def test_damaged_and_foreign_tables_are_named(folder: Folder) -> None:
+def test_damaged_and_missing_files_are_named(folder: Folder) -> None:
     folder.write_table("lc_samples/part-00000", [lc_row(1)])
     whole = folder.read_bytes("lc_samples/part-00000.parquet")
     folder.write_bytes("lc_samples/part-00000.parquet", whole[:-9])
     with pytest.raises(ShortVError, match=r"part-00000.parquet is not a whole Parquet file"):
         folder.read_tables("lc_samples")
-    sink = pa.BufferOutputStream()
-    newer = table_of("errors", []).replace_schema_metadata({"schema_version": "7"})
-    pq.write_table(newer, sink)
-    folder.write_bytes("errors.parquet", sink.getvalue().to_pybytes())
-    with pytest.raises(ShortVError, match="schema version 7, expected 1"):
-        folder.read_table("errors")
     with pytest.raises(ShortVError, match=r"samples.parquet could not be read"):
         folder.read_table("samples")
+    with pytest.raises(ShortVError, match=r"part-00000.parquet is longer than 10 bytes"):
+        folder.read_bytes("lc_samples/part-00000.parquet", limit_bytes=10)
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.write_bytes("samples.parquet", b"old")
-    write = os.write
-
-    def full(descriptor: int, data: bytes) -> int:
-        if len(data) > 10:
-            return write(descriptor, data[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(ShortVError, match=r"samples.parquet could not be written: .*No space left") as caught:
-        folder.write_bytes("samples.parquet", b"x" * 25)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(ShortVError, match=r"samples.parquet could not be written: .*File too large") as caught:
+            folder.write_bytes("samples.parquet", [bytes(2**19)] * 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"samples.parquet"}
     assert folder.read_bytes("samples.parquet") == b"old"
-
-
-def test_a_file_limit_of_the_kernel_is_one_line(tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; from reports.store import Folder; from shortv.errors import ShortVError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try: Folder(sys.argv[1]).write_bytes('a/b.bin', bytes(100_000))\n"
-        "except ShortVError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert "File too large" in done.stdout and done.stdout.count("\n") == 1
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_failed_remote_write_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +113,9 @@ def test_a_failed_remote_write_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -
 
 def test_leftovers_of_killed_writers_are_ignored_and_cleared(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from reports.store import Folder\n"
+        "import os, pathlib, signal, sys; from shortv.atomic import replace_file\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Folder(sys.argv[1]).write_bytes('lc_samples/part-00000.parquet', b'half')"
+        "replace_file(pathlib.Path(sys.argv[1], 'lc_samples/part-00000.parquet'), b'half')"
     )
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -176,31 +142,29 @@ def test_unusable_places_are_refused(tmp_path: Path) -> None:
         Folder(tmp_path / "file/below").check_writable()
     with pytest.raises(Refused, match="cannot be written to /proc/shortv"):
         Folder("/proc/shortv").check_writable()
-    with pytest.raises(Refused, match="nosuch://bucket/x cannot be opened"):
-        Folder("nosuch://bucket/x")
-    with pytest.raises(Refused, match="empty path"):
-        Folder("")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        "a\0b",
+        "runs/\ud800",
+        "~nobody-of-this-name/x",
+        "abfs://container@account/x",
+        "nosuch://user:hidden@host/x?secret_key=hidden",
+        "s3://ID:hid/hidden@bucket/x",
+    ],
+)
+def test_places_that_cannot_be_are_one_line_without_secrets(place: str) -> None:
+    with pytest.raises(ShortVError) as caught:
+        Folder(place).list()
+    assert "\n" not in str(caught.value) and "\0" not in str(caught.value) and "hid" not in str(caught.value)
 
 
 def test_passwords_of_uris_are_not_shown() -> None:
     folder = Folder("s3://access:hidden@bucket/x?region=eu-west-1")
     assert "hidden" not in folder.shown and "bucket/x" in folder.shown
-    with pytest.raises(Refused) as caught:
-        Folder("nosuch://user:hidden@host/x?secret_key=hidden")
-    assert "hidden" not in str(caught.value)
-
-
-@pytest.mark.parametrize("place", ["a\0b", "runs/\ud800", "abfs://container@account/x", "~nobody-of-this-name/x"])
-def test_hostile_places_are_one_line(place: str) -> None:
-    with pytest.raises(ShortVError) as caught:
-        Folder(place).list()
-    assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
-
-
-def test_secrets_with_slashes_are_not_shown() -> None:
-    with pytest.raises(Refused) as caught:
-        Folder("s3://ID:SEC/RET@bucket/x")
-    assert "RET" not in str(caught.value) and "SEC" not in str(caught.value)
 
 
 def test_file_uris_are_local(tmp_path: Path) -> None:
