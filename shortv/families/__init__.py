@@ -11,7 +11,7 @@ from shortv.families.loading import (
     wrap,
 )
 from shortv.families.preprocessing import Batch, Encoded, Preprocessor, encode, preprocess
-from shortv.families.table import FAMILIES, supported
+from shortv.families.table import FAMILIES
 
 __all__ = [
     "FAMILIES",
@@ -28,6 +28,5 @@ __all__ = [
     "load_preprocessor",
     "preprocess",
     "quiet_transformers",
-    "supported",
     "wrap",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shortv.errors import Refused
-from shortv.families.table import FAMILIES, REFUSED, TEXT_BACKBONES, Family, LayerParts, supported
+from shortv.families.table import FAMILIES, TEXT_BACKBONES, Family, LayerParts, family_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,22 +116,8 @@ def decoder_of(model: nn.Module) -> Decoder:
         norm=text.norm,
         text=text,
         head=head,
-        visual_ids=visual_ids_of(config, family),
+        visual_ids=family.visual_ids(config),
     )
-
-
-def visual_ids_of(config: Any, family: Family) -> frozenset[int]:
-    """Ids of the placeholder tokens that vision features replace, from a model's config."""
-    return frozenset(int(getattr(config, name)) for name in family.visual_id_fields)
-
-
-def family_of(model_type: str) -> Family:
-    """Return the family of a transformers `model_type`. Raises Refused for one that is not supported."""
-    if model_type in REFUSED:
-        raise Refused(f"model type {model_type!r} cannot be supported: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
-        raise Refused(f"model type {model_type!r} is not supported; supported families: {supported()}")
-    return FAMILIES[model_type]
 
 
 def _normed(layer: nn.Module, norm: str | None, output_BTD: Tensor) -> Tensor:

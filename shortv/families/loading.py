@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -11,8 +11,9 @@ import torch
 
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError, one_line
-from shortv.families.decoder import Decoder, decoder_of, family_of, visual_ids_of
+from shortv.families.decoder import Decoder, decoder_of
 from shortv.families.preprocessing import Preprocessor
+from shortv.families.table import family_of
 from shortv.spec import Attention, Dtype
 
 ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
@@ -151,7 +152,7 @@ def _preprocessing(config: Any, processor: Any, chat_template: str | None) -> di
     return {
         "family": family,
         "processor": processor,
-        "visual_ids": visual_ids_of(config, family),
+        "visual_ids": family.visual_ids(config),
         "context": int(config.get_text_config().max_position_embeddings),
         "chat_template": chat_template,
     }
@@ -187,8 +188,7 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
 
 def _architecture(config: Any) -> Architecture:
     family_of(config.model_type)
-    fields: Mapping[str, Any] = config.to_dict()
-    return Architecture.from_config_dict(fields)
+    return Architecture.from_config_dict(config.to_dict())
 
 
 def _weights(name: str, *, dtype: Dtype, **options: Any) -> Any:

@@ -66,10 +66,7 @@ class Batch:
             name: value.to(loaded.device, dtype if value.is_floating_point() else None)
             for name, value in self.inputs.items()
         }
-        types = TokenTypes(
-            visual_BT=self.types.visual_BT.to(loaded.device), text_BT=self.types.text_BT.to(loaded.device)
-        )
-        return Batch(inputs=moved, types=types)
+        return Batch(inputs=moved, types=self.types.on(loaded.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +91,7 @@ def message_of(sample: Sample) -> Message:
         return Message(role="user", parts=(*images, sample.prompt))
     if markers != len(images):
         message = f"the prompt has {markers} {IMAGE_MARKER} markers but the sample has {len(images)} images"
-        raise SampleError(stage="prompt", error="image-count", message=message)
+        raise SampleError("prompt", "image-count", message)
     parts: list[str | bytes] = []
     for number, text in enumerate(texts):
         if number:
@@ -122,39 +119,35 @@ def prompt_of(
             conversation.
     """
     images: list[Image.Image] = []
-    content = [
-        {"role": message.role, "content": [_part(part, images) for part in message.parts]} for message in messages
-    ]
+
+    def content(part: Any) -> dict[str, str]:
+        if isinstance(part, str):
+            return {"type": "text", "text": _unicode(part)}
+        try:
+            images.append(open_image(part))
+        except SampleError as error:
+            message = f"image {len(images)} cannot be used: {one_line(error, limit=500)}"
+            raise SampleError(error.stage, error.error, message) from error
+        return {"type": "image"}
+
+    conversation = [{"role": one.role, "content": [content(part) for part in one.parts]} for one in messages]
     try:
         text = preprocessor.processor.apply_chat_template(
-            content, add_generation_prompt=generation_prompt, tokenize=False, chat_template=preprocessor.chat_template
+            conversation,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            chat_template=preprocessor.chat_template,
         )
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
         message = f"the chat template cannot render the conversation: {one_line(error, limit=500)}"
-        raise SampleError(stage="prompt", error="chat-template", message=message) from error
+        raise SampleError("prompt", "chat-template", message) from error
     return Prompt(text=text, images=tuple(images), continuation=_unicode(continuation))
-
-
-def _part(part: object, images: list[Image.Image]) -> dict[str, str]:
-    if not isinstance(part, str):
-        images.append(_image(part, len(images)))
-        return {"type": "image"}
-    return {"type": "text", "text": _unicode(part)}
 
 
 def _unicode(text: str) -> str:
     if not is_unicode(text):
-        message = f"the prompt is not valid Unicode text: {text!a:.80}"
-        raise SampleError(stage="prompt", error="not-unicode", message=message)
+        raise SampleError("prompt", "not-unicode", f"the prompt is not valid Unicode text: {text!a:.80}")
     return text
-
-
-def _image(part: Any, number: int) -> Image.Image:
-    try:
-        return open_image(part)
-    except SampleError as error:
-        message = f"image {number} cannot be used: {one_line(error, limit=500)}"
-        raise SampleError(stage=error.stage, error=error.error, message=message) from error
 
 
 def batch_of(
@@ -185,11 +178,16 @@ def batch_of(
             **({"padding_side": padding_side} if padding_side else {}),
         )
     except Exception as error:  # processors raise whatever their libraries raise on odd sizes and texts
-        raise SampleError(stage="tokenise", error=type(error).__name__, message=one_line(error, limit=500)) from error
+        raise SampleError("tokenise", type(error).__name__, one_line(error, limit=500)) from error
     inputs: dict[str, Tensor] = dict(encoded)
     types = token_types(inputs["input_ids"], inputs["attention_mask"], preprocessor.visual_ids)
-    for prompt, n_text, n_visual in zip(prompts, types.n_text, types.n_visual, strict=True):
-        _check_fits(preprocessor, prompt, n_text, n_visual)
+    for own, n_text, n_visual in zip(images, types.n_text, types.n_visual, strict=True):
+        if bool(own) != bool(n_visual):
+            message = f"{len(own)} images became {n_visual} visual tokens; does the chat template place images?"
+            raise SampleError("tokenise", "visual-tokens", message)
+        if n_text + n_visual > preprocessor.context:
+            message = f"{n_text} text and {n_visual} visual tokens exceed the model's context of {preprocessor.context}"
+            raise SampleError("tokenise", "context", message)
     if preprocessor.family.positions_from_mask:
         inputs["position_ids"] = positions_of(inputs["attention_mask"])
     return Batch(inputs=inputs, types=types)
@@ -204,15 +202,6 @@ def adds_special_tokens(preprocessor: Preprocessor, text: str) -> bool:
     """Tell whether the tokenizer has to add special tokens: not where the template has written the first one."""
     bos = preprocessor.processor.tokenizer.bos_token
     return not (bos and text.startswith(bos))
-
-
-def _check_fits(preprocessor: Preprocessor, prompt: Prompt, n_text: int, n_visual: int) -> None:
-    if bool(prompt.images) != bool(n_visual):
-        message = f"{len(prompt.images)} images became {n_visual} visual tokens; does the chat template place images?"
-        raise SampleError(stage="tokenise", error="visual-tokens", message=message)
-    if n_text + n_visual > preprocessor.context:
-        message = f"{n_text} text and {n_visual} visual tokens exceed the model's context of {preprocessor.context}"
-        raise SampleError(stage="tokenise", error="context", message=message)
 
 
 def preprocess(preprocessor: Preprocessor, samples: Sequence[Sample]) -> Encoded:

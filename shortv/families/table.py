@@ -15,45 +15,33 @@ A family whose tokens are read in another way (cross-attention, recurrent layers
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from shortv.errors import Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
-    """Attribute names inside one pre-norm decoder layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Attribute names inside one pre-norm decoder layer, by default those of Llama."""
 
-    attention_norm: str
-    attention: str
-    ffn_norm: str
-    ffn: str
+    attention_norm: str = "input_layernorm"
+    attention: str = "self_attn"
+    ffn_norm: str = "post_attention_layernorm"
+    ffn: str = "mlp"
     attention_post_norm: str | None = None
     """Norm of the attention output before it is added, where a family has one."""
     ffn_post_norm: str | None = None
     """Norm of the FFN output before it is added, where a family has one."""
 
 
-LLAMA_PARTS = LayerParts(
-    attention_norm="input_layernorm", attention="self_attn", ffn_norm="post_attention_layernorm", ffn="mlp"
-)
-
-GEMMA_PARTS = LayerParts(
-    attention_norm="input_layernorm",
-    attention="self_attn",
-    ffn_norm="pre_feedforward_layernorm",
-    ffn="mlp",
-    attention_post_norm="post_attention_layernorm",
-    ffn_post_norm="post_feedforward_layernorm",
-)
-
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 TEXT_BACKBONES: dict[str, LayerParts] = {
-    "llama": LLAMA_PARTS,
-    "mistral": LLAMA_PARTS,
-    "qwen2": LLAMA_PARTS,
-    "qwen3": LLAMA_PARTS,
-    "qwen2_vl_text": LLAMA_PARTS,
-    "qwen2_5_vl_text": LLAMA_PARTS,
-    "qwen3_vl_text": LLAMA_PARTS,
-    "gemma3_text": GEMMA_PARTS,
+    **dict.fromkeys(_LIKE_LLAMA, LayerParts()),
+    "gemma3_text": LayerParts(
+        ffn_norm="pre_feedforward_layernorm",
+        attention_post_norm="post_attention_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
+    ),
 }
 """Supported types of text decoders, and where the parts of their layers are."""
 
@@ -82,6 +70,10 @@ class Family:
     """Why there is no such module."""
     reorders: str | None = None
     """Dotted path, from `backbone`, to the module around the projector that reorders its rows."""
+
+    def visual_ids(self, config: Any) -> frozenset[int]:
+        """Ids of the placeholder tokens that vision features replace, from a model's config."""
+        return frozenset(int(getattr(config, name)) for name in self.visual_id_fields)
 
 
 _LLAVA = Family(
@@ -132,16 +124,21 @@ FAMILIES: dict[str, Family] = {
 }
 """transformers `model_type` to family."""
 
+_DELTA = "its gated-delta layers mix tokens without K and V, so a frozen token cannot be read"
+_SHARED = "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone"
 REFUSED: dict[str, str] = {
     "mllama": "its text reads the image through cross-attention layers, so there are no visual tokens to freeze",
-    "qwen3_5": "its gated-delta layers mix tokens without K and V, so a frozen token cannot be read",
-    "qwen3_5_moe": "its gated-delta layers mix tokens without K and V, so a frozen token cannot be read",
-    "gemma3n": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
-    "gemma4": "its layers take inputs of their own and share K and V, so a layer cannot be ablated alone",
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), _DELTA),
+    **dict.fromkeys(("gemma3n", "gemma4"), _SHARED),
 }
 """Families that cannot be supported, with the reason."""
 
 
-def supported() -> str:
-    """Return the supported families as one phrase for error messages."""
-    return ", ".join(f"{family.label} ({model_type})" for model_type, family in FAMILIES.items())
+def family_of(model_type: str) -> Family:
+    """Return the family of a transformers `model_type`. Raises Refused for one that is not supported."""
+    if model_type in REFUSED:
+        raise Refused(f"model type {model_type!r} cannot be supported: {REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        known = ", ".join(f"{family.label} ({name})" for name, family in FAMILIES.items())
+        raise Refused(f"model type {model_type!r} is not supported; supported families: {known}")
+    return FAMILIES[model_type]

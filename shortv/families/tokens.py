@@ -30,6 +30,10 @@ class TokenTypes:
         """Positions of these tokens."""
         return self.real_BT & ((Tokens.TEXT in tokens) | self.visual_BT) & ((Tokens.VISUAL in tokens) | self.text_BT)
 
+    def on(self, device: torch.device) -> TokenTypes:
+        """Return the same masks on a device."""
+        return TokenTypes(visual_BT=self.visual_BT.to(device), text_BT=self.text_BT.to(device))
+
     @property
     def last_B(self) -> Tensor:
         """Index of each sample's last position that is not padding: where the next token is predicted."""
