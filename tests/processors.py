@@ -6,15 +6,19 @@ checkpoints ship; image processors are the family's classes, with sizes that sui
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from shortv.families import LoadedModel, load
 from tests.models import KINDS
 
 CONTEXT = 1024
@@ -27,13 +31,16 @@ _PINPOINTS = [[28, 56], [56, 28]]
 class Checkpoint:
     """What a family's checkpoints hold beside weights."""
 
-    model_type: str
     kind: str
     """Its model, a key of `KINDS`."""
-    processor: Callable[[Any, str], Any]
-    """The processor, from a tokenizer and a chat template."""
+    images: tuple[str, Mapping[str, Any]]
+    """Class and settings of the image processor."""
+    videos: tuple[str, Mapping[str, Any]] | None = None
+    """Those of the video processor, where the family has one."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the processor."""
     template: str
-    ids: dict[str, str]
+    ids: Mapping[str, str]
     """Config field to the token whose id it holds."""
     pad: str = "<pad>"
     bos: str | None = None
@@ -42,15 +49,37 @@ class Checkpoint:
     """Whether the tokenizer puts the first token in front by itself."""
     tokens: tuple[str, ...] = ()
     """Further special tokens."""
-    named: dict[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
     """Special tokens that the tokenizer has under a name of their own."""
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Write model and processor the way a checkpoint on the hub has them."""
+@cache
+def loaded_checkpoint(name: str) -> LoadedModel:
+    """A checkpoint, loaded in float32 from its folder as a user's would be; loaded once, so tests leave it as it is."""
+    with TemporaryDirectory() as folder:
+        return load(str(save_checkpoint(name, Path(folder))), dtype="float32")
+
+
+def save_checkpoint(name: str, folder: Path) -> Path:
+    """Write model and processor of a key of `CHECKPOINTS` the way a checkpoint on the hub has them."""
+    checkpoint = CHECKPOINTS[name]
     tokenizer = build_tokenizer(checkpoint)
-    checkpoint.processor(tokenizer, checkpoint.template).save_pretrained(folder)
-    build_model(checkpoint, tokenizer).save_pretrained(folder)
+    parts = {"image_processor": checkpoint.images, "video_processor": checkpoint.videos}
+    processor = getattr(hf, name)(
+        tokenizer=tokenizer,
+        chat_template=checkpoint.template,
+        **{part: getattr(hf, given[0])(**deepcopy(given[1])) for part, given in parts.items() if given},
+        **checkpoint.options,
+    )
+    processor.save_pretrained(folder)
+    # The random model of the family's kind, with the ids and the vocabulary of the tokenizer.
+    model = KINDS[checkpoint.kind].build()
+    text = model.config.get_text_config()
+    text.vocab_size, text.max_position_embeddings = len(tokenizer), CONTEXT
+    for id_field, token in checkpoint.ids.items():
+        setattr(model.config, id_field, tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(0)
+    type(model)._from_config(model.config).save_pretrained(folder)
     return folder
 
 
@@ -79,87 +108,9 @@ def build_tokenizer(checkpoint: Checkpoint) -> Any:
         pad_token=checkpoint.pad,
         eos_token=checkpoint.eos,
         bos_token=checkpoint.bos,
-        extra_special_tokens=checkpoint.named,
+        extra_special_tokens=dict(checkpoint.named),
         model_max_length=CONTEXT,
     )
-
-
-def build_model(checkpoint: Checkpoint, tokenizer: Any) -> Any:
-    """The random model of the family's kind, with the ids and the vocabulary of the tokenizer."""
-    model = KINDS[checkpoint.kind].build("sdpa")
-    text = model.config.get_text_config()
-    text.vocab_size, text.max_position_embeddings = len(tokenizer), CONTEXT
-    for name, token in checkpoint.ids.items():
-        setattr(model.config, name, tokenizer.convert_tokens_to_ids(token))
-    torch.manual_seed(0)
-    return type(model)._from_config(model.config)
-
-
-def _llava_next(tokenizer: Any, template: str) -> Any:
-    images = hf.LlavaNextImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=_PINPOINTS
-    )
-    return hf.LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-
-
-def _llava_onevision(tokenizer: Any, template: str) -> Any:
-    size = {"height": 28, "width": 28}
-    return hf.LlavaOnevisionProcessor(
-        hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=_PINPOINTS),
-        tokenizer,
-        hf.LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-        chat_template=template,
-    )
-
-
-def _qwen(name: str, videos: str) -> Callable[[Any, str], Any]:
-    def build(tokenizer: Any, template: str) -> Any:
-        size = {"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
-        return getattr(hf, name)(
-            hf.Qwen2VLImageProcessor(patch_size=4, size=size),
-            tokenizer,
-            getattr(hf, videos)(patch_size=4),
-            chat_template=template,
-        )
-
-    return build
-
-
-def _internvl(tokenizer: Any, template: str) -> Any:
-    return hf.InternVLProcessor(
-        hf.GotOcr2ImageProcessor(size=_SQUARE, crop_to_patches=True, max_patches=6),
-        tokenizer,
-        hf.InternVLVideoProcessor(size=_SQUARE),
-        image_seq_length=4,
-        chat_template=template,
-    )
-
-
-_SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
-
-
-def _idefics3(tokenizer: Any, template: str) -> Any:
-    images = hf.Idefics3ImageProcessor(**_SPLIT)
-    return hf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
-
-
-def _smolvlm(tokenizer: Any, template: str) -> Any:
-    images, videos = hf.SmolVLMImageProcessor(**_SPLIT), hf.SmolVLMVideoProcessor(**_SPLIT)
-    return hf.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=template)
-
-
-def _gemma3(tokenizer: Any, template: str) -> Any:
-    images = hf.Gemma3ImageProcessor(size=_SQUARE)
-    return hf.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
 
 
 _IMAGES_FIRST = (
@@ -201,95 +152,92 @@ _GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-_CHAT = {"pad": "<|endoftext|>", "eos": "<|im_end|>", "tokens": ("<|im_start|>",)}
+_CHAT: dict[str, Any] = {"pad": "<|endoftext|>", "eos": "<|im_end|>", "tokens": ("<|im_start|>",)}
+_QWEN_IMAGES = {"patch_size": 4, "size": {"shortest_edge": 8 * 8, "longest_edge": 64 * 64}}
 _QWEN_IDS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
+    **{"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    **{"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
 }
+
+
+def _qwen(kind: str, videos: str) -> Checkpoint:
+    return Checkpoint(
+        kind=kind,
+        images=("Qwen2VLImageProcessor", _QWEN_IMAGES),
+        videos=(videos, {"patch_size": 4}),
+        template=_QWEN_TEMPLATE,
+        ids=_QWEN_IDS,
+        **_CHAT,
+    )
+
+
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-_IDEFICS_TOKENS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES)
+_SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+
+
+def _idefics(kind: str, name: str, bos: str, **rest: Any) -> Checkpoint:
+    return Checkpoint(
+        kind=kind,
+        images=(f"{name}ImageProcessor", _SPLIT),
+        options={"image_seq_len": 4},
+        template=_IDEFICS.replace("BOS", bos),
+        ids={"image_token_id": "<image>"},
+        bos=bos,
+        tokens=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES),
+        **rest,
+    )
+
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "LlavaNextProcessor": Checkpoint(
-        model_type="llava_next",
         kind="llava-next",
-        processor=_llava_next,
+        images=(
+            "LlavaNextImageProcessor",
+            {
+                **{"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+                "image_grid_pinpoints": _PINPOINTS,
+            },
+        ),
+        options={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         template=_IMAGES_FIRST,
         ids={"image_token_id": "<image>"},
         bos="<s>",
         adds_bos=True,
     ),
     "LlavaOnevisionProcessor": Checkpoint(
-        model_type="llava_onevision",
         kind="llava-onevision",
-        processor=_llava_onevision,
+        images=(
+            "LlavaOnevisionImageProcessor",
+            {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": _PINPOINTS},
+        ),
+        videos=("LlavaOnevisionVideoProcessor", {"size": {"height": 28, "width": 28}}),
+        options={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
         template=_ONEVISION,
         ids={"image_token_id": "<image>", "video_token_id": "<video>"},
         **_CHAT,
     ),
-    "Qwen2VLProcessor": Checkpoint(
-        model_type="qwen2_vl",
-        kind="qwen2-vl",
-        processor=_qwen("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
-        template=_QWEN_TEMPLATE,
-        ids=_QWEN_IDS,
-        **_CHAT,
-    ),
-    "Qwen2_5_VLProcessor": Checkpoint(
-        model_type="qwen2_5_vl",
-        kind="qwen2.5-vl",
-        processor=_qwen("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-        template=_QWEN_TEMPLATE,
-        ids=_QWEN_IDS,
-        **_CHAT,
-    ),
-    "Qwen3VLProcessor": Checkpoint(
-        model_type="qwen3_vl",
-        kind="qwen3-vl",
-        processor=_qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
-        template=_QWEN_TEMPLATE,
-        ids=_QWEN_IDS,
-        **_CHAT,
-    ),
+    "Qwen2VLProcessor": _qwen("qwen2-vl", "Qwen2VLVideoProcessor"),
+    "Qwen2_5_VLProcessor": _qwen("qwen2.5-vl", "Qwen2VLVideoProcessor"),
+    "Qwen3VLProcessor": _qwen("qwen3-vl", "Qwen3VLVideoProcessor"),
     "InternVLProcessor": Checkpoint(
-        model_type="internvl",
         kind="internvl",
-        processor=_internvl,
+        images=("GotOcr2ImageProcessor", {"size": _SQUARE, "crop_to_patches": True, "max_patches": 6}),
+        videos=("InternVLVideoProcessor", {"size": _SQUARE}),
+        options={"image_seq_length": 4},
         template=_INTERNVL,
         ids={"image_token_id": "<IMG_CONTEXT>"},
         named={
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
+            **{"start_image_token": "<img>", "end_image_token": "</img>"},
+            **{"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
         },
         **_CHAT,
     ),
-    "Idefics3Processor": Checkpoint(
-        model_type="idefics3",
-        kind="idefics3",
-        processor=_idefics3,
-        template=_IDEFICS.replace("BOS", "<|begin_of_text|>"),
-        ids={"image_token_id": "<image>"},
-        bos="<|begin_of_text|>",
-        adds_bos=True,
-        tokens=_IDEFICS_TOKENS,
-    ),
-    "SmolVLMProcessor": Checkpoint(
-        model_type="smolvlm",
-        kind="smolvlm",
-        processor=_smolvlm,
-        template=_IDEFICS.replace("BOS", "<|im_start|>"),
-        ids={"image_token_id": "<image>"},
-        bos="<|im_start|>",
-        tokens=_IDEFICS_TOKENS,
-    ),
+    "Idefics3Processor": _idefics("idefics3", "Idefics3", "<|begin_of_text|>", adds_bos=True),
+    "SmolVLMProcessor": _idefics("smolvlm", "SmolVLM", "<|im_start|>", videos=("SmolVLMVideoProcessor", _SPLIT)),
     "Gemma3Processor": Checkpoint(
-        model_type="gemma3",
         kind="gemma3",
-        processor=_gemma3,
+        images=("Gemma3ImageProcessor", {"size": _SQUARE}),
+        options={"image_seq_length": 4},
         template=_GEMMA,
         ids={
             "image_token_id": "<image_soft_token>",

@@ -211,7 +211,7 @@ def teacher_forced(model: ShortV, question: Question, text: str) -> float:
 
 @pytest.mark.parametrize("processor", CHECKPOINTS)
 def test_every_family_answers_alike_in_any_batch(processor: str, tmp_path: Path) -> None:
-    folder = save_checkpoint(CHECKPOINTS[processor], tmp_path)
+    folder = save_checkpoint(processor, tmp_path)
     plan_of([1, 2], str(folder)).save(folder)
     # Text alone, one image and two, of several sizes and lengths.
     documents = [(1, "How many red circles?"), (1, "Describe what you see. " * 3), (2, "What?"), (0, "One word.")]

@@ -28,36 +28,28 @@ def test_bundled_model_loads_with_its_decoder() -> None:
     assert not loaded.model.training and not any(weight.requires_grad for weight in loaded.model.parameters())
 
 
-def test_a_folder_that_does_not_exist() -> None:
-    with pytest.raises(Refused, match="/no/such/folder does not exist"):
-        load_architecture("/no/such/folder")
-
-
-def test_an_unknown_hub_id_offline_is_one_line() -> None:
-    with pytest.raises(Refused, match="cannot be found or read") as caught:
-        load_architecture("nobody/no-such-model")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("/no/such/folder", "/no/such/folder does not exist"), ("nobody/no-such-model", "cannot be found or read")],
+)
+def test_a_model_that_is_not_there_is_refused_in_one_line(name: str, found: str) -> None:
+    with pytest.raises(Refused, match=found) as caught:
+        load_architecture(name)
     assert "\n" not in str(caught.value)
-
-
-def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    with pytest.raises(Refused, match=r"'bert' is not supported; supported families: LLaVA-1\.5 \(llava\), LLaVA-NeXT"):
-        load_architecture(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
+        ("bert", r"supported families: LLaVA-1\.5 \(llava\), LLaVA-NeXT"),
         ("mllama", "cross-attention"),
         ("qwen3_5", "gated-delta"),
-        ("qwen3_5_moe", "gated-delta"),
-        ("gemma3n", "share K and V"),
         ("gemma4", "share K and V"),
     ],
 )
-def test_families_that_cannot_be_supported_are_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:
+def test_other_families_are_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(Refused, match=rf"'{model_type}' cannot be supported: .*{reason}"):
+    with pytest.raises(Refused, match=rf"'{model_type}' .*{reason}"):
         load_architecture(str(tmp_path))
 
 

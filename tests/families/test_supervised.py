@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 
 from shortv.errors import SampleError
 from shortv.evals.generation import likelihoods
-from shortv.families import load
 from shortv.families.preprocessing import message_of, prompt_of
 from shortv.families.supervised import IGNORED, answer_frame, continuation_ids, supervised
-from tests.processors import CHECKPOINTS, save_checkpoint
+from tests.processors import CHECKPOINTS, loaded_checkpoint
 from tests.tiny_model import bundled, calibration
 
 
@@ -56,19 +54,6 @@ def test_a_merged_token_counts_as_part_of_the_continuation() -> None:
     assert continuation_ids(bundled(), text, "") == []
 
 
-def test_a_template_without_an_end_gets_the_tokenizers() -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] | upper }}: "
-        "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}{% endif %}"
-        "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-    loaded = replace(bundled(), chat_template=template)
-    assert answer_frame(loaded) == (" ", "</s>")
-    answer = replace(calibration()[0], answer="left")
-    labels_T = supervised(loaded, [answer]).labels_BT[0]
-    assert loaded.processor.tokenizer.decode(labels_T[labels_T != IGNORED]) == " left</s>"
-
-
 @pytest.mark.parametrize(
     ("change", "kind"),
     [({"answer": None}, "no-answer"), ({"answer": " "}, "no-answer"), ({"images": (b"no image",)}, "Unidentified")],
@@ -81,9 +66,8 @@ def test_a_bad_sample_is_named(change: dict[str, object], kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_familys_template_frames_an_answer(name: str, tmp_path: Path) -> None:
-    checkpoint = CHECKPOINTS[name]
-    loaded = load(str(save_checkpoint(checkpoint, tmp_path)), dtype="float32")
+def test_every_familys_template_frames_an_answer(name: str) -> None:
+    loaded = loaded_checkpoint(name)
     samples = [replace(calibration()[0], answer="red circles"), replace(calibration()[1], answer="one")]
     found = supervised(loaded, samples)
     for sample, ids_T, labels_T in zip(samples, found.batch.inputs["input_ids"], found.labels_BT, strict=True):
@@ -95,10 +79,9 @@ def test_every_familys_template_frames_an_answer(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(" The answer: ", " </s>"), (" ", ". That was the answer.</s>"), ("\nanswer answer\n", "<|end|>\n")],
+    [(" The answer: ", " </s>"), ("\nanswer answer\n", ". That was the answer.<|end|>\n"), (" ", "")],
 )
-@pytest.mark.parametrize("answer", ["red", "the answer is red", "a"])
-def test_words_of_the_template_are_not_taken_for_the_answer(before: str, after: str, answer: str) -> None:
+def test_words_of_the_template_are_not_taken_for_the_answer(before: str, after: str) -> None:
     template = (
         "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}"
         "{{ 'USER: ' + p['text'] if m['role'] == 'user' else 'ASSISTANT:' + before + p['text'] + after }}"
@@ -106,9 +89,10 @@ def test_words_of_the_template_are_not_taken_for_the_answer(before: str, after: 
     )
     template = f"{{% set before = {before!r} %}}{{% set after = {after!r} %}}{template}"
     loaded = replace(bundled(), chat_template=template)
-    assert answer_frame(loaded) == (before, after.rstrip())
-    sample = replace(calibration()[0], images=(), prompt="which answer?", answer=answer)
-    found = supervised(loaded, [sample])
-    labels_T = found.labels_BT[0]
-    decode = loaded.processor.tokenizer.decode
-    assert decode(labels_T[labels_T != IGNORED]).strip() == f"{before}{answer}{after}".strip()
+    ends = after.rstrip() or "</s>"  # a template without an end gets the tokenizer's
+    assert answer_frame(loaded) == (before, ends)
+    for answer in ("red", "the answer is red", "a"):
+        sample = replace(calibration()[0], images=(), prompt="which answer?", answer=answer)
+        labels_T = supervised(loaded, [sample]).labels_BT[0]
+        text = loaded.processor.tokenizer.decode(labels_T[labels_T != IGNORED])
+        assert text.strip() == f"{before}{answer}{ends}".strip()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from shortv.families import LoadedModel, load
+from shortv.families import LoadedModel
 from shortv.plan import Mode, modes_of_layers
 from shortv.workers.serving.scheduler import EngineSettings
 from tests.families.test_processors import BATCHES
 from tests.models import LAYERS
-from tests.processors import CHECKPOINTS, save_checkpoint
+from tests.processors import CHECKPOINTS, loaded_checkpoint
 from tests.workers.serving.sequences import running, sequence_of, submit
 from tests.workers.serving.test_engine import generated
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A random checkpoint, loaded from its folder."""
-    return load(
-        str(save_checkpoint(CHECKPOINTS[request.param], tmp_path_factory.mktemp("checkpoint"))), dtype="float32"
-    )
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """A random checkpoint of each family."""
+    return loaded_checkpoint(request.param)
 
 
 def test_interleaved_batches_of_different_plans_equal_generate(loaded: LoadedModel) -> None:
