@@ -7,6 +7,7 @@ import pytest
 
 from shortv.architecture import DIGEST_FIELDS, Architecture
 from shortv.errors import Refused
+from tests.architectures import architecture
 
 TEXT: dict[str, Any] = {
     "model_type": "qwen2",
@@ -20,21 +21,13 @@ TEXT: dict[str, Any] = {
 CONFIG: dict[str, Any] = {"model_type": "llava", "text_config": TEXT, "vision_config": {"hidden_size": 1024}}
 
 
-def test_nested_configuration() -> None:
+def test_sizes_of_nested_and_flat_configurations_and_their_defaults() -> None:
     arch = Architecture.from_config_dict(CONFIG)
     assert (arch.model_type, arch.text_model_type) == ("llava", "qwen2")
     assert (arch.num_layers, arch.hidden_size, arch.intermediate_size) == (28, 3584, 18944)
     assert (arch.num_heads, arch.num_kv_heads, arch.head_dim, arch.vocab_size) == (28, 4, 128, 152064)
-
-
-def test_flat_configuration() -> None:
-    arch = Architecture.from_config_dict(TEXT)
-    assert (arch.model_type, arch.text_model_type, arch.num_layers) == ("qwen2", "qwen2", 28)
-
-
-def test_defaults_of_heads() -> None:
-    arch = Architecture.from_config_dict(TEXT | {"num_key_value_heads": None, "head_dim": None})
-    assert (arch.num_kv_heads, arch.head_dim) == (28, 128)
+    flat = Architecture.from_config_dict(TEXT | {"num_key_value_heads": None, "head_dim": None})
+    assert flat == dataclasses.replace(arch, model_type="qwen2", num_kv_heads=28)
     assert Architecture.from_config_dict(TEXT | {"head_dim": 256}).head_dim == 256
 
 
@@ -68,15 +61,6 @@ def test_digest_covers_every_size_but_the_vocabulary() -> None:
 
 def test_digest_is_what_saved_plans_hold() -> None:
     """A change of this value orphans every plan file there is."""
-    arch = Architecture(
-        model_type="llava",
-        text_model_type="llama",
-        num_layers=32,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        vocab_size=32000,
-    )
+    sizes = {"num_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_heads": 32, "num_kv_heads": 32}
+    arch = architecture(**sizes, head_dim=128, vocab_size=32000)
     assert arch.config_digest == "9ca2f95596291b4a62889a8af1161b748d27cc30110b3668784166973a07a0fa"

@@ -32,30 +32,37 @@ PARTS = LearnedParts(kind=PartsKind.DYVTE, path="/parts/dyvte", digest="cd" * 32
 LEARNED = Plan.full(num_layers=4, name="dyvte", model="org/model", config_digest=DIGEST, parts=PARTS)
 
 
+NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+NAMED = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)
+SHA_256 = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+LEAF = NUMBER | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text()
+SOURCE = st.none() | st.dictionaries(st.text(), LEAF | st.lists(LEAF))
+EXITS = st.builds(
+    LearnedParts,
+    kind=st.just(PartsKind.DYVTE),
+    path=st.just("/parts/dyvte"),
+    digest=SHA_256,
+    threshold=st.floats(0, 1),
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     modes = tuple(draw(st.lists(st.sampled_from(Mode), min_size=1, max_size=40)))
     ranking = draw(st.permutations(range(len(modes))))
-    number = st.none() | st.floats(allow_nan=False, allow_infinity=False)
-    leaf = (
-        st.none()
-        | st.booleans()
-        | st.integers(-(2**63), 2**63 - 1)
-        | st.text()
-        | st.floats(allow_nan=False, allow_infinity=False)
-    )
     return Plan(
         name=draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)),
-        model=draw(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)),
-        revision=draw(st.none() | st.text(st.characters(exclude_characters="\0", codec="utf-8"))),
-        config_digest=draw(st.from_regex(r"[0-9a-f]{64}", fullmatch=True)),
+        model=draw(NAMED),
+        revision=draw(st.none() | NAMED),
+        config_digest=draw(SHA_256),
         num_layers=len(modes),
         modes=modes,
         ranking=tuple(ranking[: draw(st.integers(0, len(modes)))]),
-        source=draw(st.none() | st.dictionaries(st.text(), leaf | st.lists(leaf))),
-        flops_ratio=draw(number),
-        flops_t=draw(number),
-        flops_v=draw(number),
+        source=draw(SOURCE),
+        flops_ratio=draw(NUMBER),
+        flops_t=draw(NUMBER),
+        flops_v=draw(NUMBER),
+        parts=draw(st.none() | EXITS),
     )
 
 
@@ -63,54 +70,39 @@ def plans(draw: st.DrawFn) -> Plan:
 def test_a_file_gives_back_what_was_saved(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("plan")
     assert Plan.load(plan.save(folder / "p.json")) == plan
-    assert Plan.from_json(plan.to_json()) == plan
+    assert len({plan, Plan.from_json(plan.to_json())}) == 1
     assert json.loads(plan.to_json())["digest"] == plan.digest
 
 
-def test_folders_hold_one_plan(tmp_path: Path) -> None:
-    assert PLAN.save(tmp_path) == tmp_path / "shortv_plan.json"
-    assert Plan.load(tmp_path) == PLAN
-    assert [file.name for file in tmp_path.iterdir()] == ["shortv_plan.json"]
-
-
-def test_a_folder_is_made_for_a_plan(tmp_path: Path) -> None:
+def test_a_folder_is_made_for_a_plan_and_holds_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "model-1.5"
     assert PLAN.save(folder) == folder / "shortv_plan.json"
     assert Plan.load(folder) == PLAN
+    assert [file.name for file in folder.iterdir()] == ["shortv_plan.json"]
+    (tmp_path / "taken" / "shortv_plan.json").mkdir(parents=True)
+    for path in (tmp_path / "taken", folder / "shortv_plan.json" / "p.json"):
+        with pytest.raises(ShortVError, match="cannot write plan file"):
+            PLAN.save(path)
+    assert [file.name for file in (tmp_path / "taken").iterdir()] == ["shortv_plan.json"]
 
 
-def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ShortVError, match="cannot write plan file"):
-        PLAN.save(tmp_path / "file" / "p.json")
-    (tmp_path / "folder" / "shortv_plan.json").mkdir(parents=True)
-    with pytest.raises(ShortVError, match="cannot write plan file"):
-        PLAN.save(tmp_path / "folder")
-    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["shortv_plan.json"]
-
-
-def test_digest_covers_configuration_and_modes_only() -> None:
-    content = json.loads(PLAN.to_json())
-    del content["digest"]
-    content["modes"] = tuple(Mode(mode) for mode in content["modes"])
-    content["ranking"] = tuple(content["ranking"])
-    renamed = Plan(
-        **content | {"name": "x", "model": "y", "revision": None, "ranking": (), "source": None, "flops_t": 1}
-    )
-    assert renamed.digest == PLAN.digest
-    assert Plan(**content | {"config_digest": "cd" * 32}).digest != PLAN.digest
-    assert Plan(**content | {"modes": (*PLAN.modes[:3], Mode.DROP_VISUAL)}).digest != PLAN.digest
-
-
-def test_full_is_an_ordinary_plan() -> None:
-    plan = Plan.full(num_layers=3, model="m", config_digest=DIGEST)
-    assert plan.modes == (Mode.FULL,) * 3
-    assert (plan.name, plan.layers(Mode.FULL), plan.layers(Mode.DROP_VISUAL)) == ("full", (0, 1, 2), ())
-    assert PLAN.layers(Mode.FREEZE_VISUAL) == (1, 3)
-
-
-def test_plans_hash_and_keep_their_source() -> None:
-    assert len({PLAN, Plan.from_json(PLAN.to_json())}) == 1
+def test_the_digest_covers_configuration_modes_and_what_the_parts_do() -> None:
+    same = [
+        replace(PLAN, name="x", model="y", revision=None, ranking=(), source=None, flops_t=1),
+        replace(LEARNED, parts=replace(PARTS, path="/elsewhere")),
+    ]
+    assert [plan.digest for plan in same] == [PLAN.digest, LEARNED.digest]
+    others = [
+        replace(PLAN, config_digest="cd" * 32),
+        replace(PLAN, modes=(*PLAN.modes[:3], Mode.DROP_VISUAL)),
+        replace(LEARNED, parts=None),
+        replace(LEARNED, parts=replace(PARTS, digest="ef" * 32)),
+        replace(LEARNED, parts=replace(PARTS, threshold=0.6)),
+    ]
+    assert len({PLAN.digest, LEARNED.digest, *(plan.digest for plan in others)}) == 7
+    one = replace(LEARNED, parts=replace(PARTS, threshold=1))
+    assert one.digest == replace(LEARNED, parts=replace(PARTS, threshold=1.0)).digest
+    assert digest_of(DIGEST, (Mode.FULL, Mode.FREEZE_VISUAL)).startswith("9f1a0bedc325")  # as it always was
 
 
 @pytest.mark.parametrize(
@@ -119,11 +111,10 @@ def test_plans_hash_and_keep_their_source() -> None:
         ({"schema": 2}, "schema 2"),
         ({"schema": True}, "True"),
         ({"modes": ["full", "freeze", "full", "full"]}, "'freeze'"),
-        ({"modes": ["full"] * 4}, PLAN.digest),
+        ({"modes": ["full"] * 4}, f"{PLAN.digest}.*[0-9a-f]{{64}}"),
         ({"modes": ["full"] * 3}, "3 modes"),
         ({"modes": [], "num_layers": 0}, "at least one layer"),
         ({"modes": "full"}, "modes is 'full'"),
-        ({"modes": [1, 2, 3, 4]}, "modes.0 is 1"),
         ({"config_digest": "cd" * 32}, PLAN.digest),
         ({"config_digest": "short"}, "'short'"),
         ({"digest": None}, "None"),
@@ -134,17 +125,26 @@ def test_plans_hash_and_keep_their_source() -> None:
         ({"source": []}, r"source is \[\]"),
         ({"flops_ratio": "0.5"}, "flops_ratio is '0.5'"),
         ({"name": "../up"}, r"'\.\./up'"),
-        ({"name": None}, "name is None"),
         ({"name": "x" * 10_000 + "/"}, "xxx"),
-        ({"model": ""}, "''"),
         ({"model": "a\0b"}, r"a\\x00b"),
         ({"model": "\ud800"}, r"\\ud800"),
         ({"layers": [1]}, "'layers'"),
+        ({"parts": {"threshold": 1.01}}, "1.01"),
+        ({"parts": {"threshold": None}}, "dyvte.*None"),
+        ({"parts": {"threshold": True}}, "parts.threshold is True"),
+        ({"parts": {"kind": "eas"}}, "eas.*0.5"),
+        ({"parts": {"kind": "vtw"}}, "'vtw'"),
+        ({"parts": {"digest": "short"}}, "'short'"),
+        ({"parts": {"digest": "ef" * 32}}, LEARNED.digest),
+        ({"parts": {"path": "a\0b"}}, r"a\\x00b"),
+        ({"parts": {"more": 1}}, "parts.more"),
     ],
 )
 def test_edited_files_are_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    content = json.loads((LEARNED if "parts" in change else PLAN).to_json())
+    content |= {"parts": content["parts"] | change["parts"]} if "parts" in change else change
     file = tmp_path / "p.json"
-    file.write_text(json.dumps(json.loads(PLAN.to_json()) | change))
+    file.write_text(json.dumps(content))
     with pytest.raises(Refused, match=named) as refusal:
         Plan.load(file)
     message = str(refusal.value)
@@ -154,34 +154,21 @@ def test_edited_files_are_refused(change: dict[str, Any], named: str, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "JSON"),
         (PLAN.to_json()[:200], "JSON"),
-        (b"\xff\xfe\x00", "JSON"),
-        ("[" * 100_000, "JSON"),
         ("[]", "list"),
-        ("9" * 5_000, "5000 digits"),
         (PLAN.to_json().replace('"schema": 1', '"schema": 1, "schema": 1'), "'schema'"),
         (PLAN.to_json().replace('"schema": 1,', ""), "schema is None"),
         (PLAN.to_json().replace("0.625", "NaN"), "NaN"),
-        (PLAN.to_json().replace("0.625", "1e999"), "1e999"),
-        (PLAN.to_json().replace("0.625", "9" * 401), "64 bits"),
         (PLAN.to_json().replace("40", "9" * 401), "64 bits"),
-        (PLAN.to_json().replace("40", "[" * 100 + "]" * 100), "nested"),
         (PLAN.to_json().replace('"digest"', '"digets"'), "'digets'"),
         ('{"schema": 1}', "'name'"),
         (" " * (1 << 20) + PLAN.to_json(), "longer than"),
     ],
 )
-def test_broken_files_are_refused(text: str | bytes, named: str) -> None:
+def test_broken_files_are_refused(text: str, named: str) -> None:
     with pytest.raises(Refused, match=named) as refusal:
         Plan.from_json(text)
     assert len(str(refusal.value)) < 600
-
-
-def test_a_wrong_digest_is_shown_whole_beside_the_right_one() -> None:
-    wrong = PLAN.digest[:63] + ("0" if PLAN.digest[63] != "0" else "1")
-    with pytest.raises(Refused, match=f"{wrong}.*{PLAN.digest}"):
-        Plan.from_json(PLAN.to_json().replace(PLAN.digest, wrong))
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -213,18 +200,12 @@ def test_plans_fit_their_architecture_and_warn_of_the_rest() -> None:
     assert "other" in PLAN.check_fits(**fits | {"revision": "other"})[0]
     assert "unknown" in PLAN.check_fits(**fits | {"revision": None})[0]
     assert "copy" in PLAN.check_fits(**fits | {"model": "copy"})[0]
-    with pytest.raises(Refused, match=r"4 layers.*has 5"):
-        PLAN.check_fits(**fits | {"num_layers": 5})
     with pytest.raises(Refused, match=f"{DIGEST}.*{'cd' * 32}"):
         PLAN.check_fits(**fits | {"config_digest": "cd" * 32})
-
-
-def test_names_in_a_plan_never_reach_the_terminal_as_they_are() -> None:
+    # Names in a plan never reach the terminal as they are.
     forged = replace(PLAN, model="m\x1b[2J\nError: forged", revision="\x1b[0m\n")
-    fits: dict[str, Any] = {"config_digest": DIGEST, "num_layers": 4, "model": "org/model", "revision": "main"}
-    for warning in forged.check_fits(**fits):
-        assert warning.isprintable()
-    with pytest.raises(Refused) as refusal:
+    assert all(warning.isprintable() for warning in forged.check_fits(**fits))
+    with pytest.raises(Refused, match=r"4 layers.*has 5") as refusal:
         forged.check_fits(**fits | {"num_layers": 5})
     assert str(refusal.value).isprintable()
 
@@ -274,6 +255,7 @@ def test_published_plans(name: str) -> None:
 def test_published_plans_are_all_listed() -> None:
     assert set(published_plans()) == set(PUBLISHED)
     assert Plan.load("llava-1.5-7b").ranking[:5] == (31, 29, 30, 28, 0)
+    assert Plan.load("llava-1.5-7b").digest.startswith("3f422ce8cdc6")
 
 
 def test_a_file_goes_before_a_published_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,23 +264,13 @@ def test_a_file_goes_before_a_published_name(tmp_path: Path, monkeypatch: pytest
     assert Plan.load("llava-1.5-7b") == PLAN
 
 
-def test_a_file_gives_back_its_learned_parts(tmp_path: Path) -> None:
-    other = replace(LEARNED, parts=LearnedParts(kind=PartsKind.SAISA, path="/parts/saisa", digest="ef" * 32))
-    for plan in (LEARNED, other):
-        assert Plan.load(plan.save(tmp_path / "p.json")) == plan
-        assert Plan.from_json(plan.to_json()) == plan
-        assert hash(plan) == hash(Plan.from_json(plan.to_json()))
-
-
 @pytest.mark.parametrize(
     ("file", "parts", "written"),
     [
-        ("x.json", "parts", "parts"),
         ("x.json", "a/parts", "a/parts"),
         ("x.json", ".", "."),
         # The plans of a result folder stand in plans/.
         ("plans/x.json", "parts", "../parts"),
-        ("plans/x.json", ".", ".."),
         ("other/x.json", "parts", None),
     ],
 )
@@ -311,47 +283,6 @@ def test_parts_are_named_from_where_the_plan_file_stands(
     found = Plan.load(saved).parts
     assert found is not None and found.path == where
     assert Plan.load(saved).digest == LEARNED.digest
-
-
-def test_the_digest_covers_what_the_parts_do_and_not_where_they_lie() -> None:
-    assert replace(LEARNED, parts=replace(PARTS, path="/elsewhere")).digest == LEARNED.digest
-    assert replace(LEARNED, parts=replace(PARTS, digest="ef" * 32)).digest != LEARNED.digest
-    assert replace(LEARNED, parts=replace(PARTS, threshold=0.6)).digest != LEARNED.digest
-    assert replace(LEARNED, parts=None).digest != LEARNED.digest
-    one, same = (replace(LEARNED, parts=replace(PARTS, threshold=threshold)) for threshold in (1, 1.0))
-    assert one.digest == same.digest and Plan.from_json(one.to_json()) == same
-
-
-def test_plans_without_parts_keep_the_digests_that_they_had() -> None:
-    digest = "9f1a0bedc325"
-    assert digest_of(DIGEST, (Mode.FULL, Mode.FREEZE_VISUAL)).startswith(digest)
-    assert Plan.load("llava-1.5-7b").digest.startswith("3f422ce8cdc6")
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"threshold": 1.01}, "1.01"),
-        ({"threshold": -0.5}, "-0.5"),
-        ({"threshold": None}, "dyvte.*None"),
-        ({"threshold": "0.5"}, "parts.threshold is '0.5'"),
-        ({"threshold": True}, "parts.threshold is True"),
-        ({"kind": "eas"}, "eas.*0.5"),
-        ({"kind": "vtw"}, "'vtw'"),
-        ({"digest": "short"}, "'short'"),
-        ({"digest": "ef" * 32}, LEARNED.digest),
-        ({"path": 3}, "parts.path is 3"),
-        ({"path": ""}, "''"),
-        ({"path": "a\0b"}, r"a\\x00b"),
-        ({"more": 1}, "parts.more"),
-    ],
-)
-def test_edited_parts_are_refused(change: dict[str, Any], named: str) -> None:
-    content = json.loads(LEARNED.to_json())
-    content["parts"] |= change
-    with pytest.raises(Refused, match=named) as refusal:
-        Plan.from_json(json.dumps(content))
-    assert str(refusal.value).isprintable()
 
 
 def test_parts_behind_a_loop_of_links_leave_the_plan_readable(tmp_path: Path) -> None:
