@@ -206,7 +206,7 @@ def test_a_killed_driver_changes_nothing(tmp_path: Path, system: str, more: tupl
         command(system, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 200
-    while not list(out.glob("checkpoints/*/*/worker-0.json")) and time.monotonic() < deadline:
+    while not list(out.glob("checkpoints/*/*/record.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()

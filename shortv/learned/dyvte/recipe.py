@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shortv.learned.rates import BatchSize, Rate, Steps, TrainingSeed
+from shortv.learned.system import BatchSize, Rate, Steps, TrainingSeed
 from shortv.spec import Count, Spec
 
 MeanOver = Literal["after-image", "all-text"]

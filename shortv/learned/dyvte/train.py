@@ -16,14 +16,13 @@ from torch.nn.functional import cross_entropy
 from shortv.errors import SampleError
 from shortv.families import LoadedModel
 from shortv.families.preprocessing import batch_of, message_of, prompt_of
-from shortv.families.supervised import IGNORED, Supervised, supervised
+from shortv.families.supervised import IGNORED, Supervised
 from shortv.families.tokens import TokenTypes
 from shortv.layers.apply import executing
 from shortv.learned.dyvte.parts import EXIT, STAY, ExitRouters, TextRows
 from shortv.learned.dyvte.recipe import DyvteRecipe
-from shortv.learned.rates import learning_rate
-from shortv.learned.system import Reduce
-from shortv.learned.training import Trainer, answer_logits, generator, seeded, set_learning_rate
+from shortv.learned.system import Reduce, alone, learning_rate
+from shortv.learned.training import Trainer, answer_logits, generator
 from shortv.plan import modes_of_exit
 from shortv.sample import Sample
 
@@ -31,16 +30,12 @@ from shortv.sample import Sample
 class RouterTrainer(Trainer[ExitRouters]):
     """Trains exit routers."""
 
-    def __init__(self, loaded: LoadedModel, recipe: DyvteRecipe, reduce: Reduce) -> None:
+    parts_class = ExitRouters
+
+    def __init__(self, loaded: LoadedModel, recipe: DyvteRecipe, reduce: Reduce = alone) -> None:
         """Make routers with fresh weights. Raises Refused for a family that cannot have them."""
         super().__init__(loaded, recipe, reduce)
-        self._recipe = recipe
-        with seeded(recipe.seed, loaded.device):
-            self._parts = ExitRouters.build(loaded.decoder, recipe.settings)
-        self._parts.place(loaded.decoder)
-        self._optimizer = torch.optim.AdamW(
-            self._parts.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+        self._begin(recipe.settings)
 
     def step(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """Train the router of one layer, the same on every worker.
@@ -54,24 +49,18 @@ class RouterTrainer(Trainer[ExitRouters]):
         """
         recipe, layer = self._recipe, self.layer_of(step)
         state_BE, safe_B = self.labels(self.encoded(samples), layer)
-        rate = learning_rate(step, steps=recipe.steps, peak=recipe.learning_rate, warmup_steps=recipe.warmup_steps)
-        set_learning_rate(self._optimizer, rate)
         router = self._parts.routers[layer]
         logits_B2 = router(state_BE)
         classes_B = torch.where(safe_B, EXIT, STAY).to(logits_B2.device)
         loss = cross_entropy(logits_B2, classes_B)
         # Routers of other layers have no gradient, so AdamW leaves them and their moments alone.
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._reduce(list(router.parameters()))
-        self._optimizer.step()
+        weights = list(router.parameters())
+        self._backward(loss, weights)
+        rate = learning_rate(step, steps=recipe.steps, peak=recipe.learning_rate, warmup_steps=recipe.warmup_steps)
+        self._update(weights, rate)
         right_B = logits_B2.detach().argmax(1) == classes_B
         safe, right = torch.stack([safe_B.to(right_B.device), right_B]).float().mean(1).tolist()
         return {"loss": float(loss.detach()), "layer": float(layer), "safe": safe, "accuracy": right}
-
-    def check(self, sample: Sample) -> None:
-        """Raise the SampleError for which a step would refuse a sample."""
-        self.encoded([sample])
 
     def layer_of(self, step: int) -> int:
         """Return the exit layer of a step, drawn from the seed and the step alone."""
@@ -84,15 +73,9 @@ class RouterTrainer(Trainer[ExitRouters]):
             if not sample.images:
                 message = f"sample {sample.sample_id!r} has no image, so there is nothing to exit; leave it out"
                 raise SampleError(stage="prompt", error="no-image", message=message)
-            if self._recipe.targets == "answers" and not (sample.answer and sample.answer.strip()):
-                message = (
-                    f"sample {sample.sample_id!r} has no answer; add one, or train with targets='model', on the "
-                    "model's own answers"
-                )
-                raise SampleError(stage="prompt", error="no-answer", message=message)
         if self._recipe.targets == "model":
             samples = with_own_answers(self._loaded, samples, self._recipe.answer_tokens)
-        return supervised(self._loaded, samples, padding_side="left")
+        return super().encoded(samples)
 
     @torch.no_grad()
     def labels(self, batch: Supervised, layer: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shortv.errors import Refused
-from shortv.learned.rates import BatchSize, Rate, TrainingSeed
+from shortv.learned.system import BatchSize, Rate, TrainingSeed
 from shortv.plan import Mode, modes_of_layers
 from shortv.spec import Count, Share, Spec
 

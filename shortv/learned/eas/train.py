@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,14 @@ from torch.nn.functional import cross_entropy
 
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
-from shortv.families.supervised import IGNORED, Supervised, supervised
+from shortv.families.supervised import IGNORED, Supervised
 from shortv.layers.apply import executing
 from shortv.layers.progress import prompted
 from shortv.learned.eas.parts import Adapters
 from shortv.learned.eas.recipe import EasRecipe
 from shortv.learned.eas.run import AdaptedRun
-from shortv.learned.rates import learning_rate
-from shortv.learned.system import Reduce
-from shortv.learned.training import Trainer, adamw, answer_logits, generator, seeded, set_learning_rate
+from shortv.learned.system import Reduce, alone, learning_rate
+from shortv.learned.training import Trainer, answer_logits, generator
 from shortv.plan import Mode, modes_of_layers
 from shortv.sample import Sample
 
@@ -83,20 +83,15 @@ class Search:
                 tries -= 1
         return tuple(found)
 
-    def play(self, step: int, evaluate: Callable[[Sequence[Candidate]], Sequence[float]]) -> None:
-        """Play a round.
+    def update(self, candidates: Sequence[Candidate], losses: Sequence[float]) -> None:
+        """s_i += eta (r - mean r) p_i (1 - p_i) for every layer i of every candidate, with reward r = exp(-loss).
 
         Args:
-            evaluate: the loss of each candidate in nats per token, all on the same held-out samples.
+            losses: of each candidate, in nats per token, all on the same held-out samples.
 
         Raises:
             ShortVError: a loss is not finite.
         """
-        candidates = self.candidates(step)
-        self.update(candidates, evaluate(candidates))
-
-    def update(self, candidates: Sequence[Candidate], losses: Sequence[float]) -> None:
-        """s_i += eta (r - mean r) p_i (1 - p_i) for every layer i of every candidate, with reward r = exp(-loss)."""
         bad = [loss for loss in losses if not math.isfinite(loss)]
         if bad:
             raise ShortVError(f"a candidate of the search has loss {bad[0]}; lower the learning rate")
@@ -133,10 +128,11 @@ class _Loss(NamedTuple):
 class AdapterTrainer(Trainer[Adapters]):
     """Trains adapters; z and routing weights come from prompts alone."""
 
-    def __init__(self, loaded: LoadedModel, recipe: EasRecipe, reduce: Reduce) -> None:
+    parts_class = Adapters
+
+    def __init__(self, loaded: LoadedModel, recipe: EasRecipe, reduce: Reduce = alone) -> None:
         """Build the first adapters. Raises Refused for a family or layers that cannot have them."""
         super().__init__(loaded, recipe, reduce)
-        self._recipe = recipe
         self._layers = tuple(range(len(loaded.decoder.layers)))
         self._search = Search(recipe, len(self._layers)) if recipe.searching else None
         self._searching = bool(recipe.searching)
@@ -146,16 +142,12 @@ class AdapterTrainer(Trainer[Adapters]):
         """Make fresh adapters and a fresh optimizer for the search, or for what it has chosen."""
         recipe, search = self._recipe, self._search
         if self._searching:
-            settings = recipe.settings(kept=self._layers, skipped=self._layers)
+            self._begin(recipe.settings(kept=self._layers, skipped=self._layers))
         else:
             chosen = search.chosen() if search else recipe.fixed_layers(len(self._layers))
             kept = tuple(layer for layer in self._layers if layer not in chosen)
             scores = tuple(round(score, 6) for score in search.scores_L.tolist()) if search else ()
-            settings = recipe.settings(kept=kept, skipped=chosen, scores=scores)
-        with seeded(recipe.seed, self._loaded.device):
-            self._parts = Adapters.build(self._loaded.decoder, settings)
-        self._parts.place(self._loaded.decoder)
-        self._optimizer = adamw(self._parts, rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
+            self._begin(recipe.settings(kept=kept, skipped=chosen, scores=scores))
 
     def step(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """Take one optimizer step; in the search, play a round before it when one is due.
@@ -173,53 +165,30 @@ class AdapterTrainer(Trainer[Adapters]):
         """
         searching = step < self._recipe.searching
         trained, rewarding = self._divided(samples) if searching else (samples, ())
-        given, held_out = (self._encoded(some) for some in (trained, rewarding))
+        given, held_out = (self.encoded(some) if some else None for some in (trained, rewarding))
         if self._searching and not searching:
             self._searching = False
             self._build()
+        skipped: Candidate = self._parts.settings.skipped
         if searching and self._search is not None:
             if self._search.is_round(step):
-                self._search.play(step, lambda candidates: self._losses(candidates, held_out))
+                candidates = self._search.candidates(step)
+                self._search.update(candidates, self._losses(candidates, held_out))
             skipped = self._search.drawn(step)
-        else:
-            skipped = self._parts.settings.skipped
-        return self._descend(given, held_out, skipped, step)
-
-    def check(self, sample: Sample) -> None:
-        """Raise the SampleError for which a step would refuse a sample."""
-        self._encoded([sample])
-
-    def _descend(
-        self, given: Supervised | None, held_out: Supervised | None, skipped: Candidate, step: int
-    ) -> dict[str, float]:
-        rate = self._rate(step)
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.zero_grad(set_to_none=True)
-        if given is not None:
-            loss = self._loss(given, skipped)
-            mean = loss.total / loss.tokens
-            mean.backward()  # type: ignore[no-untyped-call]
-        else:  # all of this worker's samples are held out
-            loss = self._measured(held_out, skipped)
-            mean = loss.total / max(1, loss.tokens)
-        weights = list(self._parts.parameters())
-        self._reduce(weights)
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self._recipe.gradient_norm))
-        # After averaging the norm is the same on all workers, and they stop together.
-        if math.isfinite(norm):
-            self._optimizer.step()
-        found = float(mean.detach()) if math.isfinite(norm) else math.nan
-        return {"loss": found, "gradient_norm": norm, "learning_rate": rate, "skipped": float(len(skipped))}
+        # All of this worker's samples may be held out: then it has no gradients.
+        found = self._loss(given, skipped) if given is not None else self._measured(held_out, skipped)
+        loss, rate, weights = found.total / max(1, found.tokens), self._rate(step), list(self._parts.parameters())
+        self._backward(loss, weights)
+        norm = self._update(weights, rate, gradient_norm=self._recipe.gradient_norm)
+        value = float(loss.detach()) if math.isfinite(norm) else math.nan
+        return {"loss": value, "gradient_norm": norm, "learning_rate": rate, "skipped": float(len(skipped))}
 
     def _rate(self, step: int) -> float:
-        recipe, first = self._recipe, self._recipe.searching
+        recipe, first, peak = self._recipe, self._recipe.searching, self._recipe.learning_rate
+        steps, warmup = recipe.steps - first, recipe.warmup_steps
         if step < first:
-            return learning_rate(
-                step, steps=first, peak=recipe.search_learning_rate, warmup_steps=min(recipe.warmup_steps, first)
-            )
-        return learning_rate(
-            step - first, steps=recipe.steps - first, peak=recipe.learning_rate, warmup_steps=recipe.warmup_steps
-        )
+            return learning_rate(step, steps=first, peak=recipe.search_learning_rate, warmup_steps=min(warmup, first))
+        return learning_rate(step - first, steps=steps, peak=peak, warmup_steps=warmup)
 
     def _divided(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Samples to train on and samples to reward on; by id, so that none is ever on the other side."""
@@ -227,13 +196,7 @@ class AdapterTrainer(Trainer[Adapters]):
         if not share:
             return samples, samples
         held = [_place(sample.sample_id, self._recipe.seed) < share for sample in samples]
-        trained, held_out = (
-            [sample for sample, found in zip(samples, held, strict=True) if found is side] for side in (False, True)
-        )
-        return trained, held_out
-
-    def _encoded(self, samples: Sequence[Sample]) -> Supervised | None:
-        return supervised(self._loaded, samples, padding_side="left") if samples else None
+        return list(compress(samples, (not found for found in held))), list(compress(samples, held))
 
     def _losses(self, candidates: Sequence[Candidate], held_out: Supervised | None) -> list[float]:
         """Return the loss of each candidate over the held-out samples of all workers."""

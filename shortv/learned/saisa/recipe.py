@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from shortv.learned.rates import BatchSize, Rate, TrainingSeed, learning_rate
+from shortv.learned.system import BatchSize, Rate, TrainingSeed, learning_rate
 from shortv.plan import Mode, modes_of_layers
 from shortv.spec import Spec
 

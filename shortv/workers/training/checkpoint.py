@@ -1,8 +1,8 @@
 """Checkpoints of a training: directories that Ray Train stores in the run folder, of safetensors and JSON alone.
 
-Each worker adds `worker-N.json`, which lists the worker's other files with their sizes; worker 0 adds the state, the
-steps so far and, after the last step, `result/` with the learned parts and their plans. Ray Train copies files one by
-one, so a checkpoint counts only when every listed file is there in its full size.
+A checkpoint has the state, a record of the steps so far and, after the last step, `result/` with the learned parts and
+their plans. Ray Train copies files one by one, so a checkpoint counts only when every file that its record lists is
+there in its full size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from shortv.untrusted import parse_json
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that Ray Train stores checkpoints in, by attempt."""
 RESULT = "result"
+_RECORD = "record.json"
 _RECORD_BYTES = 2**30
 _FILE_BYTES = 2**30
 """Size up to which tensors share a file: safetensors copies a file's tensors while it writes them."""
@@ -39,32 +40,43 @@ class Checkpoint:
     """Its directory on the file system of the run folder."""
     step: int
     """Finished steps."""
-    rows: tuple[dict[str, Any], ...]
+    rows: Sequence[Mapping[str, Any]]
     """Rows of the table `training` up to that step."""
-    errors: tuple[dict[str, Any], ...]
+    errors: Sequence[Mapping[str, Any]]
     """Rows of the table `errors`: samples that could not be used so far."""
 
 
-def write_state(place: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors as `state-N.safetensors`, no file much larger than a gigabyte."""
+def write_checkpoint(
+    place: Path,
+    state: Mapping[str, Tensor],
+    *,
+    step: int,
+    identity: str,
+    rows: Sequence[Mapping[str, Any]],
+    errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the state and the record; files that are there already belong to the checkpoint.
+
+    Args:
+        identity: digest of the training's arguments.
+        rows: rows of the table `training`.
+        errors: rows of the table `errors`.
+    """
     for number, group in enumerate(_groups(state)):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group}, _state_file(place, number))
+        save_file(group, place / f"state-{number:05d}.safetensors")
+    files = {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()}
+    record = {"step": step, "identity": identity, "files": files, "rows": rows, "errors": errors}
+    (place / _RECORD).write_text(json.dumps(record, allow_nan=False))
 
 
-def _groups(state: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
-    group: list[tuple[str, Tensor]] = []
-    size = 0
+def _groups(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if group and size + tensor.nbytes > _FILE_BYTES:
+        if group and sum(each.nbytes for each in group.values()) + tensor.nbytes > _FILE_BYTES:
             yield group
-            group, size = [], 0
-        group.append((name, tensor))
-        size += tensor.nbytes
+            group = {}
+        group[name] = tensor
     yield group
-
-
-def _state_file(place: Path, number: int) -> Path:
-    return place / f"state-{number:05d}.safetensors"
 
 
 def read_state(place: Path) -> dict[str, Tensor]:
@@ -73,28 +85,6 @@ def read_state(place: Path) -> dict[str, Tensor]:
         return {name: tensor for path in sorted(place.glob("state-*")) for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ShortVError(f"the checkpoint {place} is damaged: {error}; delete it to go on from before it") from error
-
-
-def write_record(
-    place: Path,
-    *,
-    step: int,
-    identity: str,
-    worker: int,
-    workers: int,
-    rows: Sequence[Mapping[str, Any]],
-    errors: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write what a worker says of a checkpoint; its other files must be there.
-
-    Args:
-        identity: digest of the training's arguments.
-        rows: rows of the table `training`, from worker 0.
-        errors: rows of the table `errors`.
-    """
-    files = {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()}
-    record = {"step": step, "identity": identity, "workers": workers, "files": files, "rows": rows, "errors": errors}
-    (place / f"worker-{worker}.json").write_text(json.dumps(record, allow_nan=False))
 
 
 def latest_checkpoint(uri: str, identity: str) -> Checkpoint | None:
@@ -134,33 +124,21 @@ def _folders(filesystem: pafs.FileSystem, path: str) -> list[str]:
 
 
 def checkpoint_at(path: str, identity: str, filesystem: pafs.FileSystem | None = None) -> Checkpoint | None:
-    """Read what the workers say of the checkpoint in a directory; None unless it is whole.
+    """Read the record of the checkpoint in a directory; None unless the checkpoint is whole.
 
     Raises:
         ShortVError: it is of another training.
     """
     filesystem = filesystem or pafs.LocalFileSystem()
+    try:
+        with filesystem.open_input_stream(f"{path}/{_RECORD}") as stream:
+            record = parse_json(bytes(stream.readall()), what=_RECORD, limit_bytes=_RECORD_BYTES)
+    except (Refused, FileNotFoundError):  # cut short, not there yet, or removed for a newer one just now
+        return None
+    if record["identity"] != identity:
+        raise ShortVError(f"{path} is a checkpoint of another training; delete it to start anew")
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     sizes = {info.path.removeprefix(f"{path}/"): info.size for info in infos}
-    records: list[dict[str, Any]] = []
-    while not records or len(records) < records[0]["workers"]:
-        name = f"worker-{len(records)}.json"
-        if name not in sizes:
-            return None
-        try:
-            with filesystem.open_input_stream(f"{path}/{name}") as stream:
-                record = parse_json(bytes(stream.readall()), what=name, limit_bytes=_RECORD_BYTES)
-        except (Refused, FileNotFoundError):  # cut short, or replaced by a newer one just now
-            return None
-        if record["identity"] != identity:
-            raise ShortVError(f"{path} is a checkpoint of another training; delete it to start anew")
-        if any(sizes.get(file) != size for file, size in record["files"].items()):
-            return None
-        records.append(record)
-    errors = {row["sample_id"]: row for record in records for row in record["errors"]}
-    return Checkpoint(
-        path=path,
-        step=records[0]["step"],
-        rows=tuple(records[0]["rows"]),
-        errors=tuple(errors[name] for name in sorted(errors)),
-    )
+    if any(sizes.get(file) != size for file, size in record["files"].items()):
+        return None
+    return Checkpoint(path=path, step=record["step"], rows=record["rows"], errors=record["errors"])

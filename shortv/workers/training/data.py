@@ -2,7 +2,7 @@
 
 The driver reads the data set twice, in batches: once to check and digest it, and once, when a training starts, to write
 its usable samples as shards (Arrow files) into the run folder. Shards give any sample by its number, so each worker
-reads its share of each step from there, through Ray Data.
+reads its share of each step from there.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import math
 import random
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import accumulate, chain, islice
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-from pyarrow import parquet as pq
 
 from reports.calibration import calibration_batches, calibration_rows
 from reports.locations import locate, one_line
@@ -28,27 +28,17 @@ from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
-from shortv.workers.samples import resolve_calibration
-from shortv.workers.training.loop import StepSamples
+from shortv.workers.samples import SAMPLES_TYPE, resolve_calibration, rows_of, samples_of
 
 SHARDS = "shards"
 _INDEX = f"{SHARDS}/index.json"
 _SHARD_BYTES = 32 * 2**20
 """Size from which on a shard is closed; the driver holds one."""
-_STEPS_PER_TASK = 8
-_TASKS = 2
+_SAMPLE = pa.schema(list(SAMPLES_TYPE.value_type))
+_AHEAD = 2
+"""Steps whose samples are read before they are needed."""
 _READS = 16
 """Shards that a reader reads at once: object stores answer slowly, but many requests in parallel."""
-_SAMPLE = pa.schema(
-    [
-        pa.field("sample_id", pa.string()),
-        pa.field("images", pa.list_(pa.large_binary())),
-        pa.field("prompt", pa.string()),
-        pa.field("answer", pa.string()),
-        pa.field("dataset", pa.string()),
-    ]
-)
-_STEP = pa.schema([pa.field("step", pa.int64(), nullable=False), pa.field("samples", pa.list_(pa.struct(_SAMPLE)))])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,24 +53,21 @@ class Order:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise Refused(f"--batch-size is {self.batch_size}; give 1 or more")
         if self.samples < self.batch_size:
             raise Refused(
                 f"{self.samples} training samples are fewer than a batch of {self.batch_size}; "
                 "give more samples, or a smaller --batch-size"
             )
 
-    def rows(self, step: int) -> tuple[int, ...]:
-        """Numbers of the samples of a step, counted from 0."""
-        start = step * self.batch_size
-        places = (divmod(place, self.samples) for place in range(start, start + self.batch_size))
-        return tuple(_epoch(self.samples, self.seed, epoch)[place] for epoch, place in places)
+    def rows(self, step: int, worker: int = 0, workers: int = 1) -> tuple[int, ...]:
+        """Return the numbers of the samples that a worker takes in a step, counted from 0.
 
-    def share(self, step: int, worker: int, workers: int) -> tuple[int, ...]:
-        """What one of several workers takes of a step; the batch size must be a multiple of their number."""
+        The batch size must be a multiple of the number of workers.
+        """
         each = self.batch_size // workers
-        return self.rows(step)[worker * each : (worker + 1) * each]
+        start = step * self.batch_size + worker * each
+        places = (divmod(place, self.samples) for place in range(start, start + each))
+        return tuple(_epoch(self.samples, self.seed, epoch)[place] for epoch, place in places)
 
 
 @lru_cache(maxsize=2)
@@ -90,18 +77,15 @@ def _epoch(samples: int, seed: int, epoch: int) -> Sequence[int]:
     return order
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A Parquet file of samples, of which the first `rows` are used; None for all."""
+class Source(NamedTuple):
+    """A part of a data set, which can be read again and again."""
 
-    path: str
-    rows: int | None = None
+    name: str
+    read: Callable[[], Iterable[Sample]]
 
 
-def sources_of(
-    data: Sequence[str], *, limit: float | None, seed: int, include_path: str | None, scratch: Path
-) -> list[Source]:
-    """Find the Parquet files of a data set; samples of lmms-eval tasks are written to files in `scratch`.
+def sources_of(data: Sequence[str], *, limit: float | None, seed: int, include_path: str | None) -> list[Source]:
+    """Find the sources of a data set; samples of lmms-eval tasks are loaded at once.
 
     Args:
         data: Parquet files (`PATH.parquet`, local or a URI) and tasks (`gqa:20`, or `gqa` with a limit).
@@ -111,142 +95,109 @@ def sources_of(
         Refused: an unknown task, or a file that is not a calibration file.
     """
     found = []
-    for number, entry in enumerate(data):
+    for entry in data:
         if entry.endswith(".parquet") or "/" in entry:
             share = limit if limit is None or limit >= 1 else math.ceil(limit * calibration_rows(entry))
-            found.append(Source(path=entry, rows=None if share is None else int(share)))
+            rows = None if share is None else int(share)
+            found.append(Source(locate(entry).shown, partial(_first_of_file, entry, rows)))
         else:
-            path = scratch / f"task-{number}.parquet"
             samples = resolve_calibration([entry], limit=limit, seed=seed, include_path=include_path)
-            _write_parquet(path, samples)
-            found.append(Source(path=str(path)))
+            found.append(Source(entry, partial(iter, samples)))
     return found
 
 
-def _write_parquet(path: Path, samples: Iterable[Sample]) -> None:
-    with pq.ParquetWriter(path, _SAMPLE, compression="none") as writer:
-        for sample in samples:
-            writer.write_batch(_batch_of(sample))
+def table_source(name: str, table: pa.Table) -> Source:
+    """Take samples from a table in the calibration format."""
+    return Source(name, lambda: samples_of(table.select(_SAMPLE.names).to_pylist()))
 
 
-def _batch_of(sample: Sample) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([{**asdict(sample), "images": list(sample.images)}], schema=_SAMPLE)
+def _first_of_file(uri: str, rows: int | None) -> Iterator[Sample]:
+    return islice(chain.from_iterable(calibration_batches(uri)), rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Contents:
-    """What a pass over a data set found."""
+    """What a pass over a data set has found."""
 
-    samples: int
-    digest: str
+    samples: int = 0
+    digest: str = ""
     """SHA-256, in hex, of all samples in order."""
-    unanswered: tuple[str, ...]
+    unanswered: list[str] = field(default_factory=list)
     """Ids of samples without an answer."""
-    unusable: tuple[ErrorRecord, ...]
+    unusable: list[ErrorRecord] = field(default_factory=list)
     """Samples that are left out, each with its reason."""
 
 
-def scan(sources: Sequence[Source], *, needs_images: bool, shards: ShardWriter | None = None) -> Contents:
-    """Read a data set once, in batches, and write its usable samples to shards if given.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """The samples of all sources, in their order."""
 
-    Raises:
-        Refused: a file cannot be read, or two samples have one id.
-    """
-    hasher, first_source = hashlib.sha256(b"["), dict[str, str]()
-    unanswered, unusable = [], []
-    for path, sample in _samples(sources):
-        name = sample.sample_id
-        if name in first_source:
-            where = " and ".join(locate(place).shown for place in dict.fromkeys((first_source[name], path)))
-            raise Refused(f"the sample id {name!r} occurs twice in {where}; give each sample one id, each source once")
-        hasher.update(f'{"," if first_source else ""}"{sample.digest}"'.encode())
-        first_source[name] = path
-        if not (sample.answer and sample.answer.strip()):
-            unanswered.append(name)
-        if needs_images and not sample.images:
-            unusable.append(_without_image(name))
-        elif shards is not None:
-            shards.add(sample)
-    hasher.update(b"]")
-    return Contents(
-        samples=len(first_source),
-        digest=hasher.hexdigest(),
-        unanswered=tuple(unanswered),
-        unusable=tuple(unusable),
-    )
+    sources: Sequence[Source]
+    needs_images: bool
+    """Whether samples without an image are left out."""
 
+    def scan(self) -> Contents:
+        """Read all samples once. Raises Refused for a file that cannot be read, or an id that occurs twice."""
+        contents = Contents()
+        deque(self._usable(contents), maxlen=0)
+        return contents
 
-def _samples(sources: Sequence[Source]) -> Iterator[tuple[str, Sample]]:
-    for source in sources:
-        left = math.inf if source.rows is None else source.rows
-        for batch in calibration_batches(source.path):
-            for sample in batch[: int(min(left, len(batch)))]:
-                yield source.path, sample
-            left -= len(batch)
-            if left <= 0:
-                break
+    def write_shards(self, folder: Folder, scanned: Contents) -> None:
+        """Write the usable samples as shards into a run folder, unless an earlier attempt has done so.
 
-
-def _without_image(sample_id: str) -> ErrorRecord:
-    message = f"sample {sample_id!r} has no image, and this training is about images; leave it out"
-    return ErrorRecord(sample_id=sample_id, stage="prompt", error="no-image", message=message)
-
-
-class ShardWriter:
-    """Writes samples as shards into a run folder: Arrow files with a record batch for each sample."""
-
-    def __init__(self, folder: Folder) -> None:
-        """Write below `folder`; shards of an earlier attempt are removed."""
-        self._folder = folder
+        Raises:
+            ShortVError: the samples are not those that were scanned, or the folder cannot be written.
+        """
+        if folder.exists(_INDEX) and folder.read_json(_INDEX).get("data_digest") == scanned.digest:
+            return
         folder.delete(SHARDS)
-        self._rows: list[int] = []
-        self._new()
+        found = Contents()
+        usable = self._usable(found)
+        rows = [_write_shard(folder, number, chain([first], usable)) for number, first in enumerate(usable)]
+        if found.digest != scanned.digest:
+            raise ShortVError("the training samples changed while they were read; run the same command again")
+        folder.write_json(_INDEX, {"data_digest": found.digest, "rows": rows})
 
-    def add(self, sample: Sample) -> None:
-        """Append a sample. Raises ShortVError when the folder cannot be written."""
-        self._writer.write_batch(_batch_of(sample))
-        self._count += 1
-        if self._sink.tell() >= _SHARD_BYTES:
-            self._close()
+    def _usable(self, contents: Contents) -> Iterator[Sample]:
+        """Yield the samples that can be used, and note in `contents` what is found on the way."""
+        hasher, first_source = hashlib.sha256(b"["), dict[str, str]()
+        for source in self.sources:
+            for sample in source.read():
+                name = sample.sample_id
+                if name in first_source:
+                    where = " and ".join(dict.fromkeys((first_source[name], source.name)))
+                    raise Refused(
+                        f"the sample id {name!r} occurs twice in {where}; give each sample one id, each source once"
+                    )
+                hasher.update(f'{"," if first_source else ""}"{sample.digest}"'.encode())
+                first_source[name] = source.name
+                if not (sample.answer and sample.answer.strip()):
+                    contents.unanswered.append(name)
+                if self.needs_images and not sample.images:
+                    message = f"sample {name!r} has no image, and this training is about images; leave it out"
+                    error = ErrorRecord(sample_id=name, stage="prompt", error="no-image", message=message)
+                    contents.unusable.append(error)
+                else:
+                    yield sample
+        hasher.update(b"]")
+        contents.samples, contents.digest = len(first_source), hasher.hexdigest()
 
-    def finish(self, digest: str) -> None:
-        """Write the last shard and the index, which says that all are there."""
-        if self._count:
-            self._close()
-        self._folder.write_json(_INDEX, {"data_digest": digest, "rows": self._rows})
 
-    def _new(self) -> None:
-        self._sink, self._count = pa.BufferOutputStream(), 0
-        self._writer = pa.ipc.new_file(self._sink, _SAMPLE)
-
-    def _close(self) -> None:
-        self._writer.close()
-        self._folder.write_bytes(_shard_name(len(self._rows)), [self._sink.getvalue()])
-        self._rows.append(self._count)
-        self._new()
-
-
-def write_shards(folder: Folder, sources: Sequence[Source], contents: Contents, *, needs_images: bool) -> None:
-    """Write the usable samples of a scanned data set as shards, unless an earlier attempt has done so.
-
-    Raises:
-        ShortVError: the data set is not the one that was scanned, or the folder cannot be written.
-    """
-    if folder.exists(_INDEX) and folder.read_json(_INDEX).get("data_digest") == contents.digest:
-        return
-    writer = ShardWriter(folder)
-    if scan(sources, needs_images=needs_images, shards=writer).digest != contents.digest:
-        raise ShortVError("the training samples changed while they were read; run the same command again")
-    writer.finish(contents.digest)
+def _write_shard(folder: Folder, number: int, samples: Iterable[Sample]) -> int:
+    """Write samples until the shard is full, a record batch for each; returns how many."""
+    sink, count = pa.BufferOutputStream(), 0
+    with pa.ipc.new_file(sink, _SAMPLE) as writer:
+        for sample in samples:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows_of([sample]), schema=_SAMPLE))
+            count += 1
+            if sink.tell() >= _SHARD_BYTES:
+                break
+    folder.write_bytes(_shard_name(number), [sink.getvalue()])
+    return count
 
 
 def _shard_name(number: int) -> str:
     return f"{SHARDS}/part-{number:05d}.arrow"
-
-
-def sample_of(row: Mapping[str, Any]) -> Sample:
-    """A sample from its row in a shard."""
-    return Sample(**{**row, "images": tuple(row["images"])})
 
 
 class Shards:
@@ -261,71 +212,41 @@ class Shards:
                 f"{folder.shown} holds no shards of training samples as seen from this node; give an --output-path on "
                 "storage that every node of the cluster shares"
             )
-        self._starts = [0]
-        for rows in folder.read_json(_INDEX)["rows"]:
-            self._starts.append(self._starts[-1] + rows)
+        self._starts = [0, *accumulate(folder.read_json(_INDEX)["rows"])]
         self._readers: dict[int, Any] = {}
 
-    def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Samples by number, as rows of their schema. Raises ShortVError when a shard cannot be read."""
+    def read(self, rows: Sequence[int]) -> list[Sample]:
+        """Return samples by number. Raises ShortVError when a shard cannot be read."""
         wanted: dict[int, list[int]] = {}
         for row in set(rows):
             wanted.setdefault(bisect_right(self._starts, row) - 1, []).append(row)
         try:
             with ThreadPoolExecutor(_READS) as threads:
-                pairs = threads.map(self._read_shard, wanted.keys(), wanted.values())
-                found = {row: sample for shard in pairs for row, sample in shard}
+                found = dict(chain.from_iterable(threads.map(self._read_shard, wanted.keys(), wanted.values())))
         except (pa.ArrowException, OSError) as error:
             raise ShortVError(
                 f"training samples in {self._location.shown} cannot be read: {one_line(error)}"
             ) from error
         return [found[row] for row in rows]
 
-    def _read_shard(self, shard: int, rows: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+    def _read_shard(self, shard: int, rows: Sequence[int]) -> list[tuple[int, Sample]]:
         if shard not in self._readers:
             path = f"{self._location.path}/{_shard_name(shard)}"
             self._readers[shard] = pa.ipc.open_file(self._location.filesystem.open_input_file(path))
-        reader = self._readers[shard]
-        return [(row, reader.get_batch(row - self._starts[shard]).to_pylist()[0]) for row in rows]
+        batches = (self._readers[shard].get_batch(row - self._starts[shard]) for row in rows)
+        return [(row, samples_of(batch.to_pylist())[0]) for row, batch in zip(rows, batches, strict=True)]
 
 
-def _read_steps(table: pa.Table, *, uri: str, order: Order, worker: int, workers: int) -> pa.Table:
-    """Read one worker's share of some steps; a task of Ray Data, beside the training process."""
-    shards = _opened(uri)
-    found = [
-        {"step": step, "samples": shards.read(order.share(step, worker, workers))}
-        for step in table.column("step").to_pylist()
-    ]
-    return pa.Table.from_pylist(found, schema=_STEP)
-
-
-@lru_cache(maxsize=1)
-def _opened(uri: str) -> Shards:
-    return Shards(uri)
-
-
-def steps_of_worker(
+def batches_of_worker(
     uri: str, order: Order, *, start: int, steps: int, worker: int, workers: int
-) -> Iterator[StepSamples]:
-    """Stream one worker's share of each step from `start` on, through Ray Data; nothing is read long before its use."""
-    import ray.data
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    # Numbers of steps as items: every other source needs a CPU to start, and a worker may hold the last one.
-    items = [{"step": step} for step in range(start, steps)]
-    read: Any = _read_steps
-    data = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / _STEPS_PER_TASK)).map_batches(
-        read,
-        fn_kwargs={"uri": uri, "order": order, "worker": worker, "workers": workers},
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=0,
-        # Tasks that ask for no CPU are bounded by nothing else: Ray would start a process for each of them at once.
-        concurrency=_TASKS,
-    )
-    for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for row in pa.table(batch).to_pylist():
-            yield StepSamples(step=row["step"], samples=tuple(map(sample_of, row["samples"])))
+) -> Iterator[list[Sample]]:
+    """Yield one worker's share of each step from `start` on; a few steps are read ahead, beside the training."""
+    shards = Shards(uri)
+    with ThreadPoolExecutor(1) as thread:
+        ahead: deque[Future[list[Sample]]] = deque()
+        for step in range(start, steps):
+            ahead.append(thread.submit(shards.read, order.rows(step, worker, workers)))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 from rich.console import Console
 
 from reports.locations import locate
@@ -26,11 +22,9 @@ from shortv.workers.placement import Placement, place
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import check_output, complete, exit_status, new_manifest, open_run, stop_on_signal
 from shortv.workers.training.checkpoint import CHECKPOINTS, RESULT, Checkpoint, latest_checkpoint, remove_before
-from shortv.workers.training.data import SHARDS, Contents, Order, Source, scan, sources_of, write_shards
+from shortv.workers.training.data import SHARDS, Contents, DataSet, Order, sources_of, table_source
 from shortv.workers.training.result import publish_result
 from shortv.workers.training.spec import TrainSpec, check_trainable
-
-DATA_NAME = "data.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +39,9 @@ class Prepared:
     model: ModelSpec
     """The base model at the commit that was found."""
     folder: Folder
-    sources: tuple[Source, ...]
+    generated: pa.Table | None
+    """The samples, where they are generated."""
+    data: DataSet
     contents: Contents
     order: Order
     manifest: TrainingManifest
@@ -55,6 +51,10 @@ class Prepared:
         """The run folder as any process can open it."""
         local = self.folder.local_path
         return self.spec.output_path if local is None else str(local)
+
+    def latest(self) -> Checkpoint | None:
+        """Find the last whole checkpoint."""
+        return latest_checkpoint(self.output, self.manifest.arguments_digest)
 
 
 def run_training(
@@ -72,8 +72,8 @@ def run_training(
         ShortVError: the work failed or was stopped; the same command continues it.
     """
     console = console or Console()
-    with stop_on_signal(), tempfile.TemporaryDirectory(prefix="shortv-train-", ignore_cleanup_errors=True) as scratch:
-        prepared = prepare(spec, recipe, system, loader or ModelLoader(), Path(scratch))
+    with stop_on_signal():
+        prepared = prepare(spec, recipe, system, loader or ModelLoader())
         folder = prepared.folder
         manifest = complete(
             folder, prepared.manifest, lambda begun: _finish(replace(prepared, manifest=begun), console)
@@ -85,11 +85,8 @@ def run_training(
         return _report(spec, folder, manifest, console)
 
 
-def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader, scratch: Path) -> Prepared:
+def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader) -> Prepared:
     """Check everything that can be checked before work starts, in bounded memory.
-
-    Args:
-        scratch: a folder for samples that are generated or come from tasks.
 
     Raises:
         Refused: the model cannot have such parts, the data set teaches this system nothing, or the folder is in use.
@@ -98,8 +95,13 @@ def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader, s
     model = loader.pin(spec.base_model())
     architecture = loader.describe(model)
     check_trainable(system, model, recipe, spec.threshold)
-    sources = _sources(spec, recipe.seed, system, scratch)
-    contents = scan(sources, needs_images=system.needs_images)
+    generated, sources = None, sources_of(spec.data, limit=spec.limit, seed=recipe.seed, include_path=spec.include_path)
+    if not spec.data:
+        kinds = spec.kinds or system.questions or LEARNED_KINDS
+        generated = to_table(training_samples(kinds, spec.samples, seed=recipe.seed))
+        sources = [table_source("the generated samples", generated)]
+    data = DataSet(sources=sources, needs_images=system.needs_images)
+    contents = data.scan()
     _check_contents(contents, needs_answers=system.needs_answers(recipe))
     order = Order(samples=contents.samples - len(contents.unusable), batch_size=recipe.batch_size, seed=recipe.seed)
     folder = Folder(spec.output_path)
@@ -119,20 +121,12 @@ def prepare(spec: TrainSpec, recipe: Any, system: System, loader: ModelLoader, s
         loader=loader,
         model=model,
         folder=folder,
-        sources=sources,
+        generated=generated,
+        data=data,
         contents=contents,
         order=order,
         manifest=open_run(folder, wanted),
     )
-
-
-def _sources(spec: TrainSpec, seed: int, system: System, scratch: Path) -> tuple[Source, ...]:
-    if spec.data:
-        found = sources_of(spec.data, limit=spec.limit, seed=seed, include_path=spec.include_path, scratch=scratch)
-        return tuple(found)
-    drawn = training_samples(spec.kinds or system.questions or LEARNED_KINDS, spec.samples, seed=seed)
-    pq.write_table(to_table(drawn), scratch / DATA_NAME, compression="zstd")
-    return (Source(path=str(scratch / DATA_NAME)),)
 
 
 def _check_contents(contents: Contents, *, needs_answers: bool) -> None:
@@ -148,11 +142,10 @@ def _check_contents(contents: Contents, *, needs_answers: bool) -> None:
 
 def _finish(prepared: Prepared, console: Console) -> TrainingManifest:
     """Train to the end and write the result; returns the final manifest."""
-    folder, identity = prepared.folder, prepared.manifest.arguments_digest
-    found = latest_checkpoint(prepared.output, identity)
+    folder, found = prepared.folder, prepared.latest()
     if found is None or found.step < prepared.recipe.steps:
         prepared = _train(prepared, found, console)
-        found = latest_checkpoint(prepared.output, identity)
+        found = prepared.latest()
     if found is None:
         raise ShortVError(f"the last checkpoint of {folder.shown} is gone; run the same command to train again")
     errors = _write_tables(prepared, found)
@@ -173,74 +166,48 @@ def _train(prepared: Prepared, found: Checkpoint | None, console: Console) -> Pr
         ShortVError: the training failed, Ray failed, the disk is full, or the run was stopped.
     """
     from shortv.workers.cluster import connected, free_nodes
+    from shortv.workers.training.fit import fit
+    from shortv.workers.training.worker import WorkerJob
 
-    spec, folder = prepared.spec, prepared.folder
-    if not spec.data and not folder.exists(DATA_NAME):
-        folder.write_bytes(DATA_NAME, Path(prepared.sources[0].path).read_bytes())
+    spec, recipe, folder = prepared.spec, prepared.recipe, prepared.folder
+    if prepared.generated is not None and not folder.exists("data.parquet"):
+        folder.write_parquet("data", prepared.generated)
     # Ray's own SIGTERM handler, set when it connects, ends the process with a traceback.
     with connected(), stop_on_signal():
         placement = place(free_nodes(), workers=spec.workers, gpus=1, device=spec.device)
         if placement.note:
             say(console, placement.note)
-        workers = workers_of(placement, spec.workers, prepared.recipe.batch_size)
+        workers = workers_of(placement, spec.workers, recipe.batch_size)
         details = {**prepared.manifest.details, "device": placement.device, "workers": workers}
         prepared = replace(prepared, manifest=prepared.manifest.updated(details=details))
         prepared.manifest.save(folder)
-        write_shards(folder, prepared.sources, prepared.contents, needs_images=prepared.system.needs_images)
-        with _watching(prepared, found, console) as watcher:
-            _fit(prepared, placement, workers, watcher)
+        prepared.data.write_shards(folder, prepared.contents)
+        job = WorkerJob(
+            spec=spec,
+            system=prepared.system,
+            recipe=recipe,
+            model=remote_model(prepared.loader, prepared.model),
+            order=prepared.order,
+            output=prepared.output,
+            identity=prepared.manifest.arguments_digest,
+            device=placement.device,
+            threads=placement.threads,
+        )
+        size, done = recipe.batch_size, found.step if found else 0
+        bar = SampleProgress(
+            total=recipe.steps * size, done=done * size, console=console, label=str(prepared.system.kind)
+        )
+        with bar as progress:
+            for event in fit(job, placement, workers=workers):
+                row = event.rows[-1] if isinstance(event, Checkpoint) else event
+                progress.note(f"loss {row['loss']:.4f}")
+                # After a worker's death, steps since the checkpoint are taken again and count once.
+                progress.advance(max(0, row["step"] - done) * size, 0)
+                done = max(done, row["step"])
+                if isinstance(event, Checkpoint):
+                    _write_tables(prepared, event)
+                    remove_before(folder, event)
     return prepared
-
-
-def _fit(prepared: Prepared, placement: Placement, workers: int, watcher: Any) -> None:
-    from shortv.workers.training.fit import fit
-    from shortv.workers.training.worker import WorkerJob
-
-    spec, recipe, identity = prepared.spec, prepared.recipe, prepared.manifest.arguments_digest
-    job = WorkerJob(
-        model=remote_model(prepared.loader, prepared.model),
-        device=placement.device,
-        threads=placement.threads,
-        system=prepared.system,
-        recipe=recipe,
-        order=prepared.order,
-        thresholds=spec.threshold,
-        parts_dtype=spec.parts_dtype,
-        output=prepared.output,
-        identity=identity,
-        checkpoint_every=spec.checkpoint_every,
-        training={
-            "run": identity,
-            "samples": prepared.order.samples,
-            "steps": recipe.steps,
-            "batch_size": recipe.batch_size,
-        },
-    )
-    fit(job, placement, workers=workers, steps=recipe.steps, timeout=spec.timeout, watcher=watcher)
-
-
-@contextmanager
-def _watching(prepared: Prepared, found: Checkpoint | None, console: Console) -> Iterator[Any]:
-    """Show progress, and keep the tables as far as the last checkpoint."""
-    from shortv.workers.training.fit import Watcher
-
-    recipe, done = prepared.recipe, found.step if found else 0
-    total, label = recipe.steps * recipe.batch_size, str(prepared.system.kind)
-    with SampleProgress(total=total, done=done * recipe.batch_size, console=console, label=label) as progress:
-
-        def advance(row: Mapping[str, Any]) -> None:
-            nonlocal done
-            progress.note(f"loss {row['loss']:.4f}")
-            # After a worker's death, steps since the checkpoint are taken again and count once.
-            progress.advance(max(0, row["step"] - done) * recipe.batch_size, 0)
-            done = max(done, row["step"])
-
-        def saved(checkpoint: Checkpoint) -> None:
-            advance(checkpoint.rows[-1])
-            _write_tables(prepared, checkpoint)
-            remove_before(prepared.folder, checkpoint)
-
-        yield Watcher(progress=advance, saved=saved)
 
 
 def _write_tables(prepared: Prepared, checkpoint: Checkpoint) -> int:

@@ -6,11 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from queue import Empty
-from typing import Any
 
 import ray.train
 from ray.exceptions import RayError
@@ -22,11 +20,12 @@ from reports.locations import locate
 from shortv.errors import ShortVError, one_line
 from shortv.workers.placement import Placement
 from shortv.workers.training.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, new_attempt
-from shortv.workers.training.worker import Failed, Progressed, WorkerJob, train_worker
+from shortv.workers.training.loop import Row
+from shortv.workers.training.worker import SAVED, WorkerJob, train_worker
 
 MAX_DEATHS = 3
 """Attempts in a row that may end without a new checkpoint."""
-_SETTINGS: Mapping[str, str] = {
+_SETTINGS = {
     # A busy machine takes longer than Ray Train's minute to start processes that import torch.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     # Ray Train takes one report at each look at its workers, which is every two seconds otherwise.
@@ -36,30 +35,27 @@ _GROUP_SECONDS = 600
 """How long a worker waits for the others in one exchange of gradients."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watcher:
-    """What is told of a training that runs."""
-
-    progress: Callable[[Mapping[str, Any]], None]
-    """Takes the row of a step; not of every step."""
-    saved: Callable[[Checkpoint], None]
-    """Takes the last whole checkpoint, perhaps more than once."""
-
-
-def fit(job: WorkerJob, placement: Placement, *, workers: int, steps: int, timeout: float, watcher: Watcher) -> None:
+def fit(job: WorkerJob, placement: Placement, *, workers: int) -> Iterator[Row | Checkpoint]:
     """Train from the last checkpoint to the end; Ray Train starts workers again that die.
 
     Args:
         job: what the workers get, apart from their start and the queue of their events.
-        timeout: seconds without a finished step after which the training is given up.
+
+    Yields:
+        Rows of steps, though not of every step, and the last whole checkpoint, perhaps more than once.
 
     Raises:
         ShortVError: a worker failed in a way that would repeat, the workers do not fit, they died again and again
             without a new checkpoint, or no step ended for too long.
     """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     found = latest_checkpoint(job.output, job.identity)
-    while found is None or found.step < steps:
-        error = _attempts(replace(job, start=_stored(found, job.output)), placement, workers, timeout, watcher)
+    while found is None or found.step < job.recipe.steps:
+        start = ray.train.Checkpoint(found.path, locate(job.output).filesystem) if found else None
+        error = yield from _attempts(replace(job, start=start), placement, workers)
         before, found = found, latest_checkpoint(job.output, job.identity)
         if isinstance(error, ControllerError):
             raise ShortVError(
@@ -67,16 +63,12 @@ def fit(job: WorkerJob, placement: Placement, *, workers: int, steps: int, timeo
                 f"each: {_reason(error.controller_failure)}; wait for other work to end, or give fewer --workers"
             )
         if found is not None:
-            watcher.saved(found)
+            yield found
         if found is None or (before is not None and found.step <= before.step):
             raise ShortVError(
                 f"training workers died {MAX_DEATHS} times after step {found.step if found else 0}: "
                 f"{_reason(error)}; they may need more memory than their nodes have free; the same command continues"
             )
-
-
-def _stored(found: Checkpoint | None, output: str) -> ray.train.Checkpoint | None:
-    return ray.train.Checkpoint(found.path, locate(output).filesystem) if found else None
 
 
 def _reason(error: BaseException | None) -> str:
@@ -87,12 +79,12 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _attempts(
-    job: WorkerJob, placement: Placement, workers: int, timeout: float, watcher: Watcher
-) -> BaseException | None:
+    job: WorkerJob, placement: Placement, workers: int
+) -> Generator[Row | Checkpoint, None, BaseException | None]:
     """Run Ray Train once, which is up to MAX_DEATHS attempts; returns why it ended early, or None."""
-    events = Queue(actor_options={"num_cpus": 0})
+    events, timeout = Queue(actor_options={"num_cpus": 0}), job.spec.timeout
     # Ray Train's fit blocks without a limit and takes SIGINT for itself; neither happens beside the main thread.
-    thread = _Fit(replace(job, events=events), placement, workers)
+    thread = _Fit(trainer_of(replace(job, events=events), placement, workers))
     moved = time.monotonic()
     try:
         while True:
@@ -109,12 +101,11 @@ def _attempts(
                     ) from None
                 continue
             moved = time.monotonic()
-            if isinstance(event, Failed):
-                raise ShortVError(event.message)
-            if isinstance(event, Progressed):
-                watcher.progress(event.row)
-            elif (found := latest_checkpoint(job.output, job.identity)) is not None:
-                watcher.saved(found)
+            if isinstance(event, ShortVError):
+                raise event
+            found = latest_checkpoint(job.output, job.identity) if event == SAVED else event
+            if found is not None:
+                yield found
     except RayError as error:
         raise ShortVError(f"Ray failed during the training: {one_line(error)}; the same command continues") from error
     finally:
@@ -124,22 +115,22 @@ def _attempts(
 class _Fit(threading.Thread):
     """Ray Train's blocking call, and the error that it ended with."""
 
-    def __init__(self, job: WorkerJob, placement: Placement, workers: int) -> None:
+    def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True, name="ray-train")
         self.error: BaseException | None = None
-        self._arguments = job, placement, workers
+        self._trainer = trainer
         self.start()
 
     def run(self) -> None:
         """Train until the workers end."""
         try:
-            with _settings():
-                _trainer(*self._arguments).fit()
+            self._trainer.fit()
         except (Exception, SystemExit) as error:  # whatever Ray raises is for the main thread to judge
             self.error = error
 
 
-def _trainer(job: WorkerJob, placement: Placement, workers: int) -> TorchTrainer:
+def trainer_of(job: WorkerJob, placement: Placement, workers: int) -> TorchTrainer:
+    """Return Ray Train's trainer for a new attempt."""
     gpu = placement.gpus > 0
     location = locate(job.output)
     return TorchTrainer(
@@ -167,18 +158,3 @@ def _trainer(job: WorkerJob, placement: Placement, workers: int) -> TorchTrainer
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_GROUP_SECONDS),
     )
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Ray Train's settings that it takes from the environment alone, and its quiet loggers."""
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    before = {name: os.environ.get(name) for name in _SETTINGS}
-    os.environ |= {name: value for name, value in _SETTINGS.items() if before[name] is None}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,129 +17,139 @@ from shortv.learned.training import Trainer
 from shortv.records import ErrorRecord
 from shortv.sample import Sample
 
-_COLUMNS = ("loss", "learning_rate")
-_BUCKET = 2**24
-"""Numbers from which on one exchange of gradients is large enough."""
+Row = Mapping[str, Any]
+"""A row of the table `training`."""
+Save = Callable[[int, Mapping[str, Tensor], Sequence[Row], Mapping[str, ErrorRecord]], None]
+"""Takes the finished steps, and on the first worker the state, the rows since the last call, and the unusable samples
+of all workers. Every worker calls it after the same steps."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSamples:
-    """This worker's share of a step's batch."""
-
-    step: int
-    samples: tuple[Sample, ...]
+class WorkerLost(RuntimeError):
+    """Another worker did not take part: its process has died, or its node cannot be reached."""
 
 
-class Reporting(Protocol):
-    """Where the loop sends what it finds."""
+class Group:
+    """The workers that train together, over the process group that Ray Train has set up; without one, a single worker.
 
-    def progress(self, row: Mapping[str, Any]) -> None:
-        """A step has ended; called on the first worker. The row is one of the table `training`."""
+    Every worker calls the methods in the same order. They raise WorkerLost.
+    """
 
-    def checkpoint(
-        self,
-        step: int,
-        state: Mapping[str, Tensor] | None,
-        rows: Sequence[Mapping[str, Any]],
-        errors: Sequence[ErrorRecord],
-    ) -> None:
-        """Store the state after `step` steps; called on every worker at the same steps.
-
-        Args:
-            state: what to continue from, on the first worker; None on the others.
-            rows: the steps since the checkpoint before, on the first worker; empty on the others.
-            errors: all samples that this worker could not use.
-        """
-
-
-class Group(Protocol):
-    """The workers that train together."""
-
-    @property
-    def first(self) -> bool:
-        """Whether this is worker 0, which speaks for all."""
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Exchange numbers on the device that the process group's backend wants."""
+        self._device = device
+        self._size = dist.get_world_size() if dist.is_initialized() else 1
+        self.first = self._size == 1 or dist.get_rank() == 0
 
     def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics averaged over the workers; all call it with the same names."""
-        ...
+        """Return metrics averaged over the workers, which all have the same names."""
+        if self._size == 1:
+            return dict(metrics)
+        names = sorted(metrics)
+        values_N = torch.tensor([metrics[name] for name in names], dtype=torch.float64, device=self._device)
+        with _exchange():
+            dist.all_reduce(values_N)
+        return dict(zip(names, (values_N / self._size).tolist(), strict=True))
+
+    def union(self, own: dict[str, ErrorRecord]) -> dict[str, ErrorRecord]:
+        """Return what all workers have found."""
+        found = [own] * self._size
+        if self._size > 1:
+            with _exchange():
+                dist.all_gather_object(found, own)
+        return {name: error for each in found for name, error in each.items()}
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients in place; a parameter that no worker has a gradient for keeps none."""
+        if self._size == 1:
+            return
+        listed = list(parameters)
+        has_N = torch.tensor([float(one.grad is not None) for one in listed], device=self._device)
+        with _exchange():
+            dist.all_reduce(has_N)
+            trained = [one for one, found in zip(listed, has_N.tolist(), strict=True) if found]
+            gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in trained]
+            # All are under way before the first is waited for: one exchange each would be mostly waiting.
+            exchanges: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+            for exchange in exchanges:
+                exchange.wait()
+        for one, gradient in zip(trained, gradients, strict=True):
+            one.grad = gradient.div_(self._size)
 
 
-class SingleWorker:
-    """The group of a single worker."""
-
-    first = True
-
-    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics as they are."""
-        return dict(metrics)
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's errors of process groups are all of this class
+        raise WorkerLost(f"a training worker was lost: {str(error).splitlines()[0]}") from error
 
 
 def run_loop(
     trainer: Trainer[Any],
-    batches: Iterable[StepSamples],
+    batches: Iterable[Sequence[Sample]],
     *,
     start: int,
     checkpoint_every: int,
-    report: Reporting,
     group: Group,
+    progress: Callable[[Row], None],
+    save: Save,
 ) -> None:
     """Take the steps from `start` to the trainer's last one, with a checkpoint every so many and at the end.
 
     Samples that cannot be used are replaced by others of this worker's share, so that every step has its full batch
     on every worker.
 
+    Args:
+        batches: this worker's share of each of these steps.
+        progress: called on the first worker after each step.
+
     Raises:
-        ShortVError: a loss or a weight is not finite, no sample of a batch can be used, or batches are missing.
+        ShortVError: a loss or a weight is not finite, or no sample of a batch can be used.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     unusable: dict[str, ErrorRecord] = {}
-    saved, done = start, start
-    for batch in batches:
-        if batch.step != done:
-            raise ShortVError(f"the data of step {done + 1} is missing; the next is that of step {batch.step + 1}")
+    saved = start
+    for done, samples in zip(range(start + 1, trainer.steps + 1), batches, strict=True):
         began = time.monotonic()
-        metrics = group.mean(_step(trainer, batch, unusable))
-        _check_finite(metrics["loss"], done + 1, saved)
-        done += 1
+        metrics = group.mean(_step(trainer, samples, done - 1, unusable))
+        if not math.isfinite(metrics["loss"]):
+            raise ShortVError(f"the loss of step {done} is {metrics['loss']}; {_advice(saved)}")
         if group.first:
             rows.append(_row(metrics, done, trainer.batch_size, time.monotonic() - began))
-            report.progress(rows[-1])
+            progress(rows[-1])
         if done % checkpoint_every == 0 or done == trainer.steps:
-            state = trainer.state() if group.first else None
-            _check_state(state or {}, done, saved)
-            report.checkpoint(done, state, rows, list(unusable.values()))
+            state = trainer.state() if group.first else {}
+            for name, tensor in state.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise ShortVError(f"{name} is not finite after step {done}; {_advice(saved)}")
+            save(done, state, rows, group.union(unusable))
             saved, rows = done, []
-        if done == trainer.steps:
-            return
-    if done < trainer.steps:
-        raise ShortVError(f"the data ended after step {done} of {trainer.steps}; run the same command to continue")
 
 
-def _step(trainer: Trainer[Any], batch: StepSamples, unusable: dict[str, ErrorRecord]) -> dict[str, float]:
+def _step(
+    trainer: Trainer[Any], batch: Sequence[Sample], step: int, unusable: dict[str, ErrorRecord]
+) -> dict[str, float]:
     """Take a step; where a sample turns out to be unusable, take it with others in its place."""
-    samples = _replaced(batch, unusable)
+    samples = _replaced(batch, step, unusable)
     try:
-        return trainer.step(samples, batch.step)
+        return trainer.step(samples, step)
     except SampleError as error:
         new = {sample.sample_id: found for sample in samples if (found := _fault(trainer, sample)) is not None}
         if not new:
-            raise ShortVError(f"the samples of step {batch.step + 1} cannot be used together: {error}") from error
+            raise ShortVError(f"the samples of step {step + 1} cannot be used together: {error}") from error
     unusable.update(new)
-    return trainer.step(_replaced(batch, unusable), batch.step)
+    return trainer.step(_replaced(batch, step, unusable), step)
 
 
-def _replaced(batch: StepSamples, unusable: Mapping[str, ErrorRecord]) -> list[Sample]:
-    good = [sample for sample in batch.samples if sample.sample_id not in unusable]
+def _replaced(batch: Sequence[Sample], step: int, unusable: Mapping[str, ErrorRecord]) -> list[Sample]:
+    good = [sample for sample in batch if sample.sample_id not in unusable]
     if not good:
-        first = unusable[batch.samples[0].sample_id]
+        first = unusable[batch[0].sample_id]
         raise ShortVError(
-            f"none of the {len(batch.samples)} samples of step {batch.step + 1} can be used; the first, "
+            f"none of the {len(batch)} samples of step {step + 1} can be used; the first, "
             f"{first.sample_id!r}, failed at {first.stage}: {first.message}"
         )
-    return [
-        sample if sample.sample_id not in unusable else good[place % len(good)]
-        for place, sample in enumerate(batch.samples)
-    ]
+    return [good[place % len(good)] if sample.sample_id in unusable else sample for place, sample in enumerate(batch)]
 
 
 def _fault(trainer: Trainer[Any], sample: Sample) -> ErrorRecord | None:
@@ -151,8 +160,9 @@ def _fault(trainer: Trainer[Any], sample: Sample) -> ErrorRecord | None:
     return None
 
 
-def _row(metrics: Mapping[str, float], step: int, batch_size: int, seconds: float) -> dict[str, Any]:
-    others = {name: value for name, value in metrics.items() if name not in _COLUMNS and math.isfinite(value)}
+def _row(metrics: Mapping[str, float], step: int, batch_size: int, seconds: float) -> Row:
+    columns = {"loss", "learning_rate"}
+    others = {name: value for name, value in metrics.items() if name not in columns and math.isfinite(value)}
     return {
         "step": step,
         "samples": step * batch_size,
@@ -164,76 +174,6 @@ def _row(metrics: Mapping[str, float], step: int, batch_size: int, seconds: floa
     }
 
 
-def _check_finite(loss: float, step: int, saved: int) -> None:
-    if not math.isfinite(loss):
-        raise ShortVError(f"the loss of step {step} is {loss}; {_advice(saved)}")
-
-
-def _check_state(state: Mapping[str, Tensor], step: int, saved: int) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ShortVError(f"{name} is not finite after step {step}; {_advice(saved)}")
-
-
 def _advice(saved: int) -> str:
     there = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written"
     return f"{there}; train into another folder with a lower --learning-rate, or with --dtype float32"
-
-
-class WorkerLost(RuntimeError):
-    """Another worker did not take part: its process has died, or its node cannot be reached."""
-
-
-class DistributedGroup:
-    """Several workers over torch's process group, which Ray Train has set up."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Average on the device that the process group's backend wants."""
-        self._device = device
-
-    @property
-    def first(self) -> bool:
-        """Whether this is worker 0."""
-        return dist.get_rank() == 0
-
-    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics averaged over the workers."""
-        names = sorted(metrics)
-        values_N = torch.tensor([metrics[name] for name in names], dtype=torch.float64, device=self._device)
-        _sum(values_N)
-        return dict(zip(names, (values_N / dist.get_world_size()).tolist(), strict=True))
-
-    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients in place; a parameter that no worker has a gradient for keeps none."""
-        listed = list(parameters)
-        has_N = torch.tensor([float(p.grad is not None) for p in listed], device=self._device)
-        _sum(has_N)
-        trained = [parameter for parameter, found in zip(listed, has_N.tolist(), strict=True) if found]
-        for bucket in _buckets(trained):
-            flat_N = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
-            _sum(flat_N)
-            flat_N /= dist.get_world_size()
-            for parameter, mean in zip(bucket, torch.split(flat_N, [p.numel() for p in bucket]), strict=True):
-                parameter.grad = mean.view_as(parameter)
-
-
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype whose gradients travel together: one exchange each would be mostly waiting."""
-    for _, same in groupby(parameters, key=lambda parameter: (parameter.dtype, parameter.device)):
-        bucket, size = [], 0
-        for parameter in same:
-            bucket.append(parameter)
-            size += parameter.numel()
-            if size >= _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
-
-
-def _sum(tensor: Tensor) -> None:
-    try:
-        reduce: Any = dist.all_reduce
-        reduce(tensor)
-    except RuntimeError as error:  # torch's errors of process groups are all of this class
-        raise WorkerLost(f"a training worker was lost: {str(error).splitlines()[0]}") from error

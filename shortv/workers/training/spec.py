@@ -65,21 +65,19 @@ class TrainSpec(LoadingSpec):
         Args:
             model: the model at the commit that was found.
         """
-        found = {name.replace("_", "-"): value for name, value in recipe.model_dump(mode="json").items()}
-        return {
+        decisive = {"dtype", "attn_implementation", "trust_remote_code", "chat_template"}
+        found = {
             "kind": str(system.kind),
             "model": model.name,
             "revision": model.revision,
-            "dtype": model.dtype,
-            "attn-implementation": model.attn_implementation,
-            "trust-remote-code": model.trust_remote_code,
-            "chat-template": model.chat_template,
+            **model.model_dump(include=decisive),
             "data": list(self.data) or GENERATED,
             "limit": self.limit,
             "thresholds": list(self.threshold),
             "parts-dtype": self.parts_dtype,
-            **found,
+            **recipe.model_dump(mode="json"),
         }
+        return {name.replace("_", "-"): value for name, value in found.items()}
 
 
 def check_trainable(system: System, model: ModelSpec, recipe: Any, thresholds: tuple[float, ...]) -> None:
@@ -88,10 +86,8 @@ def check_trainable(system: System, model: ModelSpec, recipe: Any, thresholds: t
     Raises:
         Refused: the model cannot have such parts, the recipe does not fit it, or two plans would have one name.
     """
-    from shortv.learned.training import alone
-
     loaded = outline(model)
-    parts = system.trainer(loaded, recipe, alone).parts()
+    parts = system.trainer(loaded, recipe).parts()
     plans = system.plans(parts.settings, loaded.architecture.num_layers, thresholds)
     names = [plan.name for plan in plans]
     for name in names:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet as pq
+from ray.exceptions import RayActorError
 from rich.console import Console
 from safetensors.torch import load
 from torch import Tensor
@@ -22,22 +27,26 @@ from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.families import LoadedModel
 from shortv.learned.system import System
-from shortv.learned.training import alone
 from shortv.plan import Plan
 from shortv.records import ErrorRecord
 from shortv.spec import ModelSpec, WorkerRange, validate
 from shortv.workers.placement import Placement
 from shortv.workers.run import one_driver
-from shortv.workers.training import driver
-from shortv.workers.training.checkpoint import latest_checkpoint, write_record, write_state
-from shortv.workers.training.data import Shards, sample_of, write_shards
-from shortv.workers.training.loop import SingleWorker, StepSamples, run_loop
+from shortv.workers.training import checkpoint, driver, fit
+from shortv.workers.training.checkpoint import (
+    latest_checkpoint,
+    new_attempt,
+    read_state,
+    remove_before,
+    write_checkpoint,
+)
+from shortv.workers.training.data import batches_of_worker
+from shortv.workers.training.loop import Row
 from shortv.workers.training.spec import TrainSpec
 from tests.architectures import architecture
 from tests.tiny_model import TINY
 from tests.workers.fakes import LAYERS, FakeEngine
-from tests.workers.training.test_loop import trained
-from tests.workers.training.toy import TOY, ToyOfImages, ToyRecipe, ToyTrainer, toy_samples
+from tests.workers.training.toy import Recorded, Toy, ToyRecipe, ToyTrainer, loop, toy_samples, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +83,7 @@ def data_file(place: Path, number: int = 10, **columns: Any) -> str:
     return str(place / "data.parquet")
 
 
-def run(place: Path, recipe: ToyRecipe | None = None, system: System = TOY, **settings: Any) -> tuple[int, str]:
+def run(place: Path, recipe: ToyRecipe | None = None, system: System | None = None, **settings: Any) -> tuple[int, str]:
     """Train into `place`/out; returns the exit status and what was printed."""
     text = io.StringIO()
     given: dict[str, Any] = {
@@ -87,39 +96,33 @@ def run(place: Path, recipe: ToyRecipe | None = None, system: System = TOY, **se
     }
     spec = validate(TrainSpec, {"data": (given.pop("data", None) or data_file(place),), **given})
     console = Console(file=text, width=200)
-    status = driver.run_training(spec, recipe or ToyRecipe(), system, loader=ToyEngine(), console=console)
+    status = driver.run_training(spec, recipe or ToyRecipe(), system or Toy(), loader=ToyEngine(), console=console)
     return status, text.getvalue()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalReport:
+def write(place: Path, step: int, *, identity: str = "run", rows: Sequence[Row] = (), **more: Any) -> Path:
+    """Write a checkpoint as a worker does."""
+    place.mkdir(parents=True, exist_ok=True)
+    state = more.pop("state", {"weight/a": torch.arange(6.0).view(2, 3), "flag": torch.tensor(True)})
+    write_checkpoint(place, state, step=step, identity=identity, rows=rows or [{"step": step}], errors=[], **more)
+    return place
+
+
+class LocalReport(Recorded):
     """Writes checkpoints where Ray Train would store them."""
 
-    prepared: driver.Prepared
+    def __init__(self, prepared: driver.Prepared) -> None:
+        super().__init__()
+        self._prepared = prepared
 
-    def progress(self, row: Mapping[str, Any]) -> None:
-        """Nothing is shown."""
-
-    def checkpoint(
-        self,
-        step: int,
-        state: Mapping[str, Tensor] | None,
-        rows: Sequence[Mapping[str, Any]],
-        errors: Sequence[ErrorRecord],
+    def save(
+        self, step: int, state: Mapping[str, Tensor], rows: Sequence[Row], errors: Mapping[str, ErrorRecord]
     ) -> None:
-        place = Path(self.prepared.output) / "checkpoints" / "attempt-00001" / str(step)
+        place = Path(self._prepared.output) / "checkpoints" / "attempt-00001" / str(step)
         (place / "result" / "parts").mkdir(parents=True)
-        write_state(place, state or {})
         (place / "result" / "parts" / "parts.json").write_text("{}")
-        write_record(
-            place,
-            step=step,
-            identity=self.prepared.manifest.arguments_digest,
-            worker=0,
-            workers=1,
-            rows=rows,
-            errors=[asdict(error) for error in errors],
-        )
+        found, identity = [asdict(error) for error in errors.values()], self._prepared.manifest.arguments_digest
+        write_checkpoint(place, state, step=step, identity=identity, rows=rows, errors=found)
 
 
 @pytest.fixture
@@ -129,15 +132,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def train(prepared: driver.Prepared, found: Any, console: Console) -> driver.Prepared:
         calls.append(found.step if found else 0)
-        recipe, order = prepared.recipe, prepared.order
-        write_shards(prepared.folder, prepared.sources, prepared.contents, needs_images=prepared.system.needs_images)
-        shards = Shards(prepared.output)
-        steps = [
-            StepSamples(step=step, samples=tuple(map(sample_of, shards.read(order.rows(step)))))
-            for step in range(recipe.steps)
-        ]
-        trainer, report = ToyTrainer(recipe, alone), LocalReport(prepared=prepared)
-        run_loop(trainer, steps, start=0, checkpoint_every=recipe.steps, report=report, group=SingleWorker())
+        recipe, output = prepared.recipe, prepared.output
+        prepared.data.write_shards(prepared.folder, prepared.contents)
+        batches = batches_of_worker(output, prepared.order, start=0, steps=recipe.steps, worker=0, workers=1)
+        loop(ToyTrainer(recipe), list(batches), every=recipe.steps, into=LocalReport(prepared))
         return prepared
 
     monkeypatch.setattr(driver, "_train", train)
@@ -170,7 +168,7 @@ def test_unusable_samples_are_rows_and_a_status(tmp_path: Path, without_ray: lis
 def test_text_is_left_out_of_a_training_on_images_from_the_start(tmp_path: Path, without_ray: list[int]) -> None:
     """A worker's share of a batch may be text alone, and a training must not end of that."""
     images = pa.array([[b"image"] if index % 2 else [] for index in range(10)], pa.list_(pa.binary()))
-    status, _ = run(tmp_path, system=ToyOfImages(), data=data_file(tmp_path, images=images))
+    status, _ = run(tmp_path, system=Toy(needs_images=True), data=data_file(tmp_path, images=images))
     out = Folder(str(tmp_path / "out"))
     assert status == 3 and TrainingManifest.load(out).counts == {"steps": 7, "samples": 10, "errors": 5}
     rows = out.read_table("errors").to_pylist()
@@ -240,6 +238,77 @@ def test_workers_share_a_batch_evenly() -> None:
     assert driver.workers_of(pool, WorkerRange(1, 3), 6) == 3
 
 
+def test_the_last_whole_checkpoint_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a copy leaves it that was stopped: a file is missing, or shorter than the record says."""
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 20)  # a file for each tensor
+    root, out = tmp_path / "checkpoints", str(tmp_path)
+    assert latest_checkpoint(out, "run") is None and new_attempt(out) == "attempt-00001"
+    write(root / "attempt-00001" / "a", 2)
+    whole = write(root / "attempt-00002" / "a", 4)
+    for number, name in enumerate(("state-00001.safetensors", "record.json")):
+        (write(root / "attempt-00002" / f"missing-{number}", 6) / name).unlink()
+        cut = write(root / "attempt-00003" / f"cut-{number}", 6) / name
+        cut.write_bytes(cut.read_bytes()[:-1])
+    found = latest_checkpoint(out, "run")
+    assert found is not None and (found.step, found.path, found.rows) == (4, str(whole), [{"step": 4}])
+    assert {name: value.tolist() for name, value in read_state(whole).items()} == {
+        "weight/a": [[0, 1, 2], [3, 4, 5]],
+        "flag": True,
+    }
+    assert new_attempt(out) == "attempt-00004"
+    remove_before(Folder(tmp_path), found)
+    assert sorted(path.name for path in root.iterdir()) == ["attempt-00002", "attempt-00003"]
+    with pytest.raises(ShortVError, match="another training"):
+        latest_checkpoint(out, "another")
+    (whole / "state-00000.safetensors").write_bytes(b"\xff" * 80)
+    with pytest.raises(ShortVError, match="damaged"):
+        read_state(whole)
+    shutil.rmtree(whole)
+    assert latest_checkpoint(out, "run") is None
+
+
+class Events:
+    """A queue that raises, or gives what the workers sent."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def get(self, timeout: float) -> Any:
+        if isinstance(self._event, RayActorError | Empty):
+            raise self._event
+        return self._event
+
+    def shutdown(self, force: bool) -> None:
+        assert force
+
+
+class Hanging:
+    """A training that ends with the test."""
+
+    fit = staticmethod(threading.Event().wait)
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (RayActorError(), "Ray failed during the training"),
+        (ShortVError("the training failed with OSError: no space"), "OSError: no space"),
+        (Empty(), "no training step ended for 0.01 s"),
+    ],
+)
+def test_what_goes_wrong_between_driver_and_ray_train_is_one_line(
+    event: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "Queue", lambda **_: Events(event))
+    monkeypatch.setattr(fit, "trainer_of", lambda *_: Hanging)
+    monkeypatch.setattr(driver, "remote_model", lambda *_: None)
+    monkeypatch.setattr("shortv.workers.cluster.connected", nullcontext)
+    monkeypatch.setattr("shortv.workers.cluster.free_nodes", list)
+    with pytest.raises(ShortVError, match=message) as error:
+        run(tmp_path, timeout=0.01)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("field", ["nan_at", "raises_at"])
 def test_what_ends_a_training_is_one_line(tmp_path: Path, field: str) -> None:
@@ -280,7 +349,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert marker.exists()
     whole = trained(ToyRecipe(), toy_samples(10)).states[7]
     vector = load((out / "parts" / "parts.safetensors").read_bytes())["vector"]
-    assert torch.equal(vector, load(whole)["weight/vector"])
+    assert torch.equal(vector, whole["weight/vector"])
     rows = Folder(str(out)).read_table("training").to_pylist()
     assert [row["step"] for row in rows] == list(range(1, 8))
     plan = Plan.load(out / "plans" / "toy.json")
