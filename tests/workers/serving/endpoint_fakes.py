@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from shortv.request import Chunk, Completion, Failure, Request, TokenLogprob
@@ -21,60 +21,45 @@ from shortv.workers.serving.spec import EndpointSpec
 MODEL = "org/tiny"
 PLANS = {"": "d0", "last3": "d3", "half": "d5"}
 PATH = "/v1/chat/completions"
-KEY = "a-key-of-24-characters-x"
+URL = "http://localhost"
 
 
+@dataclass(kw_only=True)
 class FakeReplicas:
-    """Completes with "The cat" or as its fields say; keeps the requests, and counts those that were cancelled.
+    """Completes with "The cat" or as its fields say; keeps the requests, and counts those that have ended.
 
     With an event as `gate`, requests wait for it, streams before the chunk of number `gate_from`.
     """
 
-    def __init__(
-        self,
-        *,
-        failure: Failure | None = None,
-        error: Exception | None = None,
-        gate: asyncio.Event | None = None,
-        chunks: int = 2,
-        ends: bool = True,
-        gate_from: int = 0,
-    ) -> None:
-        self.failure, self.error, self.gate, self.chunks = failure, error, gate, chunks
-        self.ends, self.gate_from = ends, gate_from
-        self.is_healthy = True
-        self.requests: list[Request] = []
-        self.cancelled = 0
-        self.closed = 0
+    failure: Failure | None = None
+    error: Exception | None = None
+    gate: asyncio.Event | None = None
+    chunks: int = 2
+    ends: bool = True
+    gate_from: int = 0
+    is_healthy: bool = True
+    requests: list[Request] = field(default_factory=list)
+    ended: int = 0
 
     async def complete(self, request: Request) -> Completion | Failure:
-        self.requests.append(request)
-        try:
-            await self._wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        if self.error is not None:
-            raise self.error
-        return self.failure or _completion(request)
+        async for found in self.stream(request):
+            if not isinstance(found, Chunk):
+                return found
+        raise AssertionError("no completion")
 
-    async def _wait(self) -> None:
-        if self.gate is not None:
-            await self.gate.wait()
-
-    async def stream(self, request: Request) -> AsyncIterator[Chunk | Completion | Failure]:
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk | Completion | Failure]:
         self.requests.append(request)
         try:
             for number in range(self.chunks):
-                if number >= self.gate_from:
-                    await self._wait()
+                if number >= self.gate_from and self.gate is not None:
+                    await self.gate.wait()
                 yield Chunk("The " if number == 0 else "cat", _logprobs(request)[number : number + 1])
             if self.error is not None:
                 raise self.error
             if self.ends:
                 yield self.failure or _completion(request)
         finally:
-            self.closed += 1
+            self.ended += 1
 
     async def plans(self, *, fresh: bool = False) -> Mapping[str, str]:
         if fresh and not self.is_healthy:
@@ -126,39 +111,31 @@ def body(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
 
 
-def app_of(
-    replicas: Any, *, key_digests: Sequence[str] = (), reports: ASGIApp | None = None, **settings: Any
-) -> ASGIApp:
-    spec = EndpointSpec(model=MODEL, **settings)
-    return make_endpoint(spec, replicas, key_digests=key_digests, reports=reports)
+def app_of(replicas: Any, *, key_digests: Any = (), reports: ASGIApp | None = None, **settings: Any) -> ASGIApp:
+    return make_endpoint(EndpointSpec(model=MODEL, **settings), replicas, key_digests=key_digests, reports=reports)
 
 
-def client_of(replicas: FakeReplicas, address: str = "127.0.0.1", **settings: Any) -> httpx.AsyncClient:
-    """An HTTP client whose requests reach an endpoint without a socket."""
-    transport = httpx.ASGITransport(app_of(replicas, **settings), client=(address, 4711))
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+def client_of(replicas: Any = None, address: str = "127.0.0.1", **settings: Any) -> TestClient:
+    """An HTTP client at that address whose requests reach an endpoint without a socket."""
+    return TestClient(app_of(replicas or FakeReplicas(), **settings), base_url=URL, client=(address, 4711))
 
 
-def post(data: Any, replicas: FakeReplicas | None = None, **settings: Any) -> httpx.Response:
+def async_client_of(replicas: FakeReplicas, **settings: Any) -> httpx.AsyncClient:
+    """The same for requests at a time."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(replicas, **settings)), base_url=URL)
+
+
+def post(data: Any, replicas: Any = None, **settings: Any) -> Any:
     """Send one request; `data` is JSON-like, or the bytes of a body."""
-
-    async def send() -> httpx.Response:
-        async with client_of(replicas or FakeReplicas(), **settings) as client:
-            raw = {"content": data, "headers": {"content-type": "application/json"}}
-            return await client.post(PATH, **(raw if isinstance(data, bytes) else {"json": data}))
-
-    return asyncio.run(send())
+    raw = {"content": data, "headers": {"content-type": "application/json"}}
+    return client_of(replicas, **settings).post(PATH, **(raw if isinstance(data, bytes) else {"json": data}))
 
 
-def get(path: str, replicas: FakeReplicas | None = None, *, headers: Any = None, **settings: Any) -> httpx.Response:
-    async def send() -> httpx.Response:
-        async with client_of(replicas or FakeReplicas(), **settings) as client:
-            return await client.get(path, headers=headers)
-
-    return asyncio.run(send())
+def get(path: str, replicas: Any = None, *, headers: Any = None, **settings: Any) -> Any:
+    return client_of(replicas, **settings).get(path, headers=headers)
 
 
-def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+def problem(response: Any, status: int) -> dict[str, Any]:
     """The error of a response, checked for its form."""
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"}
@@ -168,35 +145,8 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for something to become true."""
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something to become true; a hang fails."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def background(work: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def served(replicas: FakeReplicas, **settings: Any) -> AsyncIterator[int]:
-    """The endpoint behind a real socket; yields its port."""
-    server = uvicorn.Server(
-        uvicorn.Config(app_of(replicas, **settings), port=0, log_config=None, timeout_graceful_shutdown=1)
-    )
-    async with background(server.serve()):
-        await until(lambda: server.started)
-        yield server.servers[0].sockets[0].getsockname()[1]
-        server.should_exit = True
-        await asyncio.sleep(0.15)
-
-
-def head(length: str, kind: str = "application/json") -> bytes:
-    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n{length}\r\n\r\n".encode()

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from types import SimpleNamespace
+from collections.abc import Awaitable, Generator
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
-from starlette.testclient import TestClient
 
 from shortv.request import Failure, Message, Reason, Request
 from shortv.workers.serving import client as module
 from shortv.workers.serving.client import ReplicaClient
-from tests.workers.serving.endpoint_fakes import app_of
+from tests.workers.serving.endpoint_fakes import get, problem
 
 PLANS = {"last3": "d3"}
+LOST = [ActorDiedError(), DeploymentUnavailableError("d"), RequestCancelledError()]
 
 
 class FakeResponse:
@@ -34,25 +33,25 @@ class FakeResponse:
 
 
 class FakeHandle:
-    """Lists plans, raises an error, or, where that is None, keeps the caller waiting as Serve does without replicas."""
+    """Returns an outcome, raises it, or, where it is None, keeps the caller waiting as Serve does without replicas."""
 
-    def __init__(self, outcome: Mapping[str, str] | Exception | None) -> None:
+    def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
-        self.looks = 0
-        self.plans = self
+        self.calls = 0
+        self.plans = self.complete = self
 
     def options(self, **_: Any) -> FakeHandle:
         return self
 
-    def remote(self) -> FakeResponse:
+    def remote(self, *_: Any) -> FakeResponse:
         return FakeResponse(self._outcome())
 
-    async def _outcome(self) -> Mapping[str, str]:
-        self.looks += 1
+    async def _outcome(self) -> Any:
+        self.calls += 1
         await asyncio.sleep(0.01 if self.outcome is not None else 60)
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        return self.outcome or {}
+        return self.outcome
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +61,15 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PLANS_KEPT_S", 0.4)
 
 
-LOST = [ActorDiedError(), DeploymentUnavailableError("d"), RequestCancelledError(), BackPressureError(1, 1), None]
+def client_of(handle: Any, **options: Any) -> ReplicaClient:
+    return ReplicaClient(handle, **options)
 
 
-@pytest.mark.parametrize("outcome", LOST)
+@pytest.mark.parametrize("outcome", [ActorDiedError(), None])
 def test_plans_outlive_their_replica_for_a_while(outcome: Exception | None) -> None:
     async def go() -> None:
         handle = FakeHandle(PLANS)
-        client = ReplicaClient(handle)  # type: ignore[arg-type]
+        client = client_of(handle)
         assert await client.plans() == PLANS
         handle.outcome = outcome
         await asyncio.sleep(0.1)
@@ -88,45 +88,36 @@ def test_plans_outlive_their_replica_for_a_while(outcome: Exception | None) -> N
 def test_all_requests_share_one_look() -> None:
     async def go() -> None:
         handle = FakeHandle(PLANS)
-        client = ReplicaClient(handle)  # type: ignore[arg-type]
+        client = client_of(handle)
         assert await asyncio.gather(*(client.plans() for _ in range(50))) == [PLANS] * 50
-        assert handle.looks == 1
+        assert handle.calls == 1
         # A caller who goes away leaves the look to the others.
         await asyncio.sleep(0.5)
         hurried, patient = asyncio.create_task(client.plans()), asyncio.create_task(client.plans())
         await asyncio.sleep(0)
         hurried.cancel()
-        assert await patient == PLANS and handle.looks == 2
+        assert await patient == PLANS and handle.calls == 2
 
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("outcome", LOST)
-@pytest.mark.parametrize("ask", [lambda client: client.get("/v1/models"), lambda client: client.get("/healthz")])
-def test_without_replicas_the_endpoint_says_when_to_ask_again(
-    outcome: Exception | None, ask: Callable[[TestClient], Any], caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("path", ["/v1/models", "/healthz"])
+def test_without_replicas_the_endpoint_says_when_to_ask_again(path: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    app = app_of(ReplicaClient(FakeHandle(outcome)))  # type: ignore[arg-type]
-    with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 1)) as client:
-        response = ask(client)
-    assert response.status_code == 503 and response.headers["retry-after"] == "1"
-    assert response.json()["error"]["code"] == "unavailable"
+    for outcome in (BackPressureError(1, 1), None):
+        response = get(path, client_of(FakeHandle(outcome)))
+        assert problem(response, 503)["code"] == "unavailable" and response.headers["retry-after"] == "1"
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("a secret"), RayTaskError("complete", "a secret", ValueError("a secret"))]
-)
-def test_a_stray_exception_is_the_failure_of_one_request(error: Exception) -> None:
-    async def raising() -> Any:
-        raise error
+def test_an_exception_is_the_failure_of_one_request() -> None:
+    def failure(error: Exception, timeout_s: float = 0.01) -> Any:
+        request = Request(request_id="1", messages=(Message(role="user", parts=("what?",)),), timeout_s=timeout_s)
+        return asyncio.run(client_of(FakeHandle(error)).complete(request))
 
-    class Handle(FakeHandle):
-        complete: Any = SimpleNamespace(remote=lambda _: FakeResponse(raising()))
-
-    client = ReplicaClient(Handle(PLANS))  # type: ignore[arg-type]
-    request = Request(request_id="1", messages=(Message(role="user", parts=("what?",)),))
-    found = asyncio.run(client.complete(request))
-    assert isinstance(found, Failure) and found.reason is Reason.INTERNAL
-    assert type(error).__name__ in found.message and "secret" not in found.message
+    assert {failure(error).reason for error in LOST} == {Reason.LOST}
+    assert failure(BackPressureError(1, 1)).reason is Reason.OVERLOADED
+    for error in (ValueError("a secret"), RayTaskError("complete", "a secret", ValueError("a secret"))):
+        found = failure(error)
+        assert isinstance(found, Failure) and found.reason is Reason.INTERNAL
+        assert type(error).__name__ in found.message and "secret" not in found.message
