@@ -14,6 +14,7 @@ from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.models import ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement
 from shortv.workers.serving import app as module
+from shortv.workers.serving import run
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
@@ -35,21 +36,18 @@ def deployment(replicas: WorkerRange = ONE_TO_TWO, *, gpus: float = 0, cpus: flo
     )._bound_deployment
 
 
-def test_a_range_of_replicas_follows_the_load() -> None:
-    options = deployment()._deployment_config.autoscaling_config
+def test_a_range_of_replicas_follows_the_load_within_the_endpoints_limits() -> None:
+    found = deployment(drain_s=120.0)
+    options = found._deployment_config.autoscaling_config
     assert (options.min_replicas, options.max_replicas, options.initial_replicas) == (1, 2, 1)
     # Another replica helps where one has more requests than it can run at once.
     assert options.target_ongoing_requests == 8
-    fixed = deployment(WorkerRange(2, 2))
-    assert fixed._deployment_config.autoscaling_config is None and fixed.num_replicas == 2
-
-
-def test_the_endpoint_accepts_what_runs_and_what_may_wait() -> None:
+    assert found._deployment_config.graceful_shutdown_timeout_s == 120
     accepted = EndpointSpec(replicas="1:2", batch_size=8, max_queued=24).max_in_flight  # type: ignore[arg-type]
-    found = deployment()
     assert accepted == 2 * (8 + 24)
     assert found.max_queued_requests > accepted and 2 * found.max_ongoing_requests > accepted
-    assert deployment(drain_s=120.0)._deployment_config.graceful_shutdown_timeout_s == 120
+    fixed = deployment(WorkerRange(2, 2))
+    assert fixed._deployment_config.autoscaling_config is None and fixed.num_replicas == 2
 
 
 @pytest.mark.parametrize(
@@ -122,3 +120,13 @@ def test_arguments_are_read_from_text_and_refused_by_name() -> None:
             read_arguments({name: value})
         assert name.replace("_", "-") in str(caught.value).replace("_", "-")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("status", ["gone", "DELETING"])
+def test_the_end_does_not_wait_for_a_replica_that_never_ends(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted = []
+    monkeypatch.setattr(run.serve, "delete", lambda name, _blocking: deleted.append((name, _blocking)))
+    monkeypatch.setattr(run, "_status", lambda: status)
+    monkeypatch.setattr(run, "_DELETION_S", 0.3)
+    run._end(alone=False)
+    assert deleted == [(run.APP, False)]

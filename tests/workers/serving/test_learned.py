@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
 import weakref
 from collections.abc import Callable, Sequence
@@ -131,30 +132,34 @@ def test_answers_say_after_which_layer_visual_tokens_left(tmp_path: Path) -> Non
     assert found[1].text == found[3].text
 
 
-def test_parts_that_are_not_there_refuse_the_plan(tmp_path: Path) -> None:
-    missing = routers(tmp_path / "missing")
-    (tmp_path / "missing" / "parts.json").unlink()
-    with pytest.raises(Refused, match=r"^plan 'learned': no learned parts at .*; give a folder with parts\.json"):
-        fitted([missing], runs(PartsCache()))
-
-
-def test_parts_that_cannot_run_under_the_modes_refuse_the_plan(tmp_path: Path) -> None:
+def test_parts_that_are_not_there_or_cannot_run_refuse_the_plan(tmp_path: Path) -> None:
     plan = routers(tmp_path)
     frozen = replace(plan, modes=modes_of_layers(Mode.FREEZE_VISUAL, (4,), 8))
     with pytest.raises(Refused, match="plan 'learned': DyVTE itself decides what leaves"):
         fitted([frozen], runs(PartsCache()))
+    (tmp_path / "parts.json").unlink()
+    with pytest.raises(Refused, match=r"^plan 'learned': no learned parts at .*; give a folder with parts\.json"):
+        fitted([plan], runs(PartsCache()))
 
 
-def test_a_command_checks_parts_before_any_replica_starts(tmp_path: Path) -> None:
-    plan = routers(tmp_path / "parts")
-    assert plan.parts is not None
-    file = plan.save(tmp_path / "x.json")
-    arguments = EndpointSpec(model=str(TINY / "model"), plans=(str(file),))
-    check_model(arguments, Console(quiet=True))
+def test_a_command_checks_plans_and_parts_before_any_replica_starts(tmp_path: Path) -> None:
+    plan, model = routers(tmp_path / "parts"), str(TINY / "model")
+    said = io.StringIO()
+
+    def check(*plans: Plan) -> str:
+        files = [str(plan.save(tmp_path / f"{number}.json")) for number, plan in enumerate(plans)]
+        check_model(EndpointSpec(model=model, plans=tuple(files)), Console(file=said))
+        return said.getvalue()
+
+    # A plan for this very folder is nothing to warn of.
+    assert check(replace(plan, model=model, revision=None)) == ""
+    assert "made for revision abc" in check(replace(plan, revision="abc"))
+    with pytest.raises(Refused, match="two different plans are named 'learned'"):
+        check(plan, replace(plan, modes=modes_of_layers(Mode.DROP_VISUAL, (7,), 8)))
     header = tmp_path / "parts" / "parts.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"config_digest": "cd" * 32}))
     with pytest.raises(Refused, match=r"plan 'learned': the parts in .* were trained on"):
-        check_model(arguments, Console(quiet=True))
+        check(plan)
 
 
 def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -> None:
