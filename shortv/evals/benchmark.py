@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from shortv.errors import Refused, ShortVError, one_line
-from shortv.evals.dispatch import Client, OnResponse, Response, send_all
-from shortv.evals.requests import Conversation, Documents, sampling_params
+from shortv.evals.dispatch import Client, Response, send_all
+from shortv.evals.requests import Conversation, Documents
 from shortv.evals.scoring import Scored, drawing_from, reasoning_tags, score
-from shortv.evals.tasks import IncludePath, TaskIndex, document_names, loading_tasks, task_digest
-from shortv.request import FULL_MODEL
+from shortv.evals.tasks import IncludePath, document_names, find_task, loading_tasks, task_digest
 
 # lmms-eval's chat form has requests for generation only.
 _CHAT_OUTPUTS: Final = ("generate_until", "generate_until_multi_round")
@@ -45,24 +42,42 @@ class Benchmark:
             seed: for few-shot examples, sampled completions, and scores that are drawn at random.
 
         Raises:
-            Refused: an unknown task or a group of tasks, an invalid limit, or requests that replicas cannot answer.
+            Refused: an unknown task or a group of tasks, or requests that replicas cannot answer.
             ShortVError: the task's data or code cannot be loaded.
         """
         self.name = task
         self._seed = seed
         with loading_tasks():
-            self._task = _load(TaskIndex(_folders(include_path)), task)
-            self.num_docs = _count(limit, len(self._task.eval_docs))
+            self._task = _load(task, include_path)
+            total = len(self._task.eval_docs)
+            wanted = total if limit is None else limit * total if limit < 1 else limit
+            self.num_docs = min(math.ceil(wanted), total)
             _configure(self._task, gen_kwargs or {}, seed)
-            instances = _instances(self._task, task, self.num_docs, seed)
-            self.digest = self._digest(seed)
+            instances = self._instances()
+            documents = self._task.eval_docs_no_media
+            self.digest = task_digest(
+                vars(self._task.config),
+                (documents[at] for at in range(self.num_docs)),
+                form=type(self._task).__name__,
+                seed=seed,
+            )
         self.documents: Documents = {task: self._task.dataset, self._task.config.task: self._task.dataset}
-        self._names = document_names(self._task.eval_docs_no_media)
+        self._names = document_names(documents)
         for instance in instances:
             # Settings that no replica has are refused before any work starts.
-            sampling_params(Conversation(instance, self.documents).gen_kwargs)
+            Conversation(instance, self.documents).settings.sampling_params()
         self.instances: Sequence[Any] = tuple(one for one in instances for _ in range(one.repeats))
         """lmms-eval's instances in its order, each as often as the task repeats it."""
+
+    def _instances(self) -> list[Any]:
+        try:
+            # lmms-eval's progress bar cannot be turned off.
+            with contextlib.redirect_stderr(io.StringIO()), drawing_from(self._seed, self.name):
+                self._task.build_all_requests(limit=self.num_docs)
+        except Exception as error:  # tasks run third-party code
+            message = f"{type(error).__name__}: {one_line(error)}"
+            raise ShortVError(f"the requests of task {self.name!r} cannot be made: {message}") from error
+        return list(self._task.instances)
 
     @property
     def main_metric(self) -> str | None:
@@ -70,26 +85,9 @@ class Benchmark:
         better = self._task.higher_is_better()
         return next((metric for metric, higher in better.items() if higher), None)
 
-    async def run(
-        self,
-        client: Client,
-        *,
-        plan: str = FULL_MODEL,
-        concurrency: int,
-        timeout_s: float = 600.0,
-        on_response: OnResponse | None = None,
-    ) -> list[Response]:
-        """Send all requests under a plan; returns the responses in the order of `instances`. See `send_all`."""
-        return await send_all(
-            client,
-            self.instances,
-            self.documents,
-            plan=plan,
-            seed=self._seed,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            on_response=on_response,
-        )
+    async def run(self, client: Client, **how: Any) -> list[Response]:
+        """Send all requests, as `send_all` says; returns the responses in the order of `instances`."""
+        return await send_all(client, self.instances, self.documents, seed=self._seed, **how)
 
     def score(self, responses: Sequence[Response], *, folder: str | None = None) -> Scored:
         """Score the responses to `instances`, given in the same order.
@@ -97,8 +95,6 @@ class Benchmark:
         Args:
             folder: where tasks that write files (submissions) write them; by default they are thrown away.
         """
-        if len(responses) != len(self.instances):
-            raise ValueError(f"{len(responses)} responses to {len(self.instances)} instances of {self.name}")
         with loading_tasks():
             return score(
                 self.name,
@@ -110,28 +106,15 @@ class Benchmark:
                 folder=folder,
             )
 
-    def _digest(self, seed: int) -> str:
-        documents = self._task.eval_docs_no_media
-        return task_digest(
-            vars(self._task.config),
-            (documents[at] for at in range(self.num_docs)),
-            form=type(self._task).__name__,
-            seed=seed,
-        )
 
-
-def _folders(include_path: IncludePath) -> list[str | os.PathLike[str]]:
-    given = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
-    return [*given, str(resources.files("shortv") / "tiny" / "task")]
-
-
-def _load(index: TaskIndex, name: str) -> Any:
-    task = index.load(name, "chat")
+def _load(name: str, include_path: IncludePath) -> Any:
+    load = find_task(name, include_path)
+    task = load("chat")
     output = task.OUTPUT_TYPE
     if output in _CHAT_OUTPUTS:
         return task
     if output == "multiple_choice" or (output == "loglikelihood" and callable(task.config.process_results)):
-        return index.load(name, "simple")
+        return load("simple")
     why = "lmms-eval's own scoring of it fails" if output == "loglikelihood" else "replicas do not support that"
     raise Refused(
         f"task {name!r} is of output_type {output}, and {why}; choose a task of output_type "
@@ -139,16 +122,8 @@ def _load(index: TaskIndex, name: str) -> Any:
     )
 
 
-def _count(limit: int | float | None, total: int) -> int:
-    if limit is None:
-        return total
-    share = 0 < limit < 1
-    if not share and not (limit >= 1 and float(limit).is_integer()):
-        raise Refused(f"limit {limit} is neither a number of documents nor a share of them; give 1, 2, ... or 0.5")
-    return math.ceil(total * limit) if share else min(int(limit), total)
-
-
 def _configure(task: Any, gen_kwargs: Mapping[str, Any], seed: int) -> None:
+    """Apply what lmms-eval's command would: its flags, and the filter that removes what a model thinks aloud."""
     if gen_kwargs and "generate_until" in task.OUTPUT_TYPE:
         task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
     if task.get_config("num_fewshot") is None:
@@ -159,21 +134,3 @@ def _configure(task: Any, gen_kwargs: Mapping[str, Any], seed: int) -> None:
 
         for ensemble in task._filters:
             ensemble.filters.insert(0, StripThinkingFilter())
-
-
-def _instances(task: Any, name: str, count: int, seed: int) -> list[Any]:
-    try:
-        with _silent(), drawing_from(seed, name):
-            task.build_all_requests(limit=count)
-    except Exception as error:  # tasks run third-party code
-        raise ShortVError(
-            f"the requests of task {name!r} cannot be made: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    return list(task.instances)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep lmms-eval's progress bar, which cannot be turned off, out of the user's terminal."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

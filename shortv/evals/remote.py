@@ -5,19 +5,33 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Mapping
+from dataclasses import asdict
 from http import HTTPStatus
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import openai
+from pydantic import Field, field_validator, model_validator
 
 from shortv.errors import Refused, ShortVError, one_line
 from shortv.evals.dispatch import Client
-from shortv.evals.model_args import ServedSpec
-from shortv.request import Completion, Failure, Likelihood, Message, Reason, Request, SamplingParams, TokenLogprob
+from shortv.request import (
+    FULL_MODEL,
+    Completion,
+    Failure,
+    Likelihood,
+    Message,
+    Reason,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
+from shortv.spec import Count, Seconds, Spec
+from shortv.untrusted import read_file
 
 VENDOR: Final = "shortv"
-_DEFAULTS: Final = SamplingParams()
+_DEFAULTS: Final = asdict(SamplingParams())
+_OPENAI_SETTINGS: Final = ("top_p", "seed", "stop", "top_logprobs")
 # The vendor field carries what OpenAI's form has no name for.
 _VENDOR_SETTINGS: Final = ("top_k", "min_tokens", "repetition_penalty")
 _REASONS: Final[Mapping[int, Reason]] = {
@@ -34,6 +48,62 @@ _CONNECT_S: Final = 10.0
 # The endpoint's own time limit should end a request first.
 _SLACK_S: Final = 5.0
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+
+
+class ServedSpec(Spec):
+    """Settings of the model `shortv_serve`: where the replicas are, and as which model they get requests."""
+
+    url: str | None = Field(None, description="OpenAI-style endpoint, such as http://127.0.0.1:8000/v1.")
+    app: str | None = Field(None, description="Name of a running Serve application, instead of a URL.")
+    model: str | None = Field(None, description="Name of the model on the endpoint: NAME or NAME@PLAN.")
+    plan: str = Field(FULL_MODEL, description="Name of the plan; empty for the full model.")
+    plan_digest: str | None = Field(None, description="Digest that the plan must have, or its first 12 characters.")
+    num_concurrent: Count = Field(32, description="Most requests in flight.")
+    timeout: Seconds = Field(600.0, description="Time limit of a request, in seconds.")
+    api_key_file: str | None = Field(None, description="File with the endpoint's key on its first line.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        base, _, named = str(values.get("model") or "").partition("@")
+        plan = values.get("plan")
+        if plan and named and plan != named:
+            raise ValueError(f"model={values['model']} and plan={plan} name different plans; name one")
+        return {**values, "model": base or None, "plan": named or plan or FULL_MODEL}
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        if (self.url is None) == (self.app is None):
+            raise ValueError("give url=http://HOST:PORT/v1 or app=NAME, one of them")
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.password:
+            # The message must not repeat the value.
+            raise Refused("the url contains a password, which result files would show; use api_key_file=FILE")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it is not the address of an endpoint; give one such as http://127.0.0.1:8000/v1")
+        return value.rstrip("/")
+
+    @property
+    def served_name(self) -> str | None:
+        """The name of model and plan on an endpoint."""
+        return f"{self.model}@{self.plan}" if self.model and self.plan else self.model
+
+    def api_key(self) -> str | None:
+        """Return the first word of the key file. Raises Refused when the file cannot be read or is empty."""
+        if self.api_key_file is None:
+            return None
+        content = read_file(self.api_key_file, what="api_key_file", limit_bytes=1 << 16)
+        words = content.decode("ascii", "replace").split()
+        if not words:
+            raise Refused(f"api_key_file={self.api_key_file} is empty; put the key on its first line")
+        return words[0]
 
 
 class Connection(NamedTuple):
@@ -68,10 +138,11 @@ class RemoteClient:
         return completion_of(body)
 
     async def score(self, request: Request) -> Likelihood | Failure:
-        """Refused: OpenAI's form has no place for a continuation."""
-        raise Refused(
+        """Fail: OpenAI's form has no place for a continuation."""
+        message = (
             "a URL cannot carry likelihood, which this task needs; use app=NAME, or the model shortv in one process"
         )
+        return Failure(reason=Reason.INVALID, message=message)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -139,25 +210,19 @@ async def _models(endpoint: openai.AsyncOpenAI, url: str) -> dict[str, Mapping[s
 
 def body_of(request: Request, model: str) -> dict[str, Any]:
     """Return the JSON body of a request; its images must be encoded."""
-    sampling = request.sampling
-    body: dict[str, Any] = {
+    sampling = asdict(request.sampling)
+    changed = {name: value for name, value in sampling.items() if value != _DEFAULTS[name]}
+    body = {
         "model": model,
         "messages": [_message(message) for message in request.messages],
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
+        "max_tokens": sampling["max_tokens"],
+        "temperature": sampling["temperature"],
     }
-    if sampling.top_p != _DEFAULTS.top_p:
-        body["top_p"] = sampling.top_p
-    if sampling.seed is not None:
-        body["seed"] = sampling.seed
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.top_logprobs is not None:
-        body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
-    own = {name: getattr(sampling, name) for name in _VENDOR_SETTINGS}
-    if own := {name: value for name, value in own.items() if value != getattr(_DEFAULTS, name)}:
-        body[VENDOR] = own
-    return body
+    body |= {name: changed[name] for name in _OPENAI_SETTINGS if name in changed}
+    if "top_logprobs" in changed:
+        body["logprobs"] = True
+    own = {name: changed[name] for name in _VENDOR_SETTINGS if name in changed}
+    return body | ({VENDOR: own} if own else {})
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -183,7 +248,7 @@ def completion_of(body: Any) -> Completion | Failure:
         usage, own = body.get("usage") or {}, body.get(VENDOR) or {}
         if not isinstance(text, str) or finish_reason not in ("stop", "length"):
             found = f"finish_reason {finish_reason!r:.80} and {type(text).__name__} as text"
-            return _internal(f"the endpoint's response has {found}")
+            return Failure(reason=Reason.INTERNAL, message=f"the endpoint's response has {found}")
         return Completion(
             text=text,
             finish_reason=finish_reason,
@@ -198,7 +263,8 @@ def completion_of(body: Any) -> Completion | Failure:
             logprobs=_logprobs(choice.get("logprobs")),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        return _internal(f"the endpoint's response is not in OpenAI's form ({type(error).__name__}: {one_line(error)})")
+        message = f"the endpoint's response is not in OpenAI's form ({type(error).__name__}: {one_line(error)})"
+        return Failure(reason=Reason.INTERNAL, message=message)
 
 
 def _logprobs(found: Any) -> tuple[TokenLogprob, ...]:
@@ -221,7 +287,3 @@ def _failure_of(error: openai.APIStatusError) -> Failure:
 
 def _reason(status: int) -> Reason:
     return _REASONS.get(status, Reason.INTERNAL if status >= HTTPStatus.INTERNAL_SERVER_ERROR else Reason.INVALID)
-
-
-def _internal(message: str) -> Failure:
-    return Failure(reason=Reason.INTERNAL, message=message)

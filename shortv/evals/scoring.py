@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
-from shortv.errors import ShortVError, one_line
+from shortv.errors import one_line
 from shortv.evals.dispatch import Response
 
 # What `python -m lmms_eval` takes out of answers before it scores them, unless a task says otherwise.
@@ -26,7 +26,8 @@ _OF_REPEATS: Final = ("expected_accuracy", "consensus_accuracy", "internal_varia
 _COSTS: Final = ("queue_ms", "prefill_ms", "decode_ms", "prompt_tokens", "visual_tokens", "completion_tokens")
 
 
-class MetricRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MetricRow:
     """One metric under one filter, over the `n` documents that it counts.
 
     `value` is None where the task's aggregation gives something else than a number (a table, a submission file).
@@ -79,26 +80,19 @@ class Scored:
     problem: str | None = None
 
 
-class _Document(NamedTuple):
-    """One document's instances, and the responses to each (several where the task repeats its requests)."""
+@dataclass(slots=True)
+class _Document:
+    """One document on its way to its scores.
 
-    instances: list[Any]
-    responses: list[list[Response]]
-
-    @property
-    def failure(self) -> str | None:
-        failures = [one.failure for responses in self.responses for one in responses if one.failure]
-        return f"answer: {failures[0].reason.value}: {failures[0].message}" if failures else None
-
-
-class _Values(NamedTuple):
-    """What process_results returns for a document: values by metric, under each filter.
-
-    `repeated` holds the values of each repeat alone, for tasks that score their repeats apart.
+    `instances` hold their responses in lmms-eval's form. `values` is what process_results returns, by filter and
+    metric; `repeated` holds the values of each repeat alone, for tasks that score their repeats apart.
     """
 
-    values: Mapping[str, Mapping[str, Any]]
-    repeated: Mapping[str, Mapping[str, Sequence[Any]]]
+    instances: list[Any] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)
+    values: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    repeated: dict[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    error: str | None = None
 
 
 def score(
@@ -116,45 +110,38 @@ def score(
     Args:
         folder: where tasks that write files (submissions) write them; None throws them away.
     """
-    documents = _by_document(instances, responses)
-    answered = {doc_id: _responded(task, doc) for doc_id, doc in documents.items() if doc.failure is None}
-    values = _process_all(task, answered, seed)
-    samples = tuple(_sample(task, doc_id, names[doc_id], doc, values.get(doc_id)) for doc_id, doc in documents.items())
-    kept = [one for doc_id in documents if isinstance(one := values.get(doc_id), _Values)]
+    documents = _by_document(task, instances, responses)
+    _process_all(task, {at: document for at, document in documents.items() if document.error is None}, seed)
+    samples = tuple(_sample(task, at, names[at], document) for at, document in documents.items())
     try:
-        return Scored(samples=samples, metrics=_aggregate(name, task, kept, folder))
-    except ShortVError as error:
-        return Scored(samples=samples, metrics=(), problem=str(error))
+        metrics = _aggregate(name, task, [one for one in documents.values() if one.error is None], folder)
+    except Exception as error:  # tasks run third-party code
+        problem = f"the metrics of task {name!r} cannot be computed: {_line(error)}"
+        return Scored(samples=samples, metrics=(), problem=problem)
+    return Scored(samples=samples, metrics=metrics)
 
 
-def _by_document(instances: Sequence[Any], responses: Sequence[Response]) -> dict[int, _Document]:
+def _by_document(task: Any, instances: Sequence[Any], responses: Sequence[Response]) -> dict[int, _Document]:
+    """Return documents by their number, each with copies of its instances, which hold the responses."""
     by_instance: dict[int, tuple[Any, list[Response]]] = {}
     for instance, response in zip(instances, responses, strict=True):
         by_instance.setdefault(id(instance), (instance, []))[1].append(response)
     documents: dict[int, _Document] = {}
     # As lmms-eval sorts a document's requests before it scores them.
     for instance, given in sorted(by_instance.values(), key=lambda pair: pair[0].idx):
-        document = documents.setdefault(instance.doc_id, _Document([], []))
-        document.instances.append(instance)
-        document.responses.append(given)
+        document = documents.setdefault(instance.doc_id, _Document())
+        document.responses += given
+        failure = next((one.failure for one in given if one.failure), None)
+        if failure and document.error is None:
+            document.error = f"answer: {failure.reason.value}: {failure.message}"
+        resps = [] if failure else [_in_lmms_form(task, instance, response) for response in given]
+        document.instances.append(
+            replace(instance, resps=resps, filtered_resps={}, raw_filtered_resps={}, token_counts=[])
+        )
     return dict(sorted(documents.items()))
 
 
-def _responded(task: Any, document: _Document) -> list[Any]:
-    """Return copies of the instances with their responses in lmms-eval's form."""
-    return [
-        replace(
-            instance,
-            resps=[_resp(task, instance, response) for response in responses],
-            filtered_resps={},
-            raw_filtered_resps={},
-            token_counts=[],
-        )
-        for instance, responses in zip(document.instances, document.responses, strict=True)
-    ]
-
-
-def _resp(task: Any, instance: Any, response: Response) -> Any:
+def _in_lmms_form(task: Any, instance: Any, response: Response) -> Any:
     if response.likelihood is not None:
         log_probability, is_greedy = response.likelihood
         # lmms-eval's multiple choice takes the smallest number for the best: its models return losses.
@@ -162,32 +149,24 @@ def _resp(task: Any, instance: Any, response: Response) -> Any:
     return list(response.texts) if instance.request_type == "generate_until_multi_round" else response.texts[0]
 
 
-def _process_all(task: Any, documents: Mapping[int, Sequence[Any]], seed: int) -> dict[int, _Values | str]:
-    """Filter and score documents, given as instances with responses; a text in place of values is an error.
-
-    A document on which the task's code fails does not affect the others.
-    """
-    found: dict[int, _Values | str] = {}
+def _process_all(task: Any, documents: Mapping[int, _Document], seed: int) -> None:
+    """Filter and score documents that are answered; one on which the task's code fails does not affect the others."""
     try:
         # All at once, as lmms-eval does.
-        _apply_filters(task, [instance for instances in documents.values() for instance in instances])
+        _apply_filters(task, [instance for document in documents.values() for instance in document.instances])
+        filtered = True
     except Exception:  # filters are third-party code; which document they fail on is found one by one
-        for doc_id, instances in documents.items():
-            try:
-                _apply_filters(task, instances)
-            except Exception as error:
-                found[doc_id] = _line(error)
+        filtered = False
     docs = task.eval_docs_no_media
-    for doc_id, instances in documents.items():
-        if doc_id in found:
-            continue
+    for doc_id, document in documents.items():
         try:
+            if not filtered:
+                _apply_filters(task, document.instances)
             # Some tasks guess where an answer says nothing; a guess must not depend on the other documents.
             with drawing_from(seed, doc_id):
-                found[doc_id] = _process_filtered(task, docs[doc_id], instances)
+                _process_filtered(task, docs[doc_id], document)
         except Exception as error:  # tasks run third-party code
-            found[doc_id] = _line(error)
-    return found
+            document.error = f"score: {_line(error)}"
 
 
 def _apply_filters(task: Any, instances: Sequence[Any]) -> None:
@@ -197,23 +176,20 @@ def _apply_filters(task: Any, instances: Sequence[Any]) -> None:
         ensemble.apply(list(instances), docs)
 
 
-def _process_filtered(task: Any, doc: Any, instances: Sequence[Any]) -> _Values:
+def _process_filtered(task: Any, doc: Any, document: _Document) -> None:
     tags = reasoning_tags(task)
-    values, repeated = {}, {}
-    for name in instances[0].filtered_resps:
-        responses = [_without_reasoning(instance.filtered_resps[name], tags) for instance in instances]
-        values[name] = dict(_process(task, doc, responses))
-        if 1 < (task.config.repeats or 1) == len(responses):
-            each = [_process(task, doc, [response]) for response in responses]
-            repeated[name] = {metric: [scores[metric] for scores in each] for metric in each[0]}
-    return _Values(values, repeated)
-
-
-def _process(task: Any, doc: Any, responses: list[Any]) -> Mapping[str, Any]:
     # lmms-eval tries five times, two seconds apart, as if only connections could fail.
     once = getattr(task.process_results, "__wrapped__", None)
-    found: Mapping[str, Any] = once(task, doc, responses) if once else task.process_results(doc, responses)
-    return found
+
+    def process(responses: list[Any]) -> dict[str, Any]:
+        return dict(once(task, doc, responses) if once else task.process_results(doc, responses))
+
+    for name in document.instances[0].filtered_resps:
+        responses = [_without_reasoning(instance.filtered_resps[name], tags) for instance in document.instances]
+        document.values[name] = process(responses)
+        if 1 < (task.config.repeats or 1) == len(responses):
+            each = [process([response]) for response in responses]
+            document.repeated[name] = {metric: [scores[metric] for scores in each] for metric in each[0]}
 
 
 def reasoning_tags(task: Any) -> Any:
@@ -226,11 +202,9 @@ def reasoning_tags(task: Any) -> Any:
 def _without_reasoning(response: Any, tags: Any) -> Any:
     from lmms_eval.api.reasoning import strip_reasoning_tags
 
-    if tags is None:
-        return response
     if isinstance(response, list):
         return [_without_reasoning(item, tags) if isinstance(item, str) else item for item in response]
-    return strip_reasoning_tags(response, tags) if isinstance(response, str) else response
+    return strip_reasoning_tags(response, tags) if tags is not None and isinstance(response, str) else response
 
 
 @contextmanager
@@ -250,22 +224,22 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _sample(task: Any, doc_id: int, name: str, document: _Document, values: _Values | str | None) -> ScoredSample:
-    responses = [response for each in document.responses for response in each]
+def _sample(task: Any, doc_id: int, name: str, document: _Document) -> ScoredSample:
+    answered = all(response.failure is None for response in document.responses)
     return ScoredSample(
         sample_id=name,
-        prediction=None if document.failure else _prediction(document),
+        prediction=_prediction(document) if answered else None,
         target=_target(task, doc_id),
         kind=_kind(task, doc_id),
-        scores=dict(_scores(task, values)) if isinstance(values, _Values) else {},
-        error=f"score: {values}" if isinstance(values, str) else document.failure,
-        latency_ms=sum(response.latency_ms for response in responses),
-        **(_costs(responses) if document.failure is None else {}),
+        scores={} if document.error else dict(_scores(task, document)),
+        error=document.error,
+        latency_ms=sum(response.latency_ms for response in document.responses),
+        **(_costs(document) if answered else {}),
     )
 
 
-def _scores(task: Any, values: _Values) -> Iterator[tuple[str, float]]:
-    for at, (chosen, by_metric) in enumerate(values.values.items()):
+def _scores(task: Any, document: _Document) -> Iterator[tuple[str, float]]:
+    for at, (chosen, by_metric) in enumerate(document.values.items()):
         for metric, value in by_metric.items():
             # Tasks that need more than a number to aggregate keep it under this key, as lmms-eval reads it.
             inner = value.get(task.config.score_key) if isinstance(value, Mapping) else value
@@ -274,10 +248,9 @@ def _scores(task: Any, values: _Values) -> Iterator[tuple[str, float]]:
 
 
 def _prediction(document: _Document) -> str:
-    responses = [response for each in document.responses for response in each]
-    likelihoods = [response.likelihood for response in responses if response.likelihood]
+    likelihoods = [response.likelihood for response in document.responses if response.likelihood]
     if not likelihoods:
-        return "\n".join(text for response in responses for text in response.texts)
+        return "\n".join(text for response in document.responses for text in response.texts)
     if len(likelihoods) == 1:
         return str(likelihoods[0].log_probability)
     best = max(range(len(likelihoods)), key=lambda at: likelihoods[at].log_probability)
@@ -303,8 +276,8 @@ def _kind(task: Any, doc_id: int) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _costs(responses: Sequence[Response]) -> dict[str, Any]:
-    completions = [completion for response in responses for completion in response.completions]
+def _costs(document: _Document) -> dict[str, Any]:
+    completions = [completion for response in document.responses for completion in response.completions]
     if not completions:
         return {}
     exits = {completion.exit_layer for completion in completions}
@@ -312,43 +285,33 @@ def _costs(responses: Sequence[Response]) -> dict[str, Any]:
     return sums | {"exit_layer": exits.pop() if len(exits) == 1 else None}
 
 
-def _aggregate(name: str, task: Any, documents: Sequence[_Values], folder: str | None) -> tuple[MetricRow, ...]:
-    """Compute the metrics of documents in their order; without documents there are none.
-
-    Raises:
-        ShortVError: the task's own aggregation fails.
-    """
+def _aggregate(name: str, task: Any, documents: Sequence[_Document], folder: str | None) -> tuple[MetricRow, ...]:
+    """Compute the metrics of documents in their order; without documents there are none."""
     # The module takes seconds to import.
     from lmms_eval.evaluator_utils import TaskOutput
 
     output = TaskOutput.from_taskdict(name, task)
     for document in documents:
-        for chosen, values in document.values.items():
-            for metric, value in values.items():
-                output.sample_metrics[metric, chosen].append(value)
-        for chosen, lists in document.repeated.items():
-            for metric, each in lists.items():
-                output.per_sample_metrics[metric, chosen].append(each)
-    with contextlib.ExitStack() as stack:
-        # lmms-eval shows bars and lines of its own for errors that it bootstraps.
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-            stack.enter_context(redirect(io.StringIO()))
-        _calculate(output, folder or stack.enter_context(TemporaryDirectory(prefix="shortv-submissions-")))
-    return tuple(row for key in output.sample_metrics for row in _rows(output, *key))
-
-
-def _calculate(output: Any, folder: str) -> None:
-    before = getattr(output.task, "args", None)
-    # Tasks read from the arguments of lmms-eval's command where to write.
-    output.task.args = SimpleNamespace(output_path=folder, log_samples_suffix="")
+        for kept, found in ((output.sample_metrics, document.values), (output.per_sample_metrics, document.repeated)):
+            for chosen, values in found.items():
+                for metric, value in values.items():
+                    kept[metric, chosen].append(value)
+    before = getattr(task, "args", None)
     try:
-        output.calculate_aggregate_metric()
-        output.calculate_clt_aggregate_metric()
-        output.calculate_stability_metrics()
-    except Exception as error:  # tasks run third-party code
-        raise ShortVError(f"the metrics of task {output.task_name!r} cannot be computed: {_line(error)}") from error
+        # lmms-eval shows bars and lines of its own for errors that it bootstraps.
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            TemporaryDirectory(prefix="shortv-submissions-") as thrown_away,
+        ):
+            # Tasks read from the arguments of lmms-eval's command where to write.
+            task.args = SimpleNamespace(output_path=folder or thrown_away, log_samples_suffix="")
+            output.calculate_aggregate_metric()
+            output.calculate_clt_aggregate_metric()
+            output.calculate_stability_metrics()
     finally:
-        output.task.args = before
+        task.args = before
+    return tuple(row for key in output.sample_metrics for row in _rows(output, *key))
 
 
 def _rows(output: Any, metric: str, chosen: str) -> Iterator[MetricRow]:

@@ -1,4 +1,4 @@
-"""The tasks that lmms-eval knows, by name: loading, document ids, and the digest of what decides a task's results."""
+"""The tasks that lmms-eval knows, by name: loading, calibration samples, and the digest of what decides a result."""
 
 from __future__ import annotations
 
@@ -6,92 +6,84 @@ import contextlib
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import os
+import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from importlib import resources
+from typing import Any, Final
 
-from shortv.errors import Refused, ShortVError, one_line
-from shortv.untrusted import no_other_programs
+from PIL import Image
+
+from shortv.errors import Refused, SampleError, ShortVError, one_line
+from shortv.sample import Sample
+from shortv.untrusted import no_other_programs, open_image
 
 IncludePath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 _ID_COLUMNS: Final = ("sample_id", "question_id", "questionId", "id")
 # Where the data is; its content is read from the documents.
 _PLACES: Final = ("data_files", "data_dir", "cache_dir", "token")
+_SPEC: Final = re.compile(r"(?P<task>[^:\s]+):(?P<limit>[1-9]\d{0,8})")
 
 
-class TaskIndex:
-    """Tasks from the given folders first, then those that come with lmms-eval.
+def find_task(name: str, include_path: IncludePath) -> Callable[[str], Any]:
+    """Find a task in the given folders, among the bundled ones, or among those of lmms-eval, in this order.
 
-    The tasks of lmms-eval are indexed only if a name is not in the folders, since that takes seconds.
+    Returns a function that loads the task and its documents in lmms-eval's form "simple" or "chat". It raises
+    ShortVError when the data or the code of the task cannot be loaded, for example without a network.
+
+    Raises:
+        Refused: no such folder, no such task, or the name is that of a group of tasks.
     """
+    given = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
+    folders = tuple(os.fspath(folder) for folder in (*given, str(resources.files("shortv") / "tiny" / "task")))
+    for folder in folders:
+        if "\0" in folder or not os.path.isdir(folder):
+            raise Refused(f"task folder {folder!r} does not exist; give a folder with lmms-eval YAML files")
+    known: dict[str, Any] = {}
+    # The tasks of lmms-eval are indexed only for a name that is not in the folders, since that takes seconds.
+    for defaults in (False, True):
+        manager = _task_manager(folders, defaults)
+        known |= manager.task_index
+        if name in known:
+            _check_single(name, known[name])
+            return partial(_load, name, manager)
+    near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "name a task of lmms-eval, or give its folder"
+    raise Refused(f"lmms-eval has no task {name!r}; {hint}")
 
-    __slots__ = ("_folders", "_managers")
 
-    def __init__(self, include_path: IncludePath) -> None:
-        """Name the folders. Raises Refused when one of them is not a folder."""
-        given = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
-        self._folders = [os.fspath(folder) for folder in given]
-        self._managers: dict[bool, Any] = {}
-        for folder in self._folders:
-            if "\0" in folder or not os.path.isdir(folder):
-                raise Refused(f"task folder {folder!r} does not exist; give a folder with lmms-eval YAML files")
+@cache
+def _task_manager(folders: tuple[str, ...], defaults: bool) -> Any:
+    from lmms_eval.tasks import TaskManager
 
-    def load(self, name: str, form: Literal["simple", "chat"] = "simple") -> Any:
-        """Return the task object of a name, with its documents, in lmms-eval's simple form or its chat form.
-
-        Raises:
-            Refused: no such task, or the name is that of a group of tasks.
-            ShortVError: its data or its code cannot be loaded, for example without a network.
-        """
-        from lmms_eval.tasks import get_task_dict
-
-        manager = self._manager_of(name)
-        try:
-            tasks: Mapping[Any, Any] = get_task_dict(name, manager, form)
-        except Exception as error:
-            # Tasks run third-party code and fetch data: whatever goes wrong there is this task's failure.
-            raise ShortVError(
-                f"task {name!r} could not be loaded: {_cause(error)}; check that its data set is in the local "
-                "cache or can be reached"
-            ) from error
-        return tasks[name]
-
-    def _manager_of(self, name: str) -> Any:
-        known: dict[str, Any] = {}
-        for defaults in (False, True):
-            index = self._manager(defaults).task_index
-            if name in index:
-                _check_single(name, index[name])
-                return self._manager(defaults)
-            known |= index
-        near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "name a task of lmms-eval, or give its folder"
-        raise Refused(f"lmms-eval has no task {name!r}; {hint}")
-
-    def _manager(self, defaults: bool) -> Any:
-        if defaults not in self._managers:
-            from lmms_eval.tasks import TaskManager
-
-            self._managers[defaults] = TaskManager(include_path=self._folders, include_defaults=defaults)
-        return self._managers[defaults]
+    return TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
 def _check_single(name: str, entry: Mapping[str, Any]) -> None:
-    if entry["type"] in ("task", "python_task"):
-        return
-    members = entry.get("task")
-    hint = f": {', '.join(members[:8])}" if isinstance(members, list) else ""
-    raise Refused(f"{name!r} is the name of a {entry['type']} of tasks; name single tasks instead{hint}")
+    if entry["type"] not in ("task", "python_task"):
+        members = entry.get("task")
+        hint = f": {', '.join(members[:8])}" if isinstance(members, list) else ""
+        raise Refused(f"{name!r} is the name of a {entry['type']} of tasks; name single tasks instead{hint}")
 
 
-def _cause(error: BaseException) -> str:
-    attempt = getattr(error, "last_attempt", None)
-    inner = (attempt.exception() if attempt is not None else None) or error
-    return f"{type(inner).__name__}: {one_line(inner)}"
+def _load(name: str, manager: Any, form: str) -> Any:
+    from lmms_eval.tasks import get_task_dict
+
+    try:
+        return get_task_dict(name, manager, form)[name]
+    except Exception as error:  # tasks run third-party code and fetch data
+        # lmms-eval retries, and wraps the error of its last attempt.
+        attempt = getattr(error, "last_attempt", None)
+        inner = (attempt.exception() if attempt is not None else None) or error
+        raise ShortVError(
+            f"task {name!r} could not be loaded: {type(inner).__name__}: {one_line(inner)}; check that its data set is "
+            "in the local cache or can be reached"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -122,19 +114,80 @@ def document_names(docs: Any) -> list[str]:
     return [str(position) for position in range(len(docs))]
 
 
+def task_samples(spec: str, seed: int, include_path: IncludePath = None) -> list[Sample]:
+    """Draw documents from the evaluation split of an lmms-eval task, such as `gqa:20`, in the order of the split.
+
+    Question, images and answer come from the same document (the released ShortV code drew them apart). The draw
+    depends on seed and task name only, and a smaller number draws a part of what a larger one draws. A document
+    whose image cannot be decoded becomes a sample with an empty image, for which it alone gets an error row.
+
+    Raises:
+        Refused: a malformed spec, an unknown task, more samples than documents, or a task without images or text.
+        ShortVError: the data of the task cannot be loaded.
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise Refused(f"{spec!r:.80} is not a task and a number of samples; write TASK:NUMBER, such as gqa:20")
+    name, limit = match["task"], int(match["limit"])
+    with loading_tasks():
+        task = find_task(name, include_path)("simple")
+        docs = task.eval_docs
+        if limit > len(docs):
+            raise Refused(f"task {name!r} has {len(docs)} documents, fewer than {limit}; draw fewer samples")
+        order = list(range(len(docs)))
+        random.Random(f"{name}:{seed}").shuffle(order)
+        names = document_names(docs)
+        return [_sample(task, name, f"{name}/{names[at]}", docs, at) for at in sorted(order[:limit])]
+
+
+def _sample(task: Any, name: str, sample_id: str, docs: Any, position: int) -> Sample:
+    try:
+        doc = docs[position]
+        images = tuple(_png(name, visual) for visual in task.doc_to_visual(doc) or ())
+    except (OSError, SyntaxError, ValueError, SampleError):
+        # Pillow raises the first three for a damaged file. The sample is kept, so that its state is an error row.
+        return Sample(sample_id=sample_id, images=(b"",), prompt="", dataset=name)
+    try:
+        prompt = task.doc_to_text(doc)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ShortVError(f"task {name!r} gives no prompt: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(prompt, str):
+        raise Refused(f"task {name!r} gives a {type(prompt).__name__} as prompt; choose a task with prompts of text")
+    answer = None if task.config.doc_to_target is None else task.doc_to_target(doc)
+    if isinstance(answer, list | tuple) and answer:
+        answer = answer[0]
+    return Sample(
+        sample_id=sample_id,
+        images=images,
+        prompt=prompt,
+        answer=str(answer) if isinstance(answer, str | int | float) else None,
+        dataset=name,
+    )
+
+
+def _png(name: str, visual: Any) -> bytes:
+    if not isinstance(visual, Image.Image):
+        raise Refused(f"task {name!r} gives a {type(visual).__name__} as image; choose an image task")
+    # PNG has no CMYK or floating-point modes.
+    image = visual if visual.mode in ("RGB", "RGBA", "L") else open_image(visual)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def task_digest(config: Mapping[str, Any], documents: Iterable[Any], **more: Any) -> str:
     """Digest a task's dumped configuration, the files with its functions, and documents without media, in order.
 
     Nothing of it depends on where files are, so that a copy of a task in another folder has the same digest.
     """
-    found = hashlib.sha256(_text({"config": config, **more}).encode())
+
+    def text(value: Any) -> bytes:
+        return json.dumps(_plain(value), sort_keys=True).encode()
+
+    found = hashlib.sha256(text({"config": config, **more}))
     for document in documents:
-        found.update(hashlib.sha256(_text(document).encode()).digest())
+        found.update(hashlib.sha256(text(document)).digest())
     return found.hexdigest()
-
-
-def _text(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

@@ -72,7 +72,7 @@ def _limited(samples: list[Sample], limit: float | None) -> list[Sample]:
 
 
 def _task(source: str, limit: float | None, seed: int, include_path: str | None) -> list[Sample]:
-    from shortv.evals.samples import task_samples
+    from shortv.evals.tasks import task_samples
 
     name, colon, _ = source.partition(":")
     if not colon and limit is not None and limit >= 1:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -167,13 +168,8 @@ class FakeModel(lmms):  # type: ignore[misc]
 
     is_simple = False
 
-    def _text(self, request: Any) -> str:
-        _, doc_to_messages, _, doc_id, task, split = request.args
-        messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        return _texts(messages)
-
     def generate_until(self, requests: Any) -> list[str]:
-        return [answer_to(self._text(request)) for request in requests]
+        return [texts[0] for texts in self.generate_until_multi_round(requests)]
 
     def loglikelihood(self, requests: Any) -> list[Any]:
         # lmms-eval's models give losses, and its multiple choice counts on it.
@@ -184,14 +180,13 @@ class FakeModel(lmms):  # type: ignore[misc]
         found = []
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
-            doc, answers, info = self.task_dict[task][split][doc_id], [answer_to(self._text(request))], None
-            while True:
+            doc = self.task_dict[task][split][doc_id]
+            answers, info, over = [answer_to(_texts(doc_to_messages(doc)))], None, "multi" not in request.request_type
+            while not over:
                 messages, over, answers, info = doc_to_messages(
                     doc, round_idx=len(answers), previous_output=answers, previous_round_info=info
                 )
-                if over:
-                    break
-                answers.append(answer_to(_texts(messages)))
+                answers += [] if over else [answer_to(_texts(messages))]
             found.append(answers)
         return found
 
@@ -202,3 +197,15 @@ class SimpleFakeModel(FakeModel):
 
 def _texts(messages: Any) -> str:
     return "".join(part["text"] for turn in messages for part in turn["content"] if part["type"] == "text")
+
+
+def simple_evaluation(model: Any, task: str, folder: Path, output: Path, **more: Any) -> Mapping[str, Any]:
+    """What lmms-eval's own evaluation says, with its command's defaults."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    tags = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+    arguments = SimpleNamespace(process_with_media=False, reasoning_tags=tags, output_path=str(output))
+    manager = TaskManager(include_path=[str(folder)], include_defaults=False)
+    found = simple_evaluate(model, tasks=[task], task_manager=manager, cli_args=arguments, **more)
+    return {name: value for name, value in found["results"][task].items() if "," in name}

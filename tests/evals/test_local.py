@@ -17,10 +17,12 @@ from PIL import Image
 
 import shortv
 from shortv.errors import Refused, ShortVError
-from shortv.evals.local import ShortV, SimpleShortV, run_in_batches
-from shortv.evals.requests import generate_arguments, sampling_params
+from shortv.evals import local
+from shortv.evals.local import ShortV, SimpleShortV
+from shortv.evals.requests import GenerationSettings
 from shortv.families import load_architecture
 from shortv.plan import Mode, Plan
+from shortv.request import SamplingParams
 from shortv.tiny.accuracy import MODEL, Question, generate_answers, measure_accuracy, read_questions
 from tests.processors import CHECKPOINTS, save_checkpoint
 
@@ -82,115 +84,105 @@ def instance(kind: str, at: int, *arguments: Any) -> Instance:
 
 def ask(
     model: ShortV,
-    gen_kwargs: dict[str, Any] | None = None,
+    gen_kwargs: dict[str, Any] = GREEDY,
     doc_to_messages: Callable[[Question], Any] = messages,
     documents: Sequence[int] = range(len(QUESTIONS)),
 ) -> list[str]:
-    settings = gen_kwargs or GREEDY
-    requests = [instance("generate_until", at, QUESTIONS[at].prompt, doc_to_messages, settings) for at in documents]
+    requests = [instance("generate_until", at, QUESTIONS[at].prompt, doc_to_messages, gen_kwargs) for at in documents]
     return [answer.text for answer in model.generate_until(requests)]
 
 
-def with_batch_size(size: int, plan: Any) -> ShortV:
-    return ready(ShortV(batch_size=size, plan=plan, device="cpu"))
-
-
-def test_answers_are_those_of_the_benchmark_for_any_batch_size(full: ShortV, harsh: ShortV, folder: Path) -> None:
+def test_answers_are_those_of_the_benchmark_for_any_batch_size(
+    full: ShortV, harsh: ShortV, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = full._loaded.model, full._loaded.processor
     unplanned = list(generate_answers(model, processor, QUESTIONS))
-    assert ask(full) == unplanned
     with shortv.apply(model, HARSH):
         planned = list(generate_answers(model, processor, QUESTIONS))
     assert planned != unplanned
-    assert ask(harsh) == planned
-    assert ask(with_batch_size(1, None)) == unplanned
-    assert ask(with_batch_size(1, folder / "harsh.json")) == planned
+    for answering, wanted in ((full, unplanned), (harsh, planned)):
+        assert ask(answering) == wanted
+        with monkeypatch.context() as patch:
+            patch.setattr(answering, "batch_size", 1)
+            assert ask(answering, documents=range(10)) == wanted[:10]
 
 
 def test_the_simple_form_gives_the_same(full: ShortV) -> None:
-    model = SimpleShortV(device="cpu", batch_size=8)
-    model.task_dict = full.task_dict
+    model = ready(SimpleShortV(device="cpu", batch_size=8))
     requests = [
         instance("generate_until", at, question.prompt, GREEDY, lambda doc: [picture(doc)])
-        for at, question in enumerate(QUESTIONS)
+        for at, question in enumerate(QUESTIONS[:16])
     ]
-    assert [answer.text for answer in model.generate_until(requests)] == ask(full)
+    assert [answer.text for answer in model.generate_until(requests)] == ask(full, documents=range(16))
 
 
-def test_token_counts_are_reported(full: ShortV) -> None:
-    (answer,) = full.generate_until([instance("generate_until", 0, "", messages, GREEDY)])
+def test_token_counts_and_stops(full: ShortV) -> None:
+    def first(**settings: Any) -> Any:
+        return full.generate_until([instance("generate_until", 0, "", messages, {**GREEDY, **settings})])[0]
+
+    answer = first()
     ids = full._loaded.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-    assert answer.token_counts.output_tokens == len(ids) + 1
-    assert answer.token_counts.input_tokens > 36
-    (cut,) = full.generate_until([instance("generate_until", 0, "", messages, {**GREEDY, "max_new_tokens": 1})])
-    assert cut.token_counts.output_tokens == 1
+    assert answer.token_counts.output_tokens == len(ids) + 1 and answer.token_counts.input_tokens > 36
+    assert first(max_new_tokens=1).token_counts.output_tokens == 1
+    assert first(until=[answer.text.strip()[0]]).token_counts.output_tokens == 1
+    answers = ask(full)
+    stop = next(answer for answer in answers if len(answer.strip()) > 2).strip()[1]
+    assert ask(full, {**GREEDY, "until": stop}) == [answer.split(stop)[0] for answer in answers] != answers
 
 
 def test_sampling_follows_its_settings(full: ShortV) -> None:
-    greedy = ask(full)
+    greedy = ask(full, documents=range(16))
     hot = {**GREEDY, "temperature": 5.0, "do_sample": True}
-    torch.manual_seed(0)
-    sampled = ask(full, hot)
-    torch.manual_seed(0)
-    assert ask(full, hot) == sampled != greedy
-    assert ask(full, {**hot, "top_p": 1e-6}) == greedy
-    assert ask(full, {**GREEDY, "num_beams": 2}) == greedy
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sampled.append(ask(full, hot, documents=range(16)))
+    assert sampled[0] == sampled[1] != greedy
+    assert ask(full, {**hot, "top_p": 1e-6}, documents=range(16)) == greedy
+    assert ask(full, {**GREEDY, "num_beams": 2}, documents=range(16)) == greedy
 
 
 def test_settings_of_tasks_are_read_alike_for_generate_and_for_replicas() -> None:
-    for settings in ({"temperature": 0, "do_sample": True}, {"do_sample": True, "top_k": 5}, {"temperature": 0.5}, {}):
-        arguments, stop = generate_arguments(settings)
-        sampling = sampling_params(settings)
+    for given in ({"temperature": 0, "do_sample": True}, {"do_sample": True, "top_k": 5}, {"temperature": 0.5}, {}):
+        settings = GenerationSettings.read(given)
+        arguments, sampling = settings.generate_arguments(), settings.sampling_params()
         assert arguments["do_sample"] == (sampling.temperature > 0)
         assert arguments["max_new_tokens"] == sampling.max_tokens == 1024
-        assert stop == sampling.stop == ()
-    given = {
-        "until": ["\n\n", "Q:", ""],
-        "min_new_tokens": 2,
-        "repetition_penalty": 1.2,
-        "top_p": 0.1,
-        "do_sample": None,
+    # What a task does not set is left to the model, unless the completion is greedy.
+    sampled = GenerationSettings.read({"do_sample": True, "top_p": 0.5, "max_gen_toks": 7, "length_penalty": 2})
+    assert sampled.generate_arguments() == {
+        "do_sample": True,
+        "top_p": 0.5,
+        "max_new_tokens": 7,
+        "length_penalty": 2.0,
     }
-    sampling = sampling_params({**given, "image_aspect_ratio": "original"})
-    assert (sampling.min_tokens, sampling.repetition_penalty, sampling.top_p) == (2, 1.2, 1.0)
-    assert sampling.stop == generate_arguments(given)[1] == ("\n\n", "Q:")
-    assert sampling_params({"do_sample": True}).temperature == 1.0
-    assert sampling_params({"num_beams": 1, "length_penalty": 2.0}) == sampling_params({"until": None})
+    assert sampled.sampling_params() == SamplingParams(max_tokens=7, temperature=1.0, top_p=0.5)
+    given = {"until": ["\n\n", "Q:", ""], "min_new_tokens": 2, "repetition_penalty": 1.2, "top_p": 0.1}
+    greedy = GenerationSettings.read({**given, "do_sample": None, "image_aspect_ratio": "original", "num_beams": 1})
+    stop = ("\n\n", "Q:")
+    assert greedy.sampling_params() == SamplingParams(min_tokens=2, repetition_penalty=1.2, stop=stop)
+    assert greedy.stop == stop and greedy.generate_arguments()["top_p"] is None
     with pytest.raises(Refused, match="num_beams=4 is not supported by replicas"):
-        sampling_params({"num_beams": 4})
-    for read in (sampling_params, generate_arguments):
-        with pytest.raises(Refused, match=r"'guidance' is not supported; .*do_sample, "):
-            read({"guidance": 1})
-        for name, value in (("max_new_tokens", "many"), ("temperature", [1]), ("top_k", 10**400), ("until", 3)):
-            with pytest.raises(Refused, match=f"setting {name} is "):
-                read({name: value})
-
-
-def test_a_stop_ends_the_answer(full: ShortV) -> None:
-    answers = ask(full)
-    stop = next(answer for answer in answers if len(answer.strip()) > 2).strip()[1]
-    stopped = ask(full, {**GREEDY, "until": stop})
-    assert stopped == [answer.split(stop)[0] for answer in answers] != answers
-    (short,) = full.generate_until(
-        [instance("generate_until", 0, "", messages, {**GREEDY, "until": [answers[0].strip()[0]]})]
-    )
-    assert short.token_counts.output_tokens == 1
+        GenerationSettings.read({"num_beams": 4}).sampling_params()
+    with pytest.raises(Refused, match="unknown setting 'guidance'"):
+        GenerationSettings.read({"guidance": 1})
+    for name, value in (("max_new_tokens", "many"), ("temperature", [1]), ("top_k", 10**400), ("until", 3)):
+        with pytest.raises(Refused, match=f"{name} is "):
+            GenerationSettings.read({name: value})
 
 
 @pytest.mark.parametrize("name", ["full", "harsh"])
 def test_likelihoods_are_those_of_single_unpadded_forwards(name: str, request: pytest.FixtureRequest) -> None:
     model: ShortV = request.getfixturevalue(name)
-    choices = [" red", " blue circle", " yes", " 3"]
-    documents = range(6)
+    documents = range(4)
     own = {at: f" {answer.strip()}" for at, answer in zip(documents, ask(model, documents=documents), strict=True)}
-    asked = [(at, text) for at in documents for text in dict.fromkeys([*choices, own[at]])]
+    asked = [(at, text) for at in documents for text in dict.fromkeys([" red", " blue circle", " yes", own[at]])]
     requests = [
         instance("loglikelihood", at, QUESTIONS[at].prompt, text, lambda doc: [picture(doc)]) for at, text in asked
     ]
     found = model.loglikelihood(requests)
     for (at, text), (log_probability, is_greedy) in zip(asked, found, strict=True):
-        expected = teacher_forced(model, QUESTIONS[at], text)
-        assert log_probability == pytest.approx(expected, abs=1e-3, rel=1e-5)
+        assert log_probability == pytest.approx(teacher_forced(model, QUESTIONS[at], text), abs=1e-3, rel=1e-5)
         assert is_greedy == (text == own[at])
 
 
@@ -272,7 +264,7 @@ def test_rounds_go_on_until_the_task_ends_them(full: ShortV) -> None:
         return None if over else messages(QUESTIONS[round_idx]), over, previous_output, round_idx
 
     requests = [instance("generate_until_multi_round", at, "", rounds, GREEDY) for at in range(4)]
-    single = ask(full)
+    single = ask(full, documents=range(4))
     assert full.generate_until_multi_round(requests) == [
         [single[at], *single[1 : at + 1]] if at else [single[0]] for at in range(4)
     ]
@@ -301,7 +293,6 @@ def test_a_request_that_fails_ends_the_run(full: ShortV) -> None:
     for doc_to_messages, kind, message in cases:
         with pytest.raises(kind, match=message):
             ask(full, doc_to_messages=doc_to_messages, documents=[3])
-    assert ask(full, documents=[3]) == [ask(full)[3]]
 
 
 def test_settings_that_cannot_be_right_are_refused(folder: Path) -> None:
@@ -365,30 +356,22 @@ def test_the_response_cache_keys_on_the_plan(folder: Path, tmp_path: Path) -> No
     assert ResponseCache.__dict__["create"] is own
 
 
-def test_a_batch_that_does_not_fit_is_halved() -> None:
-    sizes = []
+def test_a_batch_that_does_not_fit_is_halved(full: ShortV, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    fitting = 2
 
-    def run(batch: Sequence[str]) -> list[str]:
-        sizes.append(len(batch))
-        if len(batch) > 2:
+    def run(loaded: Any, prompts: Sequence[Any], arguments: Any, stop: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > fitting:
             raise torch.OutOfMemoryError("no")
-        return [text.upper() for text in batch]
+        return generate(loaded, prompts, arguments, stop)
 
-    items = ["a", "ccc", "bb", "dddd", "e"]
-    options: dict[str, Any] = {"group": lambda item: {}, "length": len}
-    assert run_in_batches(items, run, batch_size=5, **options) == ["A", "CCC", "BB", "DDDD", "E"]
-    assert sizes == [5, 2, 3, 1, 2]
-
-    def never(batch: Sequence[str]) -> list[str]:
-        raise torch.OutOfMemoryError("no")
-
+    generate, wanted = local.generate, ask(full, documents=range(5))
+    monkeypatch.setattr(local, "generate", run)
+    assert ask(full, documents=range(5)) == wanted and sizes == [5, 2, 3, 1, 2]
+    fitting = 0
     with pytest.raises(ShortVError, match="one request alone does not fit"):
-        run_in_batches(items, never, batch_size=5, **options)
-
-
-def test_the_model_loads_no_ray() -> None:
-    script = "import sys, shortv.evals.local; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+        ask(full, documents=range(5))
 
 
 @pytest.mark.slow

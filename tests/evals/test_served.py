@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,12 +18,10 @@ from PIL import Image
 from shortv.errors import Refused, ShortVError
 from shortv.evals import remote
 from shortv.evals.benchmark import Benchmark
-from shortv.evals.model_args import ServedSpec
-from shortv.evals.remote import Connection, RemoteClient, connect_url, open_endpoint
-from shortv.evals.served import ServedModel
+from shortv.evals.remote import Connection, RemoteClient, ServedSpec, connect_url, open_endpoint
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.workers.lmms_served import ShortVServe
-from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, write_tasks
+from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, simple_evaluation, write_tasks
 
 DIGEST = "ab" * 32
 MODELS = [
@@ -191,11 +188,11 @@ def test_a_request_that_fails_ends_the_run_and_names_its_document() -> None:
 def test_a_url_carries_no_likelihood() -> None:
     arguments = ("Is it?", " red", lambda number: None, 0, "pictures", "test")
     request = Instance("loglikelihood", arguments, idx=0, metadata={"task": "pictures", "doc_id": 0, "repeats": 1})
-    with served() as model, pytest.raises(Refused, match="a URL cannot carry likelihood"):
+    with served() as model, pytest.raises(ShortVError, match="a URL cannot carry likelihood"):
         model.loglikelihood([request])
 
-    class Handle(ServedModel):
-        async def connect(self, spec: ServedSpec) -> Connection:
+    class Handle(ShortVServe):
+        async def connect(self) -> Connection:
             return Connection(FakeClient(), "", None)
 
     model = Handle(app="shortv")
@@ -227,9 +224,6 @@ def test_settings_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
             with pytest.raises(Refused, match=message) as caught:
                 ShortVServe.create_from_arg_string(text, {"batch_size": 1, "device": None})
             assert "\n" not in str(caught.value)
-    with pytest.raises(Refused, match="app=shortv cannot be reached from here"):
-        ServedModel.create_from_arg_string("app=shortv")
-    assert ServedSpec(url="http://x/v1/", model="a", plan="b").served_name == "a@b"
 
 
 def test_an_endpoint_that_is_none_is_said() -> None:
@@ -314,33 +308,21 @@ def test_trying_again_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure == Failure(reason=Reason.DEADLINE, message="the endpoint gave no answer in time")
 
 
-@pytest.mark.parametrize("task", ["filtered", "rounds"])
-def test_lmms_eval_finds_the_model_and_scores_as_a_benchmark(task: str, tmp_path: Path) -> None:
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
+def test_lmms_eval_finds_the_model_and_scores_as_a_benchmark(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
-    tags = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
-    arguments = SimpleNamespace(process_with_media=False, reasoning_tags=tags, output_path=str(tmp_path))
-    manager = TaskManager(include_path=[str(folder)], include_defaults=False)
+
+    async def responses(benchmark: Benchmark, url: str) -> Any:
+        connection = await connect_url(ServedSpec(url=url, model="tiny", plan="fast"))
+        found = await benchmark.run(connection.client, plan=connection.plan, concurrency=4)
+        await connection.client.aclose()
+        return found
+
     with endpoint() as url:
-        found = simple_evaluate(
-            "shortv_serve",
-            model_args=f"url={url},model=tiny,plan=fast,num_concurrent=4",
-            tasks=[task],
-            task_manager=manager,
-            cli_args=arguments,
+        found = simple_evaluation(
+            "shortv_serve", "rounds", folder, tmp_path, model_args=f"url={url},model=tiny,plan=fast,num_concurrent=4"
         )
-        benchmark = Benchmark(task, include_path=folder)
-        scored = benchmark.score(asyncio.run(_responses(benchmark, url)))
+        benchmark = Benchmark("rounds", include_path=folder)
+        scored = benchmark.score(asyncio.run(responses(benchmark, url)))
     assert scored.metrics and not any(sample.error for sample in scored.samples)
     for row in scored.metrics:
-        assert found["results"][task][f"{row.metric},{row.filter}"] == row.value
-
-
-async def _responses(benchmark: Benchmark, url: str) -> Any:
-    connection = await connect_url(ServedSpec(url=url, model="tiny", plan="fast"))
-    try:
-        return await benchmark.run(connection.client, plan=connection.plan, concurrency=4)
-    finally:
-        await connection.client.aclose()
+        assert found[f"{row.metric},{row.filter}"] == row.value

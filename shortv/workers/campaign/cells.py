@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from statistics import fmean, median
 from types import MappingProxyType
@@ -180,15 +180,13 @@ class CellRecord(_Stored):
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object."""
-        metrics = [metric._asdict() for metric in self.metrics]
-        return self.model_dump(mode="json", exclude={"metrics"}) | {"metrics": metrics}
+        return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], shown: str) -> CellRecord:
         """Rebuild a record, strictly. Raises ShortVError for one that is damaged or from another release."""
         try:
-            metrics = [MetricRow(**metric) for metric in value["metrics"]]
-            return cls.model_validate({**value, "metrics": metrics})
+            return cls.model_validate(value)
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             raise ShortVError(f"{shown} is damaged or from another release: {one_line(error)}") from error
 
@@ -250,10 +248,9 @@ def _failed_samples(errors: Sequence[ScoredSample], total: int) -> str:
 
 def _finite(metric: MetricRow) -> MetricRow:
     """Replace NaN and infinity, which JSON does not have, by None."""
-    unknown = {
-        name for name, value in metric._asdict().items() if isinstance(value, float) and not math.isfinite(value)
-    }
-    return MetricRow(**{**metric._asdict(), **dict.fromkeys(unknown)})
+    values = asdict(metric)
+    unknown = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return MetricRow(**(values | dict.fromkeys(unknown)))
 
 
 def _speed(cell: Cell, result: CellResult, seconds: float) -> Speed:

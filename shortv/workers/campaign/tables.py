@@ -79,7 +79,7 @@ def _cell_row(cell: Cell, record: CellRecord) -> Row:
 
 def _metric_rows(cell: Cell, record: CellRecord) -> Iterator[Row]:
     for metric in record.metrics:
-        yield _names(cell) | {"plan_digest": cell.entry.plan.digest} | metric._asdict()
+        yield _names(cell) | {"plan_digest": cell.entry.plan.digest} | asdict(metric)
 
 
 def _comparison_rows(
