@@ -110,6 +110,11 @@ class LoadingSpec(Spec):
     attn_implementation: Attention = Field(default="sdpa", description="Attention implementation of transformers.")
     trust_remote_code: bool = Field(default=False, description="Run code that comes with the model.")
 
+    def of_model(self, name: str, chat_template: str | None = None) -> ModelSpec:
+        """Return how to load the model of that name."""
+        shared = {setting: getattr(self, setting) for setting in LoadingSpec.model_fields}
+        return ModelSpec(name=name, chat_template=chat_template, **shared)
+
 
 class ModelSpec(LoadingSpec):
     """What a worker needs to load a model.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -17,22 +18,12 @@ from shortv.errors import Refused
 from shortv.evals.scoring import ScoredSample
 from shortv.terminal import console as default_console
 from shortv.terminal import say
-from shortv.workers.campaign.cells import (
-    Cell,
-    CellRecord,
-    CellState,
-    RunCell,
-    Runner,
-    TaskFacts,
-    failed_record,
-    list_cells,
-    record_of,
-)
+from shortv.workers.campaign.cells import Cell, CellRecord, CellResult, CellState, RunCell
 from shortv.workers.campaign.folder import CampaignFolder
-from shortv.workers.campaign.plans import ModelFacts, PlanEntry, PlanKind, resolve_plans
+from shortv.workers.campaign.plans import ModelFacts, PlanEntry, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import print_summary, result_line
-from shortv.workers.campaign.tables import Scores, build_tables
+from shortv.workers.campaign.tables import TableBuilder
 from shortv.workers.run import (
     Stopped,
     attempt,
@@ -45,8 +36,11 @@ from shortv.workers.run import (
 )
 from shortv.workers.shipping import folder_digest
 
+if TYPE_CHECKING:
+    from shortv.workers.campaign.runner import ReplicaRunner
 
-def run_campaign(spec: CampaignSpec, *, runner: Runner, console: Console | None = None) -> int:
+
+def run_campaign(spec: CampaignSpec, *, runner: ReplicaRunner, console: Console | None = None) -> int:
     """Run, continue or repeat a campaign, print its tables, and return the exit status (0, or 3 with failures).
 
     Raises:
@@ -59,113 +53,79 @@ def run_campaign(spec: CampaignSpec, *, runner: Runner, console: Console | None 
         folder = Folder(spec.output_path)
         # A folder of another run is refused before models and tasks are read.
         find_manifest(folder, CampaignManifest)
-        prepared = prepare(spec, runner)
-        for warning in prepared.warnings:
-            say(console, f"Warning: {warning}")
+        campaign = _Campaign(spec, runner, CampaignFolder(folder), console)
         with one_driver(folder):
-            campaign = _Campaign(prepared=prepared, runner=runner, folder=CampaignFolder(folder), console=console)
             worked = campaign.run()
             campaign.report()
             write_report(folder, console, anew=worked)
             return campaign.exit_status()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A campaign whose input is checked."""
-
-    spec: CampaignSpec
-    models: tuple[ModelFacts, ...]
-    entries: Mapping[str, tuple[PlanEntry, ...]]
-    tasks: tuple[TaskFacts, ...]
-    cells: tuple[Cell, ...]
-    warnings: tuple[str, ...]
-
-    def distinct(self) -> dict[str, Cell]:
-        """Return the cells by key, in order; of cells that share a key, the first."""
-        found: dict[str, Cell] = {}
-        for cell in self.cells:
-            found.setdefault(cell.key, cell)
-        return found
-
-
-def prepare(spec: CampaignSpec, runner: Runner) -> Prepared:
-    """Read models, plans and tasks, and list the cells.
-
-    Raises:
-        Refused: one of them cannot be right.
-        ShortVError: the data of a task cannot be loaded.
-    """
-    models = tuple(_model_of(name, spec, runner) for name in spec.models)
-    resolved = resolve_plans(spec.plans, models)
-    tasks = tuple(runner.task(name, spec) for name in spec.tasks)
-    return Prepared(
-        spec=spec,
-        models=models,
-        entries=resolved.entries,
-        tasks=tasks,
-        cells=tuple(list_cells(spec, models, resolved.entries, tasks)),
-        warnings=resolved.warnings,
-    )
-
-
-@dataclass(slots=True, kw_only=True)
 class _Campaign:
-    """A campaign in a locked folder; `records` are those of its finished cells by key."""
+    """The cells of a spec, ordered by model, then by task, then by plan; and the records of those that are finished.
 
-    prepared: Prepared
-    runner: Runner
-    folder: CampaignFolder
-    console: Console
-    records: dict[str, CellRecord] = field(default_factory=dict)
-    scores: Scores = field(init=False)
+    `distinct` holds a cell for each key: cells that share a key run once.
+    """
 
-    def __post_init__(self) -> None:
-        self.scores = Scores(self.folder, seed=self.prepared.spec.seed)
+    def __init__(self, spec: CampaignSpec, runner: ReplicaRunner, folder: CampaignFolder, console: Console) -> None:
+        """Read models, plans and tasks. Raises Refused where one cannot be right, ShortVError for a task's data."""
+        self.spec, self.runner, self.folder, self.console = spec, runner, folder, console
+        self.models = [self._model(name) for name in spec.models]
+        self.entries, warnings = resolve_plans(spec.plans, self.models)
+        self.tasks = [runner.task(name, spec) for name in spec.tasks]
+        for warning in warnings:
+            say(console, f"Warning: {warning}")
+        self.cells = [
+            Cell.of(spec, model, entry, task)
+            for model in self.models
+            for task in self.tasks
+            for entry in self.entries[model.name]
+        ]
+        self.distinct: dict[str, Cell] = {}
+        for cell in self.cells:
+            self.distinct.setdefault(cell.key, cell)
+        self.tables = TableBuilder(self.cells, folder, seed=spec.seed)
+        self.records: dict[str, CellRecord] = {}
+
+    def _model(self, name: str) -> ModelFacts:
+        model = self.runner.loader.pin(self.spec.of_model(name))
+        architecture = self.runner.loader.describe(model)
+        return ModelFacts(name=name, revision=model.revision, digest=folder_digest(name), architecture=architecture)
 
     def run(self) -> bool:
         """Run the cells that are missing and return True; a finished campaign of the same spec is not changed."""
         folder = self.folder.folder
         before = find_manifest(folder, CampaignManifest)
-        self.records, damaged = self.folder.read_records(self.prepared.distinct())
+        self.records, damaged = self.folder.read_records(self.distinct)
         for line in damaged:
             say(self.console, f"Warning: {line}; the cell runs again")
-        pending = self._pending()
-        total = len(self.prepared.distinct())
-        say(self.console, f"{total} cells, {total - len(pending)} finished")
-        wanted = describe_run(self.prepared, before)
-        if not pending and _is_finished(before, wanted) and self.folder.has_tables():
+        pending = [cell for key, cell in self.distinct.items() if not self._is_finished(self.records.get(key))]
+        say(self.console, f"{len(self.distinct)} cells, {len(self.distinct) - len(pending)} finished")
+        wanted = self._manifest(before)
+        if not pending and _is_repeated(before, wanted) and self.folder.has_tables():
             return False
         folder.check_writable()
         attempt(folder, wanted, lambda running: self._run_cells(running, pending))
         return True
 
+    def _is_finished(self, record: CellRecord | None) -> bool:
+        return record is not None and (record.state is CellState.COMPLETE or not self.spec.retry_failed)
+
     def report(self) -> None:
         """Print the tables and the failures."""
-        cells = self.prepared.cells
-        print_summary(cells, self.records, build_tables(cells, self.records, self.scores), self.console)
+        print_summary(self.cells, self.records, self.tables.build(self.records), self.console)
         say(self.console, f"results in {self.folder.folder.shown}")
 
     def exit_status(self) -> int:
         """Return 0 when no cell lacks more than the tolerated share of its samples, else 3."""
-        tolerated = self.prepared.spec.fail_on_error
-        failed = [
-            (1, 1) if record.state is CellState.FAILED else (record.errors, record.n)
-            for record in self.records.values()
-        ]
-        return max(exit_status(errors, total, tolerated) for errors, total in failed)
-
-    def _pending(self) -> list[Cell]:
-        """Return the cells to run, one for all that share a key."""
-        retry = self.prepared.spec.retry_failed
-        finished = {key for key, record in self.records.items() if record.state is CellState.COMPLETE or not retry}
-        return [cell for key, cell in self.prepared.distinct().items() if key not in finished]
+        failed = [(1, 1) if one.state is CellState.FAILED else (one.errors, one.n) for one in self.records.values()]
+        return max(exit_status(errors, total, self.spec.fail_on_error) for errors, total in failed)
 
     def _run_cells(self, running: CampaignManifest, pending: Sequence[Cell]) -> CampaignManifest:
         """Run cells model by model, and return the final manifest."""
-        for model in dict.fromkeys(cell.model.name for cell in pending):
-            self._run_model([cell for cell in pending if cell.model.name == model])
-        self._write_tables()
+        for _, cells in groupby(pending, key=lambda cell: cell.model.name):
+            self._run_model(list(cells))
+        self.folder.write_tables(self.tables.build(self.records))
         states = Counter(record.state for record in self.records.values())
         counts = {
             "cells": len(self.records),
@@ -177,33 +137,32 @@ class _Campaign:
         return running.updated(state=State.COMPLETE if whole else State.PARTIAL, counts=counts)
 
     def _run_model(self, cells: Sequence[Cell]) -> None:
-        model = cells[0].model
-        plans = {cell.entry.name: cell.entry.plan for cell in cells if cell.entry.kind is not PlanKind.FULL}
-        spec = self.prepared.spec.model_copy(update={"revision": model.revision})
+        model = self.spec.of_model(cells[0].model.name).model_copy(update={"revision": cells[0].model.revision})
+        plans = {cell.entry.name: cell.plan for cell in cells if cell.plan is not None}
         with ExitStack() as stack:
             try:
-                run_cell = stack.enter_context(self.runner.open(model.name, tuple(plans.values()), spec))
+                run_cell = stack.enter_context(self.runner.open(model, tuple(plans.values()), self.spec))
             except (Stopped, Refused):
                 raise
             except Exception as error:  # without replicas of this model, only its own cells fail
                 for cell in cells:
-                    self._commit(cell, failed_record(cell, error, utc_now(), 0.0))
+                    self._commit(cell, CellRecord.of(cell, error, started=utc_now(), wall_seconds=0.0))
                 return
             for cell in cells:
                 self._run_cell(run_cell, cell)
 
     def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
         started, clock = utc_now(), time.monotonic()
-        plan = None if cell.entry.kind is PlanKind.FULL else cell.entry.plan
         samples: Sequence[ScoredSample] = ()
+        outcome: CellResult | Exception
         try:
-            result = run_cell(plan, cell.task.name)
-            record = record_of(cell, result, started, time.monotonic() - clock)
-            samples = result.samples
+            outcome = run_cell(cell.plan, cell.task.name)
+            samples = outcome.scored.samples
         except Stopped:
             raise
         except Exception as error:  # tasks and judges run third-party code; its errors are failures of the cell
-            record = failed_record(cell, error, started, time.monotonic() - clock)
+            outcome = error
+        record = CellRecord.of(cell, outcome, started=started, wall_seconds=time.monotonic() - clock)
         self._commit(cell, record, samples)
 
     def _commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample] = ()) -> None:
@@ -213,57 +172,30 @@ class _Campaign:
             say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
             return
         self.records[cell.key] = self.folder.commit(cell, record, samples)
-        self._write_tables()
-        total = len(self.prepared.distinct())
-        say(self.console, f"[{len(self.records)}/{total}] {cell.shown}: {result_line(cell, record)}")
+        self.folder.write_tables(self.tables.build(self.records))
+        say(self.console, f"[{len(self.records)}/{len(self.distinct)}] {cell.shown}: {result_line(cell, record)}")
 
-    def _write_tables(self) -> None:
-        self.folder.write_tables(build_tables(self.prepared.cells, self.records, self.scores))
-
-
-def describe_run(prepared: Prepared, before: CampaignManifest | None) -> CampaignManifest:
-    """Return the manifest with which this run starts. It adds to the attempts and the time of an earlier run."""
-    return CampaignManifest(
-        state=State.RUNNING,
-        arguments=prepared.spec.arguments(),
-        versions=versions(),
-        models=tuple(_model_facts(model) for model in prepared.models),
-        plans=tuple(
-            _plan_facts(model.name, entry) for model in prepared.models for entry in prepared.entries[model.name]
-        ),
-        tasks=tuple(task._asdict() for task in prepared.tasks),
-        seed=prepared.spec.seed,
-        attempts=before.attempts if before else 0,
-        started=before.started if before else utc_now(),
-        wall_seconds=before.wall_seconds if before else None,
-    )
+    def _manifest(self, before: CampaignManifest | None) -> CampaignManifest:
+        """Return the manifest with which this run starts. It adds to the attempts and the time of an earlier run."""
+        return CampaignManifest(
+            state=State.RUNNING,
+            arguments=self.spec.arguments(),
+            versions=versions(),
+            models=tuple({**asdict(model), "config_digest": model.architecture.config_digest} for model in self.models),
+            plans=tuple(_plan_facts(model.name, entry) for model in self.models for entry in self.entries[model.name]),
+            tasks=tuple(task._asdict() for task in self.tasks),
+            seed=self.spec.seed,
+            attempts=before.attempts if before else 0,
+            started=before.started if before else utc_now(),
+            wall_seconds=before.wall_seconds if before else None,
+        )
 
 
-def _is_finished(before: CampaignManifest | None, wanted: CampaignManifest) -> bool:
+def _is_repeated(before: CampaignManifest | None, wanted: CampaignManifest) -> bool:
     """Whether an earlier run with the same settings, models, plans, tasks and versions came to its end."""
     if before is None or before.state is State.RUNNING:
         return False
     return before == wanted.updated(state=before.state, counts=before.counts, finished=before.finished)
-
-
-def _model_of(name: str, spec: CampaignSpec, runner: Runner) -> ModelFacts:
-    revision = runner.pin(name, spec)
-    return ModelFacts(
-        name=name,
-        revision=revision,
-        architecture=runner.describe(name, spec.model_copy(update={"revision": revision})),
-        digest=folder_digest(name),
-    )
-
-
-def _model_facts(model: ModelFacts) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "revision": model.revision,
-        "digest": model.digest,
-        "config_digest": model.architecture.config_digest,
-        "architecture": asdict(model.architecture),
-    }
 
 
 def _plan_facts(model: str, entry: PlanEntry) -> dict[str, Any]:

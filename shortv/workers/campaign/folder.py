@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from reports.schemas import SCHEMAS
 from reports.store import Folder
-from shortv.errors import ShortVError
+from shortv.errors import ShortVError, one_line
 from shortv.evals.scoring import ScoredSample
 from shortv.workers.campaign.cells import Cell, CellRecord
 
@@ -32,7 +34,7 @@ class CampaignFolder:
         records: dict[str, CellRecord] = {}
         damaged: list[str] = []
         for key in keys:
-            if _record(key) in names:
+            if f"cells/{key}.json" in names:
                 try:
                     records[key] = self._read(key)
                 except ShortVError as error:
@@ -40,29 +42,32 @@ class CampaignFolder:
         return records, damaged
 
     def _read(self, key: str) -> CellRecord:
-        shown = f"{self.folder.shown}/{_record(key)}"
-        record = CellRecord.from_json(self.folder.read_json(_record(key)), shown)
+        shown, value = f"{self.folder.shown}/cells/{key}.json", self.folder.read_json(f"cells/{key}.json")
+        try:
+            record = CellRecord.model_validate(value)
+        except ValidationError as error:
+            raise ShortVError(f"{shown} is damaged or from another release: {one_line(error)}") from error
         if record.key != key:
             raise ShortVError(f"{shown} is the record of another cell, {record.key[:12]}")
         if record.answers_digest is not None and record.answers_digest != self._digest(key):
             # A retry that was killed between its two writes leaves new answers beside the old record.
-            raise ShortVError(f"{self.folder.shown}/{_answers(key)} does not have the digest in {_record(key)}")
+            raise ShortVError(f"{self.folder.shown}/answers/{key} does not have the digest in cells/{key}.json")
         return record
 
     def commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample]) -> CellRecord:
         """Write the answers of a cell, if it has any, then its record with their digest; returns that record."""
         if samples:
-            self.folder.write_table(_answers(cell.key), [_answer(cell, sample) for sample in samples])
+            self.folder.write_table(f"answers/{cell.key}", [_answer(cell, sample) for sample in samples])
             record = record.model_copy(update={"answers_digest": self._digest(cell.key)})
         else:
             # A killed run may have left answers without a record.
-            self.folder.delete(f"{_answers(cell.key)}.parquet")
-        self.folder.write_json(_record(cell.key), record.to_json())
+            self.folder.delete(f"answers/{cell.key}.parquet")
+        self.folder.write_json(f"cells/{cell.key}.json", record.model_dump(mode="json"))
         return record
 
     def read_answers(self, key: str) -> Any:
         """Return a cell's answers as an Arrow table."""
-        return self.folder.read_table(_answers(key))
+        return self.folder.read_table(f"answers/{key}")
 
     def write_tables(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Replace all tables of the campaign, one after the other."""
@@ -74,22 +79,12 @@ class CampaignFolder:
         return all(self.folder.exists(f"{name}.parquet") for name in TABLES)
 
     def _digest(self, key: str) -> str:
-        return hashlib.sha256(self.folder.read_bytes(f"{_answers(key)}.parquet", limit_bytes=None)).hexdigest()
+        return hashlib.sha256(self.folder.read_bytes(f"answers/{key}.parquet", limit_bytes=None)).hexdigest()
 
 
 def _answer(cell: Cell, sample: ScoredSample) -> dict[str, Any]:
     own = {name: getattr(sample, name) for name in SCHEMAS["answers"].names if hasattr(sample, name)}
-    # A sample that failed has no scores, whatever the runner returned.
+    # A sample that failed has no scores; NaN is stored as null.
     scores = sample.scores if sample.error is None else {}
-    # NaN is stored as null.
     pairs = [{"metric": metric, "value": value if value == value else None} for metric, value in scores.items()]
-    names = {"cell": cell.key, "model": cell.model.name, "plan": cell.entry.name, "task": cell.task.name}
-    return {**own, **names, "scores": pairs}
-
-
-def _record(key: str) -> str:
-    return f"cells/{key}.json"
-
-
-def _answers(key: str) -> str:
-    return f"answers/{key}"
+    return {**own, **cell.names, "scores": pairs}

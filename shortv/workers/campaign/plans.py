@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from reports.store import Folder
@@ -58,8 +59,8 @@ class ModelFacts:
 class Training(NamedTuple):
     """Size of a plan's learned parts and the seconds their training took; None where their header does not say."""
 
-    parameters: int | None
-    seconds: float | None
+    parameters: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +78,11 @@ class PlanEntry:
         """The plan's name, distinct among those of its model."""
         return self.plan.name
 
-    @property
-    def size(self) -> Mapping[Mode, int]:
-        """Return the number of layers in each mode; plans of the same size cost the same."""
-        return Counter(mode for mode in self.plan.modes if mode is not Mode.FULL)
+    def is_control_of(self, other: PlanEntry) -> bool:
+        """Whether this is a random control of a plan: as many layers in each mode, so it costs the same."""
+        if other.kind is not PlanKind.PLAN or other.plan.parts is not None or self.kind is not PlanKind.RANDOM:
+            return False
+        return Counter(self.plan.modes) == Counter(other.plan.modes)
 
 
 class ResolvedPlans(NamedTuple):
@@ -90,9 +92,8 @@ class ResolvedPlans(NamedTuple):
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PlanSource:
-    """A text of a recipe and how to make a plan of a model from it. `make` raises Refused if the plan does not fit."""
+class _Source(NamedTuple):
+    """A text of a recipe and how to make a plan of a model from it; `make` raises Refused if the plan does not fit."""
 
     text: str
     kind: PlanKind
@@ -107,59 +108,64 @@ def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
             different plans have the same name.
     """
     sweeps: dict[tuple[str, Mode], SweepResult] = {}
-    sources = [source for text in texts if text != FULL for source in _sources(text, sweeps)]
+    sources: list[_Source] = []
+    for text in texts:
+        try:
+            sources += _sources(text, sweeps)
+        except (ShortVError, OSError, ValueError) as error:
+            # The operating system rejects names that are too long or contain NUL.
+            raise Refused(f"plan {_shown(text)}: {one_line(error)}") from error
     plans: dict[str, list[PlanEntry]] = {model.name: [_full(model)] for model in models}
     warnings: list[str] = []
     for source in sources:
-        refusals: list[tuple[str, Refused]] = []
+        refusals: dict[str, Refused] = {}
         for model in models:
             try:
                 entry, found = _fitting(source, model)
             except Refused as error:
-                refusals.append((model.name, error))
+                refusals[model.name] = error
             else:
                 plans[model.name].append(entry)
                 warnings += found
         if len(refusals) == len(models):
-            raise Refused(f"plan {_shown(source.text)}: {refusals[0][1]}") from refusals[0][1]
-        warnings += [f"plan {_shown(source.text)} is left out for {name}: {error}" for name, error in refusals]
+            first = next(iter(refusals.values()))
+            raise Refused(f"plan {_shown(source.text)}: {first}") from first
+        warnings += [f"plan {_shown(source.text)} is left out for {name}: {error}" for name, error in refusals.items()]
     entries = {name: _distinct(found, name) for name, found in plans.items()}
     return ResolvedPlans(entries, tuple(dict.fromkeys(warnings)))
 
 
-def _sources(text: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> list[_PlanSource]:
-    try:
-        if sweep := _SWEEP.fullmatch(text):
-            return [_given(text, _from_sweep(sweep["folder"], sweep["amount"], _mode(sweep["mode"]), sweeps))]
-        if every := _ALL.fullmatch(text):
-            return [_fixed(text, _mode(every["mode"]), None)]
-        if control := _CONTROL.fullmatch(text):
-            return list(_controls(control))
-        if _RESERVED.match(text):
-            raise Refused(f"this form is not known; give {_FORMS}")
-        return [_given(text, Plan.load(path)) for path in _paths(text)]
-    except (ShortVError, OSError, ValueError) as error:
-        # The operating system rejects names that are too long or contain NUL.
-        raise Refused(f"plan {_shown(text)}: {one_line(error)}") from error
+def _sources(text: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> Iterator[_Source]:
+    def given(plan: Plan) -> _Source:
+        return _Source(text, PlanKind.PLAN, lambda model: plan)
+
+    if text == FULL:
+        return
+    if sweep := _SWEEP.fullmatch(text):
+        yield given(_from_sweep(sweep["folder"], sweep["amount"], _mode(sweep["mode"]), sweeps))
+    elif every := _ALL.fullmatch(text):
+        yield _Source(text, PlanKind.PLAN, partial(_fixed, mode=_mode(every["mode"]), count=None))
+    elif control := _CONTROL.fullmatch(text):
+        yield from _controls(control)
+    elif _RESERVED.match(text):
+        raise Refused(f"this form is not known; give {_FORMS}")
+    else:
+        # A pattern stands for its files in alphabetical order; other names stand for themselves.
+        paths = sorted(glob.glob(text)) if "*" in text else [text]
+        if not paths:
+            raise Refused("the pattern matches no files; give another one, or make the plans first")
+        yield from (given(Plan.load(path)) for path in paths)
 
 
 def _shown(text: str) -> str:
     return printable(repr(text), limit=200)
 
 
-def _paths(text: str) -> list[str]:
-    """Return the files that a pattern matches, in alphabetical order; other names stand for themselves."""
-    if "*" not in text:
-        return [text]
-    found = sorted(glob.glob(text))
-    if not found:
-        raise Refused("the pattern matches no files; give another one, or make the plans first")
-    return found
-
-
-def _given(text: str, plan: Plan) -> _PlanSource:
-    """Return a source for an existing plan."""
-    return _PlanSource(text=text, kind=PlanKind.PLAN, make=lambda model: plan)
+def _mode(name: str | None) -> Mode:
+    mode = parse_mode(name) if name else Mode.FREEZE_VISUAL
+    if mode is Mode.FULL:
+        raise Refused("the mode full changes nothing; choose another mode, or give the plan full")
+    return mode
 
 
 def _from_sweep(folder: str, amount: str, mode: Mode, sweeps: dict[tuple[str, Mode], SweepResult]) -> Plan:
@@ -170,7 +176,7 @@ def _from_sweep(folder: str, amount: str, mode: Mode, sweeps: dict[tuple[str, Mo
     return make_plan(result, request, choose_layers(result.evidence, request), None)
 
 
-def _controls(found: re.Match[str]) -> Iterator[_PlanSource]:
+def _controls(found: re.Match[str]) -> Iterator[_Source]:
     order, low, high = Control(found["order"]), found["low"], found["high"]
     if (order is Control.RANDOM) != (low is not None):
         raise Refused(f"random controls need a seed, and only they have one; give {_FORMS}")
@@ -180,80 +186,49 @@ def _controls(found: re.Match[str]) -> Iterator[_PlanSource]:
     count, mode = int(found["count"]), _mode(found["mode"])
     if order is Control.LAST and mode is Mode.DROP_VISUAL:
         # An exit at a fixed layer is evaluated, it is not a control.
-        yield _fixed(found.string, mode, count)
+        yield _Source(found.string, PlanKind.PLAN, partial(_fixed, mode=mode, count=count))
         return
     for seed in seeds:
-        yield _control(found.string, order, seed, count, mode)
+        make = partial(_control, mode=mode, count=count, order=order, seed=seed)
+        yield _Source(found.string, PlanKind(order.value), make)
 
 
-def _fixed(text: str, mode: Mode, count: int | None) -> _PlanSource:
-    """Return a source for a mode in all layers, or in the last `count` layers, whatever their LC."""
-
-    def make(model: ModelFacts) -> Plan:
-        layers = model.architecture.num_layers if count is None else count
-        name = f"{mode}-{layers}"
-        return _of_order(model, mode, layers, name, {"order": "fixed"}, control=Control.LAST)
-
-    return _PlanSource(text=text, kind=PlanKind.PLAN, make=make)
+def _fixed(model: ModelFacts, *, mode: Mode, count: int | None) -> Plan:
+    """Return the plan with a mode in all layers, or in the last `count` layers, whatever their LC."""
+    count = model.architecture.num_layers if count is None else count
+    return _of_order(model, mode, count, Control.LAST, 0, name=f"{mode}-{count}", source={"order": "fixed"})
 
 
-def _control(text: str, order: Control, seed: int, count: int, mode: Mode) -> _PlanSource:
-    """Return a source for a control: `count` layers in an order that does not depend on their LC."""
+def _control(model: ModelFacts, *, mode: Mode, count: int, order: Control, seed: int) -> Plan:
+    """Return a control: `count` layers in an order that does not depend on their LC."""
     random = order is Control.RANDOM
     suffix = "" if mode is Mode.FREEZE_VISUAL else f"-{mode}"
     name = f"{order.value}{seed if random else ''}-{count}{suffix}"
     source = {"order": order.value} | ({"order_seed": seed} if random else {})
-
-    def make(model: ModelFacts) -> Plan:
-        return _of_order(model, mode, count, name, source, control=order, seed=seed)
-
-    return _PlanSource(text=text, kind=PlanKind(order.value), make=make)
+    return _of_order(model, mode, count, order, seed, name=name, source=source)
 
 
-def _of_order(model: ModelFacts, mode: Mode, count: int, name: str, source: Mapping[str, Any], **how: Any) -> Plan:
+def _of_order(model: ModelFacts, mode: Mode, count: int, control: Control, seed: int, **fields: Any) -> Plan:
     num_layers = model.architecture.num_layers
-    order = replacement_order(range(num_layers), mode, **how)
-    return Plan.of_layers(
-        mode,
-        order[: check_count(count, num_layers)],
-        num_layers=num_layers,
-        name=name,
-        model=model.name,
-        revision=model.revision,
-        config_digest=model.architecture.config_digest,
-        ranking=order,
-        source=source,
-    )
-
-
-def _mode(name: str | None) -> Mode:
-    mode = parse_mode(name) if name else Mode.FREEZE_VISUAL
-    if mode is Mode.FULL:
-        raise Refused("the mode full changes nothing; choose another mode, or give the plan full")
-    return mode
+    order = replacement_order(range(num_layers), mode, control=control, seed=seed)
+    layers = order[: check_count(count, num_layers)]
+    return Plan.of_layers(mode, layers, num_layers=num_layers, ranking=order, **fields, **_made_for(model))
 
 
 def _full(model: ModelFacts) -> PlanEntry:
-    sizes = model.architecture
-    plan = Plan.full(
-        num_layers=sizes.num_layers,
-        name=FULL,
-        model=model.name,
-        revision=model.revision,
-        config_digest=sizes.config_digest,
-        flops_ratio=1.0,
-    )
+    plan = Plan.full(num_layers=model.architecture.num_layers, name=FULL, flops_ratio=1.0, **_made_for(model))
     return PlanEntry(plan=plan, kind=PlanKind.FULL)
 
 
-def _fitting(source: _PlanSource, model: ModelFacts) -> tuple[PlanEntry, list[str]]:
-    plan, sizes = source.make(model), model.architecture
-    warnings = plan.check_fits(
-        config_digest=sizes.config_digest, num_layers=sizes.num_layers, model=model.name, revision=model.revision
-    )
-    training = None
+def _made_for(model: ModelFacts) -> dict[str, Any]:
+    return {"model": model.name, "revision": model.revision, "config_digest": model.architecture.config_digest}
+
+
+def _fitting(source: _Source, model: ModelFacts) -> tuple[PlanEntry, list[str]]:
+    plan, training = source.make(model), None
+    warnings = plan.check_fits(num_layers=model.architecture.num_layers, **_made_for(model))
     if plan.parts is not None:
-        header = check_parts(plan.parts, sizes.config_digest)
+        header = check_parts(plan.parts, model.architecture.config_digest)
         training = Training(header.parameters, header.train_seconds)
     return PlanEntry(plan=plan, kind=source.kind, training=training), warnings
 

@@ -13,7 +13,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
-from shortv.architecture import Architecture
 from shortv.errors import ShortVError
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.dispatch import Response
@@ -30,7 +29,7 @@ from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.placement import Placement
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import run_async, stop_on_signal
-from shortv.workers.serving.app import deploy, place_replicas, replica_app
+from shortv.workers.serving.app import deploy, place_replicas, replica_app, undeploy
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.scheduler import EngineSettings
 
@@ -39,54 +38,42 @@ REQUEST_SECONDS = 600.0
 
 
 class ReplicaRunner:
-    """Runs the cells of a campaign on replicas of each model that serve all its plans."""
+    """Runs the cells of a campaign on replicas of each model that serve all its plans. Tests replace it."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Print progress to the console."""
+        quiet_transformers()
+        self.loader = ModelLoader()
         self._console = console or Console()
         self._benchmarks: dict[str, Benchmark] = {}
         self._placement: Placement | None = None
 
-    def pin(self, model: str, spec: CampaignSpec) -> str | None:
-        """Look up the commit on the hub, or in its cache if the hub cannot be reached. Raises Refused."""
-        return ModelLoader().pin(_model_spec(model, spec)).revision
-
-    def describe(self, model: str, spec: CampaignSpec) -> Architecture:
-        """Read a model's sizes and processor, not its weights. Raises Refused."""
-        quiet_transformers()
-        return ModelLoader().describe(_model_spec(model, spec))
-
     def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
         """Load a task once. Raises Refused for an unknown task, ShortVError when its data cannot be loaded."""
-        if name not in self._benchmarks:
-            self._benchmarks[name] = Benchmark(
-                name,
-                limit=spec.limit,
-                include_path=spec.include_path,
-                gen_kwargs=spec.gen_kwargs,
-                seed=spec.seed,
-            )
-        found = self._benchmarks[name]
+        settings = spec.model_dump(include={"limit", "include_path", "gen_kwargs", "seed"})
+        found = self._benchmarks[name] = self._benchmarks.get(name) or Benchmark(name, **settings)
         return TaskFacts(found.name, found.digest, found.num_docs, found.main_metric)
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
-        """Start replicas of a model on Ray and stop them at the end. Raises ShortVError when they do not come up."""
+    def open(self, model: ModelSpec, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
+        """Start replicas that serve a model itself and under these plans, and stop them at the end.
+
+        Raises ShortVError when they do not start.
+        """
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
             placement = self._place(spec)
             # A replica has its next batch waiting while one runs.
             concurrency = spec.num_concurrent or 2 * spec.batch_size * placement.high
             engine = EngineSettings(batch_size=spec.batch_size, max_queued=max(concurrency, 2 * spec.batch_size))
-            remote = remote_model(ModelLoader(), _model_spec(model, spec))
-            app = replica_app(remote, plans, placement, engine=engine)
+            app = replica_app(remote_model(self.loader, model), plans, placement, engine=engine)
             name = f"shortv-campaign-{secrets.token_hex(4)}"
             try:
                 serve.start(proxy_location="Disabled")
                 handle = deploy(app, name=name)
                 yield partial(self._run_cell, handle, concurrency, placement.high)
             finally:
-                serve.delete(name)
+                undeploy(name)
 
     def _place(self, spec: CampaignSpec) -> Placement:
         """Fit replicas to the resources that were free when the first model started.
@@ -122,29 +109,8 @@ class ReplicaRunner:
                 )
             )
         seconds = time.monotonic() - started
-        _check_digests(responses, plan)
-        scored = benchmark.score(responses)
-        return CellResult(
-            samples=scored.samples,
-            metrics=scored.metrics,
-            seconds=seconds,
-            replicas=replicas,
-            problem=scored.problem,
-        )
-
-
-def _model_spec(model: str, spec: CampaignSpec) -> ModelSpec:
-    return ModelSpec(
-        name=model,
-        revision=spec.revision,
-        dtype=spec.dtype,
-        attn_implementation=spec.attn_implementation,
-        trust_remote_code=spec.trust_remote_code,
-    )
-
-
-def _check_digests(responses: Sequence[Response], plan: Plan | None) -> None:
-    wanted = plan.digest if plan else None
-    found = {completion.plan_digest for response in responses for completion in response.completions} - {wanted}
-    if found:
-        raise ShortVError(f"completions came under plan digest {found.pop()}, not {wanted}; run the cell again")
+        wanted = plan.digest if plan else None
+        found = {completion.plan_digest for response in responses for completion in response.completions} - {wanted}
+        if found:
+            raise ShortVError(f"completions came under plan digest {found.pop()}, not {wanted}; run the cell again")
+        return CellResult(benchmark.score(responses), seconds, replicas)

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,7 @@ STARTUP_S = 1800.0
 # Requests that one process of the endpoint refuses at a time.
 _REFUSING = 32
 _POLL_S = 0.1
+_DELETION_S = 15.0
 # Serve's access log has a line per request with its path; the endpoint writes its own.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -212,6 +214,15 @@ def application_status(name: str) -> ApplicationStatus | None:
     """Return what Serve says of an application, None where there is none."""
     application = serve.status().applications.get(name)
     return application.status if application else None
+
+
+def undeploy(name: str) -> None:
+    """End an application. Replicas that have not ended within some seconds end with Serve, or with their cluster."""
+    with suppress(ray.exceptions.RayError, RayServeException):
+        serve.delete(name, _blocking=False)
+        until = time.monotonic() + _DELETION_S
+        while application_status(name) is not None and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
 
 def _reason(name: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from contextlib import suppress
 from functools import partial
 
@@ -27,14 +26,21 @@ from shortv.terminal import say
 from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.run import Stopped, stop_on_signal
-from shortv.workers.serving.app import application_status, deploy, key_digests, placement_of, replicas_of, reports_of
+from shortv.workers.serving.app import (
+    application_status,
+    deploy,
+    key_digests,
+    placement_of,
+    replicas_of,
+    reports_of,
+    undeploy,
+)
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.replica import fit_plans, read_plans
 from shortv.workers.serving.spec import EndpointSpec
 
 APP = "shortv"
-_DELETION_S = 15.0
 _GONE = "gone"
 
 
@@ -123,11 +129,7 @@ def _watch(console: Console, over: threading.Event) -> None:
 
 def _end(*, alone: bool) -> None:
     """End the application. Those of others on the cluster go on, and so does Serve where it has any."""
-    serve.delete(APP, _blocking=False)
-    # Nobody waits for an answer any more, so replicas end at once; one that does not ends with its cluster.
-    until = time.monotonic() + _DELETION_S
-    while _status() != _GONE and time.monotonic() < until:
-        time.sleep(0.1)
+    undeploy(APP)
     # A Ray of this process ends with it, more quietly.
     if alone and os.environ.get("RAY_ADDRESS"):
         serve.shutdown()  # type: ignore[no-untyped-call]

@@ -90,14 +90,7 @@ class EndpointSpec(LoadingSpec):
 
     def model_spec(self) -> ModelSpec:
         """Return what a replica needs to load the model. Raises Refused for an unreadable chat template."""
-        return ModelSpec(
-            name=self.model_path,
-            revision=self.revision,
-            dtype=self.dtype,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            chat_template=read_chat_template(self.chat_template),
-        )
+        return self.of_model(self.model_path, read_chat_template(self.chat_template))
 
 
 def read_arguments(arguments: Mapping[str, Any]) -> EndpointSpec:

@@ -73,14 +73,7 @@ class SweepSpec(LoadingSpec):
 
     def model_spec(self) -> ModelSpec:
         """Return what a worker needs to load the model. `chat_template` holds the text of the file by now."""
-        return ModelSpec(
-            name=self.model,
-            revision=self.revision,
-            dtype=self.dtype,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            chat_template=self.chat_template,
-        )
+        return self.of_model(self.model, self.chat_template)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, by the name of their option."""

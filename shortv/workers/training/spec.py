@@ -56,8 +56,7 @@ class TrainSpec(LoadingSpec):
 
     def base_model(self) -> ModelSpec:
         """Return what loads the model. Raises Refused when the chat template cannot be read."""
-        shared = {name: getattr(self, name) for name in LoadingSpec.model_fields}
-        return ModelSpec(name=self.model, chat_template=read_chat_template(self.chat_template), **shared)
+        return self.of_model(self.model, read_chat_template(self.chat_template))
 
     def arguments(self, model: ModelSpec, system: System, recipe: Spec) -> dict[str, Any]:
         """Return the arguments that decide the result, by the name of their option.

@@ -17,9 +17,10 @@ from reports.manifest import SweepManifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
-from shortv.evals.scoring import MetricRow, ScoredSample
+from shortv.evals.scoring import MetricRow, Scored, ScoredSample
 from shortv.plan import Mode, Plan
 from shortv.records import KlDirection, LcRecord, UsedSample
+from shortv.spec import ModelSpec
 from shortv.sweep.ranking import layer_statistics
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.driver import run_campaign
@@ -75,7 +76,6 @@ class FakeRunner:
     failing: frozenset[str] = frozenset()
     before: Callable[[str, str], None] = lambda plan, task: None
     reverse: bool = False
-    repeated: bool = False
     broken: bool = False
     unscored: bool = False
     nan: bool = False
@@ -84,13 +84,17 @@ class FakeRunner:
     revisions: list[str | None] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
 
-    def pin(self, model: str, spec: CampaignSpec) -> str | None:
-        return self.commits.get(spec.revision, spec.revision)
+    @property
+    def loader(self) -> FakeRunner:
+        return self
 
-    def describe(self, model: str, spec: CampaignSpec) -> Architecture:
-        if model == "nothing":
+    def pin(self, model: ModelSpec) -> ModelSpec:
+        return model.model_copy(update={"revision": self.commits.get(model.revision, model.revision)})
+
+    def describe(self, model: ModelSpec) -> Architecture:
+        if model.name == "nothing":
             raise Refused("nothing is not a model")
-        return architecture(num_layers=int(model[1:])) if model[0] == "L" else ARCH
+        return architecture(num_layers=int(model.name[1:])) if model.name[0] == "L" else ARCH
 
     def task(self, name: str, spec: CampaignSpec) -> TaskFacts:
         if name == "nothing":
@@ -98,27 +102,27 @@ class FakeRunner:
         return TaskFacts(name, hashlib.sha256(name.encode()).hexdigest(), self.samples, "exact_match")
 
     @contextmanager
-    def open(self, model: str, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
+    def open(self, model: ModelSpec, plans: Sequence[Plan], spec: CampaignSpec) -> Iterator[RunCell]:
         if self.broken:
             raise ShortVError("no replica started")
-        self.revisions.append(spec.revision)
-        self.opened.append(f"{model}: {', '.join(plan.name for plan in plans)}")
+        self.revisions.append(model.revision)
+        self.opened.append(f"{model.name}: {', '.join(plan.name for plan in plans)}")
 
         def run_cell(plan: Plan | None, task: str) -> CellResult:
             name = plan.name if plan else "full"
             assert plan in (None, *plans)
             self.before(name, task)
-            self.ran.append(f"{model} {name} {task}")
-            indices = [index // 2 if self.repeated else index for index in range(self.samples)]
-            samples = [self._sample(model, plan, index) for index in indices]
+            self.ran.append(f"{model.name} {name} {task}")
+            samples = [self._sample(model.name, plan, index) for index in range(self.samples)]
             if self.reverse:
                 samples.reverse()
             scores = [sample.scores["exact_match"] for sample in samples if not sample.error]
             mean = float(np.nanmean(scores)) if scores else float("nan")
             metrics = [MetricRow("exact_match", "none", mean, float("nan"), len(scores))]
             if self.unscored:
-                return CellResult(samples=samples, metrics=[], problem="no judge")
-            return CellResult(samples=samples, metrics=metrics, seconds=2.0, replicas=1)
+                metrics = []
+            scored = Scored(samples=samples, metrics=metrics, problem="no judge" if self.unscored else None)
+            return CellResult(scored, 2.0, 1)
 
         yield run_cell
 

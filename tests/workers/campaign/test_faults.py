@@ -89,7 +89,6 @@ def test_a_cell_that_fails_in_any_way_leaves_the_others(tmp_path: Path, error: E
         (FakeRunner(unscored=True), "no judge", 60),
         (FakeRunner(broken=True), "no replica started", 0),
         (FakeRunner(samples=0), "has no samples", 0),
-        (FakeRunner(repeated=True), "sample 's0' occurs 2 times", 0),
     ],
 )
 def test_cells_without_scores_have_failed_and_can_be_retried(

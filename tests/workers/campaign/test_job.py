@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run the job with a runner that has no model; returns its status and its output."""
     runner = FakeRunner()
-    module = types.SimpleNamespace(ReplicaRunner=lambda: runner)
-    monkeypatch.setitem(sys.modules, "shortv.workers.campaign.runner", module)  # type: ignore[arg-type]
+    monkeypatch.setattr("shortv.workers.campaign.runner.ReplicaRunner", lambda: runner)
 
     def start(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["campaign.py", *map(str, arguments)])

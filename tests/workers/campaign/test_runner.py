@@ -64,7 +64,7 @@ def test_requests_that_lose_replicas_complete_in_each_of_two_cells(
     """Such requests wait for each other in an event loop that ends with its cell."""
     replicas = FailingReplicas(lambda number, attempt: RayActorError() if attempt <= 3 else None)
     for _ in range(2):
-        assert [sample.prediction for sample in run_cell(replicas).samples] == ["2"] * 4
+        assert [sample.prediction for sample in run_cell(replicas).scored.samples] == ["2"] * 4
 
 
 @pytest.mark.parametrize("error", [KeyError("score"), RuntimeError("no kernel image"), RayError("lost object")])
@@ -72,10 +72,10 @@ def test_a_stray_exception_is_the_error_of_one_sample(
     run_cell: Callable[[FailingReplicas], CellResult], error: Exception
 ) -> None:
     found = run_cell(FailingReplicas(lambda number, attempt: error if number == 1 else None))
-    (failed,) = [sample for sample in found.samples if sample.error is not None]
+    (failed,) = [sample for sample in found.scored.samples if sample.error is not None]
     assert type(error).__name__ in str(failed.error) and failed.prediction is None and failed.scores == {}
-    assert [sample.prediction for sample in found.samples].count("2") == 3
-    assert found.problem is None and found.metrics[0].n == 3
+    assert [sample.prediction for sample in found.scored.samples].count("2") == 3
+    assert found.scored.problem is None and found.scored.metrics[0].n == 3
 
 
 def test_the_resources_of_an_earlier_model_are_used_for_the_next(
