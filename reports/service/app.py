@@ -24,7 +24,7 @@ from reports.page.document import page_style, policy_digest, template_environmen
 from reports.schemas import SCHEMAS
 from reports.service.downloads import file_response, names_tag
 from reports.service.files import Files, shown, why
-from reports.service.runs import PAGES, Found, Resource, Search, resource_of, split
+from reports.service.runs import PAGES, Found, ResultFile, Search, file_of, split
 from reports.service.summary import AnyManifest, Summaries, Summary, label_of, link_of, read_run
 from reports.service.tree import Missing, Names, OpenFile, checked, open_tree
 from shortv.errors import Refused, ShortVError
@@ -180,17 +180,13 @@ class _Service:
         return _json({"run": shown(run), "state": summary.shape["state"], "files": files})
 
     async def _file(self, request: Request, run: Names, rest: Names, state: State) -> Response:
-        resource = resource_of(run, rest)
-        info_of(request.scope).subject = f"kind={resource.kind}"
-        try:
-            opened = await run_in_threadpool(self._open, resource)
-        except Missing:
-            resource = await run_in_threadpool(self._only_part, run, resource)
-            opened = await run_in_threadpool(self._open, resource)
-        media_type = PARQUET if resource.kind == "table" else "application/json"
+        file = file_of(run, rest)
+        info_of(request.scope).subject = f"kind={file.kind}"
+        file, opened = await run_in_threadpool(self._open, run, file)
+        media_type = PARQUET if file.kind == "table" else "application/json"
         try:
             # The name starts with the run's, so that tables of several runs can be saved in one folder.
-            response = file_response(request, opened, media_type=media_type, filename="-".join(resource.names))
+            response = file_response(request, opened, media_type=media_type, filename="-".join(file.names))
         except BaseException:
             opened.stream.close()
             raise
@@ -200,30 +196,29 @@ class _Service:
     def _look(self, run: Names) -> Summary:
         return self._summaries.of(Found(run, self._files.tree.entries(run)))
 
-    def _only_part(self, run: Names, resource: Resource) -> Resource:
+    def _open(self, run: Names, file: ResultFile) -> tuple[ResultFile, OpenFile]:
+        """Open a file, or the only part of its table. Raises Missing, OSError, or ShortVError with what is wrong."""
+        try:
+            opened = self._files.tree.open(file.names)
+        except Missing:
+            file = self._only_part(run, file)
+            opened = self._files.tree.open(file.names)
+        problem = file.checked(self._files, opened.entry).problem
+        if problem is not None:
+            opened.stream.close()
+            raise ShortVError(problem)
+        return file, opened
+
+    def _only_part(self, run: Names, file: ResultFile) -> ResultFile:
         """Return the one file of a table that has a folder. Raises Missing, or HttpError for several files."""
         contents = self._look(run).contents
-        whole = resource.kind == "table" and len(resource.names) == len(run) + 1
-        parts = contents.parts(resource.table) if contents and whole else []
+        parts = contents.parts(file.table) if contents and file.part is None else []
         if not parts:
             raise Missing
         if len(parts) > 1:
-            where = f"/runs/{shown(run)}/tables/{resource.table}"
-            problem = f"{resource.table} has {len(parts)} parts; GET {where} lists them"
+            problem = f"{file.table} has {len(parts)} parts; GET /runs/{shown(run)}/tables/{file.table} lists them"
             raise HttpError(404, problem, code="in_parts")
-        return resource._replace(names=parts[0].names)
-
-    def _open(self, resource: Resource) -> OpenFile:
-        """Open a file that can be used. Raises Missing, OSError, or ShortVError with what is wrong with it."""
-        if resource.kind == "plan":
-            self._files.plan(resource.names)
-        opened = self._files.tree.open(resource.names)
-        if resource.kind == "table":
-            reason = self._files.footer(resource.names, resource.table, opened.entry).reason
-            if reason is not None:
-                opened.stream.close()
-                raise ShortVError(f"{shown(resource.names)} {reason}")
-        return opened
+        return parts[0]
 
 
 def _no_page(run: Names, manifest: AnyManifest, page_name: str) -> str:

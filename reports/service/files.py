@@ -82,7 +82,7 @@ class Files:
         try:
             return Plan.from_json(self.text(names))
         except Refused as error:
-            raise ShortVError(f"{shown(names)}: {error}") from error
+            raise ShortVError(f"{shown(names)} is not usable: {error}") from error
 
     def footer(self, names: Names, table: str, entry: Entry) -> Footer:
         """Check a Parquet file as far as its footer, or an earlier read, tells."""

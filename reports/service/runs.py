@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final, NamedTuple
 
 from reports.manifest import MANIFEST_NAME
@@ -96,41 +95,49 @@ def split(tree: Tree, names: Names) -> RunPath:
 
 
 class Listing(NamedTuple):
-    """The entries of a run's folder, and of those of its folders from which files are served.
+    """What a run's folder has, and those of its folders from which files are served, by path below the run.
 
     `version` is a digest that changes with the content of the run, as far as the store can tell; `modified` is the time
     of the latest file, None if the store does not know it.
     """
 
     run: Names
-    entries: Sequence[Entry]
-    inner: Mapping[str, Sequence[Entry]]
+    entries: Mapping[Names, Entry]
     version: str
     modified: float | None
 
 
 def listing_of(tree: Tree, run: Names, entries: Sequence[Entry]) -> Listing:
     """List the folders of a run. Raises OSError."""
-    inner = {}
+    found: dict[Names, Entry] = {(entry.name,): entry for entry in entries}
     for folder in entries:
         if folder.kind is Kind.FOLDER and folder.name in _FOLDERS:
             with suppress(Missing):
-                found = tree.entries((*run, folder.name))
-                inner[folder.name] = [entry for entry in found if is_addressable(entry.name)]
-    version = hashlib.sha256(repr((entries, inner)).encode(errors="replace")).hexdigest()
-    times = [entry.modified for entry in chain(entries, *inner.values()) if entry.modified is not None]
-    return Listing(run, entries, inner, version, max(times, default=None))
+                inner = tree.entries((*run, folder.name))
+                found |= {(folder.name, entry.name): entry for entry in inner if is_addressable(entry.name)}
+    version = hashlib.sha256(repr(found).encode(errors="replace")).hexdigest()
+    times = [entry.modified for entry in found.values() if entry.modified is not None]
+    return Listing(run, found, version, max(times, default=None))
 
 
-class TableFile(NamedTuple):
-    """One file of a table, with `part` if the table has several; `reason` says why it is not served."""
+class ResultFile(NamedTuple):
+    """A file that is served: a manifest, a plan, or a table, with `part` if the table has several files.
 
-    table: str
-    part: str | None
+    `size` and `rows`, or the reason why the file is not served, are known once it was checked.
+    """
+
+    kind: str
     names: Names
-    size: int
-    rows: int | None
-    reason: str | None
+    table: str = ""
+    part: str | None = None
+    size: int = 0
+    rows: int | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the file without its ending."""
+        return self.names[-1].rpartition(".")[0]
 
     @property
     def problem(self) -> str | None:
@@ -138,17 +145,43 @@ class TableFile(NamedTuple):
         return None if self.reason is None else f"{shown(self.names)} {self.reason}"
 
     def as_json(self) -> dict[str, str | int | None]:
-        """Return the file as a JSON object; its path is relative to the run's page."""
+        """Return a table as a JSON object; its path is relative to the run's page."""
         path = f"{self.table}{_PARQUET}" if self.part is None else f"{self.table}/{self.part}"
         shape = {"table": self.table, "part": self.part, "path": f"tables/{path}"}
         return {**shape, "bytes": self.size, "rows": self.rows, "problem": self.problem}
 
+    def checked(self, files: Files, entry: Entry) -> "ResultFile":
+        """Return the file as it is found now."""
+        rows, reason = None, None
+        if entry.kind is not Kind.FILE:
+            reason = not_followed(entry.kind)
+        elif self.kind == "table":
+            rows, reason = files.footer(self.names, self.table, entry)
+        elif self.kind == "plan":
+            try:
+                files.plan(self.names)
+            except Missing:
+                reason = "was removed"
+            except ShortVError as error:
+                reason = str(error).removeprefix(shown(self.names)).strip()
+        return self._replace(size=entry.size, rows=rows, reason=reason)
 
-class PlanFile(NamedTuple):
-    """A plan by the name of its file without ending; `problem` says why it is not served."""
 
-    name: str
-    problem: str | None
+def file_of(run: Names, rest: Names) -> ResultFile:
+    """Return the manifest, table or plan that a path below a run names. Raises Missing for any other path.
+
+    The page links to tables where they are in the folder, so `samples.parquet` is `tables/samples.parquet`.
+    """
+    if rest == (MANIFEST_NAME,):
+        return ResultFile("manifest", (*run, *rest))
+    if len(rest) == 2 and rest[0] == PLANS and rest[1].endswith(_JSON):
+        return ResultFile("plan", (*run, *rest))
+    place = rest[1:] if rest[:1] == ("tables",) else rest
+    if 1 <= len(place) <= 2 and place[-1].endswith(_PARQUET):
+        table = place[0].removesuffix(_PARQUET) if len(place) == 1 else place[0]
+        if table in SCHEMAS:
+            return ResultFile("table", (*run, *place), table, place[1] if len(place) == 2 else None)
+    raise Missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,101 +189,48 @@ class Contents:
     """The files of one run. `pages` are the names of those that exist, `skipped` says which entries are not served."""
 
     run: Names
-    tables: Sequence[TableFile]
-    plans: Sequence[PlanFile]
+    tables: Sequence[ResultFile]
+    plans: Sequence[ResultFile]
     pages: Sequence[str]
     skipped: Sequence[str]
 
     def rows(self, table: str) -> int | None:
         """Return how many rows all files of a table have; None without any, or if one of them cannot be used."""
-        counts = [item.rows for item in self.tables if item.table == table]
+        counts = [file.rows for file in self.tables if file.table == table]
         return sum(count or 0 for count in counts) if counts and None not in counts else None
 
-    def parts(self, table: str) -> list[TableFile]:
+    def parts(self, table: str) -> list[ResultFile]:
         """Return the files of a table that has a folder of its own."""
-        return [item for item in self.tables if item.table == table and item.part is not None]
+        return [file for file in self.tables if file.table == table and file.part is not None]
 
     def problems(self) -> list[str]:
         """Name what is not served and why; the files of one table with the same reason together."""
-        groups: dict[tuple[str, str], list[TableFile]] = {}
-        for item in self.tables:
-            if item.reason is not None:
-                groups.setdefault((item.table, item.reason), []).append(item)
-        damaged = [
-            f"{len(items)} files of {table}: each {reason}" if len(items) > 1 else items[0].problem
-            for (table, reason), items in groups.items()
+        groups: dict[tuple[str, str], list[ResultFile]] = {}
+        for file in (*self.tables, *self.plans):
+            if file.reason is not None:
+                groups.setdefault((file.table or file.name, file.reason), []).append(file)
+        return [*self.skipped] + [
+            f"{len(files)} files of {table}: each {reason}" if len(files) > 1 else str(files[0].problem)
+            for (table, reason), files in groups.items()
         ]
-        return [*self.skipped, *filter(None, [*damaged, *(plan.problem for plan in self.plans)])]
 
 
 def contents_of(files: Files, listing: Listing) -> Contents:
     """Check the tables and plans of a run."""
     run = listing.run
-    tables = [
-        _table(files, run, entry, entry.name.removesuffix(_PARQUET), None)
-        for entry in listing.entries
-        if entry.name.endswith(_PARQUET) and entry.name.removesuffix(_PARQUET) in SCHEMAS
-    ]
-    for table in sorted(listing.inner.keys() & SCHEMAS.keys()):
-        parts = (entry for entry in listing.inner[table] if entry.name.endswith(_PARQUET))
-        tables += [_table(files, (*run, table), entry, table, entry.name) for entry in parts]
+    found = []
+    for rest, entry in listing.entries.items():
+        with suppress(Missing):
+            found.append(file_of(run, rest).checked(files, entry))
+    top = [entry for rest, entry in listing.entries.items() if len(rest) == 1]
     return Contents(
         run=run,
-        tables=tables,
-        plans=[
-            PlanFile(entry.name.removesuffix(_JSON), _problem_of_plan(files, (*run, PLANS, entry.name), entry.kind))
-            for entry in listing.inner.get(PLANS, ())
-            if entry.name.endswith(_JSON)
-        ],
-        pages=[entry.name for entry in listing.entries if entry.kind is Kind.FILE and entry.name in PAGES],
+        tables=[file for file in found if file.kind == "table"],
+        plans=[file for file in found if file.kind == "plan"],
+        pages=[entry.name for entry in top if entry.kind is Kind.FILE and entry.name in PAGES],
         skipped=[
             f"{shown((*run, entry.name))} {not_followed(entry.kind)}"
-            for entry in listing.entries
+            for entry in top
             if entry.kind in (Kind.LINK, Kind.OTHER) and entry.name in (*PAGES, *_FOLDERS)
         ],
     )
-
-
-def _table(files: Files, folder: Names, entry: Entry, table: str, part: str | None) -> TableFile:
-    names = (*folder, entry.name)
-    if entry.kind is not Kind.FILE:
-        return TableFile(table, part, names, 0, None, not_followed(entry.kind))
-    footer = files.footer(names, table, entry)
-    return TableFile(table, part, names, entry.size, footer.rows, footer.reason)
-
-
-def _problem_of_plan(files: Files, names: Names, kind: Kind) -> str | None:
-    if kind is not Kind.FILE:
-        return f"{shown(names)} {not_followed(kind)}"
-    try:
-        files.plan(names)
-    except Missing:
-        return f"{shown(names)} was removed"
-    except ShortVError as error:
-        return str(error)
-    return None
-
-
-class Resource(NamedTuple):
-    """A file of a run that a path names."""
-
-    kind: str
-    names: Names
-    table: str = ""
-
-
-def resource_of(run: Names, rest: Names) -> Resource:
-    """Return the manifest, table or plan that a path below a run names. Raises Missing for any other path.
-
-    The page links to tables where they are in the folder, so `samples.parquet` is `tables/samples.parquet`.
-    """
-    if rest == (MANIFEST_NAME,):
-        return Resource("manifest", (*run, MANIFEST_NAME))
-    if len(rest) == 2 and rest[0] == PLANS and rest[1].endswith(_JSON):
-        return Resource("plan", (*run, *rest))
-    place = rest[1:] if rest[:1] == ("tables",) else rest
-    if 1 <= len(place) <= 2 and place[-1].endswith(_PARQUET):
-        table = place[0].removesuffix(_PARQUET) if len(place) == 1 else place[0]
-        if table in SCHEMAS:
-            return Resource("table", (*run, *place), table)
-    raise Missing

@@ -83,6 +83,7 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
     "deep": (manifest(details={"x": DEEP}), "nested"),
     "modes": (manifest(modes=[{}]), "has modes.0"),
     "counts": (manifest(counts={"used": "x"}), "has counts.used 'x'"),
+    "stability": (manifest(stability={"freeze-visual": {"half": 0.5}}), "has stability"),
     "none": (removed("manifest.json"), "it has no manifest.json"),
 }
 SWEEPS: dict[str, tuple[Spoil, str]] = {
@@ -106,11 +107,10 @@ SWEEPS: dict[str, tuple[Spoil, str]] = {
     "fewer-parts": (removed("lc_samples/part-00001.parquet"), "has 20 rows, and 30 by the counts of the manifest"),
     "more-used": (manifest(counts={"used": 4, "errors": 0}), "has 3 rows, and 4 by the counts of the manifest"),
     "deeper": (manifest(num_layers=6), "each layer once"),
-    "cut-plan": (written("plans/two.json", b"{"), "plans/two.json: the plan is not valid JSON"),
-    "plan-digits": (plan(flops_ratio=HUGE), "plans/two.json: "),
-    "plan-deep": (plan(source=DEEP), "plans/two.json: "),
+    "cut-plan": (written("plans/two.json", b"{"), "plans/two.json is not usable: the plan is not valid JSON"),
+    "plan-digits": (plan(flops_ratio=HUGE), "plans/two.json is not usable: "),
+    "plan-deep": (plan(source=DEEP), "plans/two.json is not usable: "),
     "plan-large": (lambda folder: os.truncate(folder / "plans/two.json", 20 * 2**30), "bytes"),
-    "stability": (manifest(stability={"freeze-visual": {"half": 0.5}}), ""),
 }
 PLAN = {"name": "full", "model": "m", "modes": [], "kind": "x", "digest": ""}
 CAMPAIGNS: dict[str, tuple[Spoil, str]] = {
@@ -278,5 +278,5 @@ def test_a_plan_that_is_not_served_has_no_link(tmp_path: Path) -> None:
     assert run["plan_files"] == ["plans/two.json"] and len(run["problems"]) == 2
     text = ask(tmp_path, "/", headers=HTML).text
     assert 'plans/two.json" download' in text and 'cut.json"' not in text and 'link.json"' not in text
-    assert "plan cut (a/plans/cut.json: the plan is not valid JSON" in text
+    assert "plan cut (a/plans/cut.json is not usable: the plan is not valid JSON" in text
     assert "plan link (a/plans/link.json is a symbolic link, which is not followed)" in text
