@@ -16,14 +16,14 @@ from shortv.spec import load_spec
 
 
 @click.group()
-def bench() -> None:
+def main() -> None:
     """Measure ratios against a baseline; models of published sizes have random weights."""
 
 
 def _add(name: str, settings: type[Bench]) -> None:
     """Add the command of a benchmark, which prints its rows as they come."""
 
-    @bench.command(name, help=settings.__doc__)
+    @main.command(name, help=settings.__doc__)
     @options_of(settings)
     def measure(**flags: Any) -> int:
         spec = load_spec(settings, flags=flags)
@@ -41,7 +41,7 @@ for name, settings in BENCHMARKS.items():
     _add(name, settings)
 
 
-@bench.command()
+@main.command()
 def tables() -> int:
     """Print the tables of docs/cluster.md: computed GPU memory and time per published model."""
     from shortv.bench.tables import endpoint_table, sweep_table
@@ -51,4 +51,4 @@ def tables() -> int:
 
 
 if __name__ == "__main__":
-    run(bench)
+    run(main)

@@ -8,16 +8,7 @@ import click
 
 from jobs.common import run
 
-COMMANDS = {
-    "bench": "bench",
-    "campaign": "main",
-    "lc_sweep": "main",
-    "plan": "make",
-    "report": "main",
-    "serve": "main",
-    "train": "main",
-}
-"""The name of the click command in each job's module."""
+JOBS = ("bench", "campaign", "lc_sweep", "plan", "report", "serve", "train")
 
 
 class Jobs(click.Group):
@@ -25,14 +16,12 @@ class Jobs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all jobs."""
-        return list(COMMANDS)
+        return list(JOBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the job of this name; None when there is none."""
         name = cmd_name.replace("-", "_")
-        if name not in COMMANDS:
-            return None
-        command: click.Command = getattr(import_module(f"jobs.{name}"), COMMANDS[name])
+        command: click.Command | None = import_module(f"jobs.{name}").main if name in JOBS else None
         return command
 
 

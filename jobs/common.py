@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from reports.store import Folder
 from shortv.errors import ShortVError
 from shortv.spec import Spec, flag_of, plain_types
 from shortv.terminal import printable
@@ -23,6 +24,14 @@ def bundled(name: str) -> str:
     """A part of the bundled model's folder, as a path from here where that is possible."""
     path = Path(__file__).resolve().parent.parent / "shortv" / "tiny" / name
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def place_of(output: str, name: str) -> tuple[Folder, str]:
+    """Return the folder and the name of an output file; in a folder it gets this name."""
+    if output.endswith("/") or os.path.isdir(output):
+        return Folder(output), name
+    parent, slash, file = output.rpartition("/")
+    return Folder(parent + slash or "."), file
 
 
 def option(name: str, *rest: Any, **attributes: Any) -> Callable[[Any], Any]:

@@ -8,7 +8,7 @@
 Exit status: 0 the plan is there, 1 it could not be written, 2 refused.
 """
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,7 +17,7 @@ import click
 from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jobs.common import options_of, run
+from jobs.common import options_of, place_of, run
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.plan import PLAN_FILE, Mode, Plan
@@ -29,33 +29,28 @@ from shortv.workers.run import check_output
 from shortv.workers.sweep.result import SweepResult, make_plan, read_sweep
 
 _MODES = ", ".join(mode for mode in Mode if mode is not Mode.FULL)
-_DIRECTIONS = ", ".join(KlDirection)
 
 
 class PlanSpec(Spec):
     """Which layers of a swept model get which mode, and where the plan is written."""
 
-    layers: int | None = Field(None, description="Replace this many layers.  [default: 0.6 of them]")
+    layers: int | None = Field(None, description="Replace this many layers. [default: 0.6 of them]")
     flops_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None,
-        description="Replace the fewest layers that get the FLOPs down to this share.",
-        json_schema_extra={"metavar": "SHARE"},
+        None, description="Replace the fewest layers that get the FLOPs down to this share."
     )
     max_lc: float | None = Field(None, description="Replace the layers whose LC, in nats, is at most this.")
-    mode: Mode = Field(Mode.FREEZE_VISUAL, description=f"One of {_MODES}.", json_schema_extra={"metavar": "MODE"})
-    random: Seed | None = Field(
-        None, description="Control: layers drawn with this seed.", json_schema_extra={"metavar": "SEED"}
-    )
+    mode: Mode = Field(Mode.FREEZE_VISUAL, description=f"One of {_MODES}.")
+    random: Seed | None = Field(None, description="Control: layers drawn with this seed.")
     first: bool = Field(False, description="Control: the first layers.")
     last: bool = Field(False, description="Control: the last layers.")
-    name: str | None = Field(None, description="Name of the plan.  [default: mode and number of layers]")
+    name: str | None = Field(None, description="Name of the plan. [default: mode and number of layers]")
     output: str | None = Field(
         None,
-        description="Plan file.  [default: SWEEP_FOLDER/plans/NAME.json]",
+        description="Plan file. [default: SWEEP_FOLDER/plans/NAME.json]",
         json_schema_extra={"flag": "--output-path", "short": "--output"},
     )
     kl_direction: KlDirection | None = Field(
-        None, description=f"Rank by this, {_DIRECTIONS}.  [default: the sweep's]", json_schema_extra={"metavar": "NAME"}
+        None, description=f"Rank by this, {', '.join(KlDirection)}. [default: the sweep's]"
     )
 
     @model_validator(mode="after")
@@ -84,7 +79,7 @@ class PlanSpec(Spec):
 @click.command(help="Make a plan from the results of a sweep.")
 @click.argument("sweep_folder")
 @options_of(PlanSpec)
-def make(sweep_folder: str, **flags: Any) -> int:
+def main(sweep_folder: str, **flags: Any) -> int:
     """Check the flags, choose the layers and write the plan. Raises ShortVError."""
     spec = load_spec(PlanSpec, flags=flags)
     if "\0" in sweep_folder:
@@ -98,7 +93,8 @@ def make(sweep_folder: str, **flags: Any) -> int:
         raise Refused(str(error)) from error
     choice = choose_layers(result.evidence, spec.request)
     plan = make_plan(result, spec.request, choice, spec.name)
-    outcome = write_once(plan, *_place(folder, plan, spec.output))
+    target, file = place_of(spec.output, PLAN_FILE) if spec.output else (folder, f"plans/{plan.name}.json")
+    outcome = write_once(plan, target, file)
     click.echo(f"{describe(plan, result, spec.request, choice)}\n{outcome}")
     return 0
 
@@ -127,23 +123,11 @@ def write_once(plan: Plan, folder: Folder, file: str) -> str:
     if not folder.exists(file):
         folder.write_bytes(file, plan.to_json().encode())
         return f"written to {shown}"
-    try:
-        same = Plan.from_json(folder.read_bytes(file)) == plan
-    except Refused:
-        same = False
-    if not same:
-        raise Refused(f"{shown} holds something else than this plan; give another --name or --output")
-    return f"{shown} holds this plan already; nothing to do"
-
-
-def _place(sweep: Folder, plan: Plan, output: str | None) -> tuple[Folder, str]:
-    if output is None:
-        return sweep, f"plans/{plan.name}.json"
-    if output.endswith("/") or os.path.isdir(output):
-        return Folder(output), PLAN_FILE
-    parent, slash, file = output.rpartition("/")
-    return Folder(parent + slash or "."), file
+    with contextlib.suppress(Refused):
+        if Plan.from_json(folder.read_bytes(file)) == plan:
+            return f"{shown} holds this plan already; nothing to do"
+    raise Refused(f"{shown} holds something else than this plan; give another --name or --output")
 
 
 if __name__ == "__main__":
-    run(make)
+    run(main)

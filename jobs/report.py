@@ -25,7 +25,7 @@ if not __package__:  # run as a script, perhaps in a Ray working directory where
 
 import click
 
-from jobs.common import option, run
+from jobs.common import option, place_of, run
 from reports.page import PAGE_NAME
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError, one_line
@@ -55,7 +55,8 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
         raise click.UsageError("--host, --port and --api-key-file need --serve.")
     check_output(output or folder, "--output" if output else "FOLDER")
     source = Folder(folder)
-    target, name = place_of(source, output, PAGE_NAME if against is None else AGAINST_NAME)
+    name = PAGE_NAME if against is None else AGAINST_NAME
+    target, name = place_of(output, name) if output is not None else (source, name)
     # The page's libraries take a second to import, and --help needs none of them.
     from reports.page import build_page
     from reports.page.document import render
@@ -73,16 +74,6 @@ def main(folder: str, output: str | None, against: str | None, serve: bool, **se
     state = "" if page.state == "complete" else f", of a run that is {page.state}"
     click.echo(f"written to {target.shown}/{name}{state}")
     return 0
-
-
-def place_of(source: Folder, output: str | None, default: str) -> tuple[Folder, str]:
-    """Return the folder and the name of the page; a folder as output gets the default name."""
-    if output is None:
-        return source, default
-    if output.endswith("/") or Path(output).is_dir():
-        return Folder(output), default
-    parent, slash, name = output.rpartition("/")
-    return Folder(parent + slash or "."), name
 
 
 def links(source: Folder, target: Folder) -> str | None:

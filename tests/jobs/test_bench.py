@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobs.bench import bench as job
+from jobs.bench import main as job
 from shortv.bench import gpu, measuring
 from shortv.bench.models import MODELS, PublishedModel
 from shortv.bench.specs import BENCHMARKS, PrefillBench, SweepBench, TrainingBench

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from jobs.common import run
 from jobs.serve import main
 from shortv.evals.generation import generate
 from shortv.families import load_architecture
@@ -75,23 +74,18 @@ def picture(form: str, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> b
 
 
 def write_plans(folder: Path) -> dict[str, Plan]:
-    architecture = load_architecture(str(ROOT / MODEL))
+    found = load_architecture(str(ROOT / MODEL))
     plans = {}
     for name, (mode, layers) in MODES.items():
         plans[name] = Plan.of_layers(
-            mode,
-            layers,
-            num_layers=architecture.num_layers,
-            name=name,
-            model=MODEL,
-            config_digest=architecture.config_digest,
+            mode, layers, num_layers=found.num_layers, name=name, model=MODEL, config_digest=found.config_digest
         )
         plans[name].save(folder / f"{name}.json")
     return plans
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Endpoint]:
     folder = tmp_path_factory.mktemp("endpoint")
     plans = write_plans(folder)
     (folder / "keys").write_text(f"# of the tests\n{secrets.token_hex(16)}\n{KEY}\n")
@@ -103,7 +97,10 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
     own = psutil.Process(process.pid)
     try:
-        wait_until_ready(process, output)
+        deadline = time.monotonic() + 150
+        while "is ready" not in output.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
         started = own.children(recursive=True)
         found = re.search(r"--log_dir=(\S+)", " ".join(part for one in started for part in one.cmdline()))
         assert found is not None
@@ -113,7 +110,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         started = own.children(recursive=True)
         process.terminate()
         assert process.wait(60) == 0
-        assert still_running(started, 20) == []
+        _, alive = psutil.wait_procs(started, timeout=20)
+        assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
         # All that its user has read, beside a line per request.
         lines = output.read_text().splitlines()
         assert sum(map(is_access, lines)) > 50
@@ -131,24 +129,6 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 def is_access(line: str) -> bool:
     return re.search(r" INFO \w+ (GET|POST) /v1/\S+ status=\d+ \S+ received=\d+ sent=\d+ ms=", line) is not None
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + 150
-    while "is ready" not in output.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.1)
-
-
-def still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def in_process(sample: Sample, modes: tuple[Mode, ...]) -> tuple[str, int, int]:
@@ -197,19 +177,14 @@ def test_openais_client_streams_and_asks_for_log_probabilities(endpoint: Endpoin
     assert len(texts) > 1
 
 
-def bad_images() -> list[tuple[str, str]]:
-    """URLs of images that are refused, and a part of what is said."""
+def test_bad_input_is_answered_in_openais_form_and_the_service_goes_on(endpoint: Endpoint) -> None:
     whole = picture("JPEG", size=(512, 512))
-    return [
+    for url, said in (
         (data_uri(WORD.encode()), "cannot be decoded"),
         (data_uri(picture("PNG", "1", (10_000, 10_000))), "10000 x 10000"),
         (data_uri(whole[: len(whole) // 2], "jpeg"), "image"),
         (f"http://127.0.0.1:1/{WORD}.png", "never fetched"),
-    ]
-
-
-def test_bad_input_is_answered_in_openais_form_and_the_service_goes_on(endpoint: Endpoint) -> None:
-    for url, said in bad_images():
+    ):
         content = [{"type": "text", "text": WORD}, {"type": "image_url", "image_url": {"url": url}}]
         with pytest.raises(openai.BadRequestError, match=said):
             endpoint.ask(content)
@@ -268,22 +243,14 @@ def test_nothing_of_a_request_reaches_output_or_logs(endpoint: Endpoint) -> None
         assert WORD.encode() not in data and KEY.encode() not in data, path
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the job says when it refuses to start."""
-    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run(main)
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and said.err.count("\n") == 1
-    return said.err
-
-
-def test_what_cannot_be_right_is_refused_before_work_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert "give --api-key-file" in refusal(monkeypatch, capsys, "--host", "0.0.0.0")
-    assert "none.json" in refusal(monkeypatch, capsys, "--plan", tmp_path / "none.json")
-    assert "cannot be read" in refusal(monkeypatch, capsys, "--api-key-file", tmp_path / "none")
+def test_what_cannot_be_right_is_refused_before_work_starts(job: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"127.0.0.1:{port} cannot be bound" in refusal(monkeypatch, capsys, "--port", port)
+        for arguments, message in (
+            (("--host", "0.0.0.0"), "give --api-key-file"),
+            (("--plan", tmp_path / "none.json"), "none.json"),
+            (("--api-key-file", tmp_path / "none"), "cannot be read"),
+            (("--port", port), f"127.0.0.1:{port} cannot be bound"),
+        ):
+            status, said = job(main, *arguments)
+            assert status == 2 and message in said and said.count("\n") == 1

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import campaign, common, lc_sweep
+from jobs import campaign, lc_sweep
 from reports.manifest import CampaignManifest, State, SweepManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
@@ -29,15 +30,16 @@ SWEEP = ("jobs/lc_sweep.py", "--model", "a/b", "--calibration", "gqa:20")
 CAMPAIGN = ("jobs/campaign.py", "--tasks", "shapes", "--plans", "first@3,last@3")
 
 
-def printed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, job: Any, *arguments: object, status: int = 0
-) -> str:
-    monkeypatch.setattr(sys, "argv", ["job.py", *map(str, arguments), "--print-submission-id"])
-    with pytest.raises(SystemExit) as ended:
-        common.run(job.main)
-    assert (ended.value.code or 0) == status
-    said = capsys.readouterr()
-    return said.out.strip() if status == 0 else said.err
+@pytest.fixture
+def printed(job: Any) -> Callable[..., str]:
+    """Run a job with --print-submission-id and return what it printed."""
+
+    def start(command: Any, *arguments: object, status: int = 0) -> str:
+        found, said = job(command.main, *arguments, "--print-submission-id")
+        assert found == status, said
+        return str(said).strip()
+
+    return start
 
 
 @pytest.mark.parametrize("command", [SWEEP, CAMPAIGN])
@@ -60,10 +62,10 @@ def test_it_needs_neither_torch_nor_ray_and_writes_nothing(command: tuple[str, .
 
 
 def test_the_hash_is_of_what_decides_the_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sweep(*more: object, out: str = "out") -> str:
-        return printed(capsys, monkeypatch, lc_sweep, *SWEEP[1:], "--output-path", tmp_path / out, *more)
+        return printed(lc_sweep, *SWEEP[1:], "--output-path", tmp_path / out, *more)
 
     assert sweep() == sweep("--workers", "1:4", "--device", "cpu", "--stack", 2, "--fail-on-error", "0.5")
     others = {sweep("--seed", 1), sweep("--batch-size", 4), sweep("--modes", "all"), sweep(out="other")}
@@ -71,22 +73,21 @@ def test_the_hash_is_of_what_decides_the_result(
     monkeypatch.setenv("SHORTV_VERBOSE", "")
     assert sweep("--verbose") == sweep() and os.environ["SHORTV_VERBOSE"] == "1"
     monkeypatch.chdir(tmp_path)
-    assert printed(capsys, monkeypatch, lc_sweep, *SWEEP[1:], "--output-path", "out") == sweep()
+    assert printed(lc_sweep, *SWEEP[1:], "--output-path", "out") == sweep()
 
     def judge(*more: object) -> str:
-        return printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "out", *more)
+        return printed(campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "out", *more)
 
     assert judge() == judge("--replicas", 3, "-b", 2, "--retry-failed", "--device", "cpu", "--num-concurrent", 9)
     assert len({judge(), judge("--seed", 1), judge("--limit", 5), judge("--plans", "first@2")}) == 4
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(tmp_path: Path, printed: Callable[..., str]) -> None:
     out = tmp_path / "out"
     arguments = (*SWEEP[1:], "--output-path", out)
-    assert "--batch-size is '0'" in printed(capsys, monkeypatch, lc_sweep, *arguments, "-b", 0, status=2)
+    assert "--batch-size is '0'" in printed(lc_sweep, *arguments, "-b", 0, status=2)
     assert run_campaign(campaign_spec(out), runner=FakeRunner()) == 0
-    assert "of kind 'campaign'" in printed(capsys, monkeypatch, lc_sweep, *arguments, status=2)
-    assert not printed(capsys, monkeypatch, campaign, *CAMPAIGN[1:], "--output-path", tmp_path / "new").endswith("2")
+    assert "of kind 'campaign'" in printed(lc_sweep, *arguments, status=2)
 
 
 def measure_here(prepared: Any, parts: Any, scratch: Path, console: Any) -> dict[str, Any]:
