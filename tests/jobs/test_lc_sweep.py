@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from pyarrow import parquet as pq
 
 from jobs.lc_sweep import main
@@ -104,25 +105,26 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep on this machine by one worker, in a process of its own."""
-    output = tmp_path_factory.mktemp("embedded") / "out"
-    said = sweep(output)
-    assert "Layer Contribution" in said and "FLOPs ratio" in said
+def here(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """A sweep in this process by one worker on this machine."""
+    output = tmp_path_factory.mktemp("here") / "out"
+    done = CliRunner().invoke(main, [*map(str, ARGUMENTS), "--output-path", str(output)], standalone_mode=False)
+    assert done.return_value == 0, done.exception
+    assert "Layer Contribution" in done.output and "FLOPs ratio" in done.output
     return output
 
 
 @pytest.mark.ray
-def test_on_this_machine_then_again(embedded: Path, job: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in embedded.rglob("*") if path.name != ".driver.lock"}
-    status, said = job(main, *ARGUMENTS, "--output-path", embedded)
+def test_on_this_machine_then_again(here: Path, job: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.name != ".driver.lock"}
+    status, said = job(main, *ARGUMENTS, "--output-path", here)
     assert status == 0 and "Layer Contribution" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_on_several_nodes(tmp_path: Path, embedded: Path) -> None:
+def test_on_several_nodes(tmp_path: Path, here: Path) -> None:
     """A cluster of three nodes: a head without a CPU, and two nodes of two."""
     from ray.cluster_utils import Cluster
 
@@ -134,7 +136,7 @@ def test_on_several_nodes(tmp_path: Path, embedded: Path) -> None:
             output = tmp_path / str(workers)
             sweep(output, "--workers", str(workers), env={"RAY_ADDRESS": cluster.address})
             assert json.loads((output / "manifest.json").read_text())["details"]["workers"] == workers
-            assert_same(output, embedded)
+            assert_same(output, here)
     finally:
         cluster.shutdown()
 
@@ -195,7 +197,7 @@ def wait_for(url: str, token: str, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_submitted_as_a_job(tmp_path: Path, head: dict[str, str], embedded: Path) -> None:
+def test_submitted_as_a_job(tmp_path: Path, head: dict[str, str], here: Path) -> None:
     submit = ["ray", "job", "submit", "--working-dir", ".", "--entrypoint-num-cpus", "1", "--", "python"]
     # The job finds the model in its own copy of the working directory.
     given = [os.path.relpath(one, ROOT) if isinstance(one, Path) else str(one) for one in ARGUMENTS]
@@ -209,4 +211,4 @@ def test_submitted_as_a_job(tmp_path: Path, head: dict[str, str], embedded: Path
         time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 4 workers fit" in done.stdout
-    assert_same(tmp_path / "out", embedded)
+    assert_same(tmp_path / "out", here)
