@@ -19,15 +19,12 @@ from reports.page.campaign_data import (
     with_interval,
 )
 from reports.page.charts import (
-    PADDING_X,
-    PADDING_Y,
     colour_of,
     data,
     intervals,
-    label_layer,
-    label_rows,
     layer_bands,
     lines,
+    names,
     shape_of,
     tips,
     zero_line,
@@ -192,30 +189,25 @@ def accuracy_chart(group: Group, key: int) -> Chart | None:
     by_plan = {row["plan"]: row for row in rows}
     front = {point["plan"]: by_plan[point["plan"]] for point in pareto_front(known)}
     x = alt.X("place:Q", title="FLOPs ratio of the prefill", axis=alt.Axis(format=".0%", tickCount=12))
-    x = x.scale(zero=False, nice=False, padding=PADDING_X)
-    y: dict[str, Any] = {"scale": alt.Scale(zero=False, nice=False, padding=PADDING_Y), "title": group.metric}
+    x = x.scale(zero=False, nice=False, padding=25)
+    y: dict[str, Any] = {"scale": alt.Scale(zero=False, nice=False, padding=15), "title": group.metric}
     kinds = {row["kind"] for row in rows}
     base = data().encode(x, colour_of("kind", kinds))
     bars, points = intervals(base, "y", "value", ("low", "high"), bar={"opacity": 0.6}, size=90, **y)
     said = tips("plan", flops_ratio=".1%", value=".4f", low=".4f", high=".4f")
+    points = points.encode(shape_of("kind", kinds), tooltip=said).properties(name="points")
     step = _dashed("front", interpolate="step-after", strokeWidth=1.2).encode(x, alt.Y("value:Q", **y))
-    names = [f"{plan} ({row['flops_ratio']:.0%}, {row['value']:.3f})" for plan, row in front.items()]
+    shares = [f"{plan} ({row['flops_ratio']:.0%}, {row['value']:.3f})" for plan, row in front.items()]
     return Chart(
         key=f"accuracy-{key}",
         title=f"{group.metric} against FLOPs, {group.model} on {group.task}",
         note=f"{interval_note(row['interval_by'] for row in rows)} Dashed: the Pareto front, plans that no other beats "
         "in both (higher is better), named where there is room. Plans of the same FLOPs stand side by side.",
         description=f"{group.metric} of {len(rows)} plans of {group.model} on {group.task} against their FLOPs ratio. "
-        f"Pareto front: {', '.join(names)}.",
-        marks=alt.layer(
-            step, bars, points.encode(shape_of("kind", kinds), tooltip=said), label_layer(x, alt.Y("value:Q", **y))
-        ),
+        f"Pareto front: {', '.join(shares)}.",
+        marks=alt.layer(step, bars, points, names(x, alt.Y("value:Q", **y))),
         height=_HEIGHT,
-        data={
-            "rows": rows,
-            "front": list(front.values()),
-            "labels": label_rows(rows, [*reversed(front)], height=_HEIGHT),
-        },
+        data={"rows": rows, "front": list(front.values())[::-1]},
         numbers=grid(
             f"Plans of {group.model} on {group.task}",
             [{**point, "on_the_front": point["plan"] in front} for point in group.points],

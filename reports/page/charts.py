@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import altair as alt
 
 from reports.page.campaign_data import KINDS
-from reports.page.document import Row, Value, label_of
+from reports.page.document import label_of
 from shortv.plan import Mode
 
 _MODES: Final = [*(mode.value for mode in Mode if mode is not Mode.FULL), Mode.FULL.value]
@@ -105,6 +105,15 @@ def zero_line(column: str) -> Any:
     return data("zero").mark_rule(strokeDash=[3, 3]).encode(alt.X(f"{column}:Q"))
 
 
+def names(x: alt.X, y: alt.Y) -> Any:
+    """Return the layer of the names of plans in the data set `front`, beside the points of the layer `points`.
+
+    The page's script moves them apart for the width that the chart has; the later ones are left out without room.
+    """
+    text = data("front").mark_text(fontSize=11, limit=180)
+    return text.encode(x, y, alt.Text("plan:N")).properties(name="names")
+
+
 def log_bottom(values: Iterable[float], floor: float | None) -> float:
     """Return where a logarithmic axis of these values begins: at the noise floor, or below the least one above it."""
     above = [value for value in values if value > (floor or 0.0)]
@@ -112,81 +121,3 @@ def log_bottom(values: Iterable[float], floor: float | None) -> float:
     if floor and math.log10(least / floor) <= _NEAR:
         return floor / 1.5
     return least / 4
-
-
-PADDING_X, PADDING_Y = 25, 15
-# A chart at least so wide has the names that fit into it, a narrower one those that fit into the least width.
-_WIDE, _LEAST = 600, 240
-# Of a name: its height and greatest length. Of a point: half its size.
-_LINE, _LONGEST, _POINT = 14, 180, 6
-_PLACES: Final = [{"align": align, "dx": dx, "dy": dy} for dy in (-8, 15) for align, dx in (("left", 8), ("right", -8))]
-
-
-class _Box(NamedTuple):
-    """A rectangle in pixels, from the upper left; that of a name says where it is relative to its point."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    place: Mapping[str, Value] = {}
-
-    def meets(self, other: "_Box") -> bool:
-        beside = self.left >= other.right or other.left >= self.right
-        return not beside and self.top < other.bottom and other.top < self.bottom
-
-
-def label_rows(rows: Sequence[Row], plans: Sequence[str], *, height: int) -> list[Row]:
-    """Place the names of `plans`, the first ones first; a name without room is left out.
-
-    `rows` are all points of the chart: `plan`, and `place` and `value`, which with the intervals from `low` to `high`
-    span the axes. Names that are apart at one width are apart in every wider chart.
-    """
-    found: list[Row] = []
-    by_plan = {row["plan"]: row for row in rows}
-    for wide, width in ((True, _WIDE), (False, _LEAST)):
-        points = _pixels(rows, width, height)
-        covered = [_Box(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in points.values()]
-        taken: list[_Box] = []
-        for plan in plans:
-            boxes = [_name_box(plan, *points[plan], place) for place in _PLACES]
-            free = [box for box in boxes if box.left >= 0 and box.right <= width and not any(map(box.meets, taken))]
-            if free:
-                # Points under a name are hard to see.
-                best = min(free, key=lambda box: sum(map(box.meets, covered)))
-                taken.append(best)
-                point = {name: by_plan[plan][name] for name in ("plan", "place", "value")}
-                found.append({**point, **best.place, "wide": wide})
-    return found
-
-
-def label_layer(x: alt.X, y: alt.Y) -> Any:
-    """Return the layer that draws the data set `labels`: what is placed for the width that the chart has."""
-    place: dict[str, Any] = {name: alt.ExprRef(f"datum.{name}") for name in _PLACES[0]}
-    shown = data("labels").transform_filter(f"datum.wide === (width >= {_WIDE})")
-    return shown.mark_text(**place, fontSize=11, limit=_LONGEST).encode(x, y, alt.Text("plan:N"))
-
-
-def _pixels(rows: Sequence[Row], width: int, height: int) -> dict[str, tuple[float, float]]:
-    """Return where the chart draws the point of each plan."""
-
-    def scaled(value: float, ends: Sequence[float], size: int, padding: int) -> float:
-        span = max(ends) - min(ends)
-        return padding + (size - 2 * padding) * ((value - min(ends)) / span if span else 0.5)
-
-    xs = [row["place"] for row in rows]
-    ys = [row[name] for row in rows for name in ("value", "low", "high") if row[name] is not None]
-    return {
-        row["plan"]: (
-            scaled(row["place"], xs, width, PADDING_X),
-            height - scaled(row["value"], ys, height, PADDING_Y),
-        )
-        for row in rows
-    }
-
-
-def _name_box(text: str, x: float, y: float, place: Mapping[str, Any]) -> _Box:
-    length = min(_LONGEST, LETTER * len(text))
-    left = x + place["dx"] - (length if place["align"] == "right" else 0)
-    bottom = y + place["dy"] + _LINE / 4
-    return _Box(left, bottom - _LINE, left + length, bottom, place)

@@ -44,6 +44,16 @@
     return Promise.reject(new Error("this page loads nothing"));
   }
 
+  // Names of points are placed where they cover no other, or left out, for the width that the chart has.
+  function patch(spec) {
+    for (const mark of spec.marks.filter(({ name }) => name === "names_marks")) {
+      const anchor = ["top-right", "top-left", "bottom-right", "bottom-left", "top", "bottom"];
+      const size = { signal: "[width, height]" };
+      mark.transform = [{ type: "label", size, anchor, offset: [7], avoidMarks: ["points_marks"] }];
+    }
+    return spec;
+  }
+
   async function draw() {
     views.forEach((view) => view.finalize());
     views = [];
@@ -53,7 +63,7 @@
       const datasets = Object.fromEntries(Object.entries(spec.datasets).map(([name, data]) => [name, rows(data)]));
       const loader = { load: forbid, sanitize: forbid, http: forbid, file: forbid };
       // The interpreter (ast) needs no eval, which the page's policy forbids.
-      const options = { ast: true, actions: false, defaultStyle: false, renderer, config, loader,
+      const options = { ast: true, actions: false, defaultStyle: false, renderer, config, loader, patch,
         tooltip: { disableDefaultStyle: true } };
       views.push(await window.vegaEmbed(place, { ...spec, datasets }, options));
     }
