@@ -6,6 +6,7 @@ their `charts` share) as a `document.Page`; `document.render` makes one file of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reports.manifest import MANIFEST_NAME
@@ -13,7 +14,7 @@ from reports.store import Folder
 from shortv.errors import Refused
 
 if TYPE_CHECKING:
-    from reports.page.document import Page
+    from reports.page.document import Page, Section
 
 PAGE_NAME = "report.html"
 
@@ -50,12 +51,16 @@ def build_page(folder: Folder, *, against: Folder | None = None, links: str | No
     kind = kind_of(folder)
     if against is not None and kind_of(against) != kind:
         raise Refused(f"{folder.shown} is a {kind}, {against.shown} a {kind_of(against)}; compare two of a kind")
+    compared: list[Section] = []
     if kind == "sweep":
         sweep = read_sweep_data(folder)
-        return sweep_page(sweep, links=links, compared=compare_sweeps(sweep, folder, against) if against else ())
-    campaign = read_campaign_data(folder)
-    compared = compare_campaigns(campaign, folder, against) if against else ()
-    return campaign_page(campaign, links=links, compared=compared)
+        page = sweep_page(sweep)
+        compared += compare_sweeps(sweep, folder, against) if against else []
+    else:
+        campaign = read_campaign_data(folder)
+        page = campaign_page(campaign)
+        compared += compare_campaigns(campaign, folder, against) if against else []
+    return replace(page, links=links, sections=[*compared, *page.sections])
 
 
 def kind_of(folder: Folder) -> str:

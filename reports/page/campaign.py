@@ -23,14 +23,14 @@ from reports.page.charts import (
     data,
     intervals,
     layer_bands,
-    lines,
+    line_axis,
     names,
     shape_of,
     tips,
     zero_line,
 )
 from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, grid
-from reports.page.ran import command_of, run_facts, state_warnings
+from reports.page.ran import ran, state_warnings
 from reports.page.sweep import plan_strips
 
 # Nobody looks at strips of more plans of one model.
@@ -40,8 +40,8 @@ _STEP: Final = 0.008
 _HEIGHT: Final = 340
 
 
-def campaign_page(campaign: CampaignData, *, links: str | None, compared: Sequence[Section] = ()) -> Page:
-    """Lay out the page of a campaign; `compared` are the sections that compare it with another."""
+def campaign_page(campaign: CampaignData) -> Page:
+    """Lay out the page of a campaign."""
     manifest = campaign.manifest
     models, tasks = (", ".join(str(item["name"]) for item in items) for items in (manifest.models, manifest.tasks))
     unfinished = [] if campaign.cells else ["No cell has finished yet."]
@@ -50,8 +50,7 @@ def campaign_page(campaign: CampaignData, *, links: str | None, compared: Sequen
         state=str(manifest.state),
         warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *campaign.problems],
         headline=_headline(campaign),
-        sections=[*compared, *_results(campaign), _plans(manifest), _errors(campaign), _ran(manifest)],
-        links=links,
+        sections=[*_results(campaign), _plans(manifest), _errors(campaign), _ran(manifest)],
     )
 
 
@@ -159,15 +158,10 @@ def _ran(manifest: CampaignManifest) -> Section:
         return [{**row, **{name: row[name][:12] for name in digests if row.get(name)}} for row in rows]
 
     limit = manifest.arguments.get("limit")
-    return Section(
-        title="What ran",
-        facts=[("limit per task", "all samples" if limit is None else f"{limit:g}"), *run_facts(manifest)],
-        command=command_of(manifest),
-        grids=[
-            grid("Models", shortened(manifest.models), "name revision digest config_digest", name="model"),
-            grid("Tasks", shortened(manifest.tasks), "name num_docs main_metric digest", name="task"),
-        ],
-    )
+    facts: list[Fact] = [("limit per task", "all samples" if limit is None else f"{limit:g}")]
+    models = grid("Models", shortened(manifest.models), "name revision digest config_digest", name="model")
+    tasks = grid("Tasks", shortened(manifest.tasks), "name num_docs main_metric digest", name="task")
+    return ran(manifest, facts, models, tasks)
 
 
 def pareto_front(points: Sequence[Row]) -> list[Row]:
@@ -318,7 +312,7 @@ def _exit_chart(model: str, task: str, rows: Sequence[Row], key: int) -> Chart:
         .mark_rect()
         .encode(
             layer_bands("layer_left", "exit after layer").scale(round=True),
-            lines("line", 220),
+            line_axis("line", 220),
             alt.Color("share:Q", legend=alt.Legend(title="share", format=".0%", orient="right")),
             tooltip=tips("plan kind layer_left", exits="d", share=".1%"),
         )

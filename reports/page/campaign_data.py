@@ -150,12 +150,7 @@ def _read_answers(
     failures: list[Row] = []
     exits: list[Row] = []
     problems = defaultdict[str, list[str]](list)
-    # Plans that decide for each sample where visual tokens leave.
-    deciding = {
-        (plan["model"], plan["name"]): len(plan["modes"])
-        for plan in manifest.plans
-        if isinstance(plan.get("parts"), Mapping) and plan["parts"].get("threshold") is not None
-    }
+    num_layers = {(plan["model"], plan["name"]): len(plan["modes"]) for plan in manifest.plans}
     for cell in cells:
         # A plan with the modes of another one has no answers of its own, and a cell without results has none.
         if cell["same_as"] is not None or not cell["n"]:
@@ -167,8 +162,7 @@ def _read_answers(
         reasons = Counter({cut(cell["message"] or "no reason was recorded"): cell["errors"]})
         if table is not None:
             reasons = Counter(map(cut, table["error"].drop_null().to_pylist()))
-            if (cell["model"], cell["plan"]) in deciding:
-                exits += _exits(cell, table, deciding[cell["model"], cell["plan"]])
+            exits += _exits(cell, table, num_layers.get((cell["model"], cell["plan"]), 0))
         names = {name: cell[name] for name in ("model", "plan", "task")}
         failures += [names | {"reason": reason, "samples": count} for reason, count in reasons.most_common() if count]
     return failures, exits, [_said(*item) for item in problems.items()]
@@ -198,15 +192,15 @@ def _said(problem: str, cells: Sequence[str]) -> str:
 
 def _exits(cell: Row, answers: pa.Table, num_layers: int) -> Iterator[Row]:
     """Count the samples whose visual tokens left after each layer, or never: of all samples, then of each kind."""
-    found: dict[str, Counter[int]] = {ALL_KINDS: Counter()}
+    found = defaultdict[str, Counter[int]](Counter)
     for row in answers.group_by(["kind", "exit_layer"]).aggregate([([], "count_all")]).to_pylist():
         if row["exit_layer"] is not None:
             for kind in {ALL_KINDS, row["kind"] or ALL_KINDS}:
-                found.setdefault(kind, Counter())[row["exit_layer"]] += row["count_all"]
+                found[kind][row["exit_layer"]] += row["count_all"]
     names = {name: cell[name] for name in ("cell", "model", "plan", "task")}
     for kind in sorted(found, key=lambda kind: (kind != ALL_KINDS, kind)):
         samples = found[kind].total()
-        for layer in range(num_layers + 1 if samples else 0):
+        for layer in range(num_layers + 1):
             exits, left = found[kind][layer], NEVER if layer == num_layers else str(layer)
             counts = {"samples": samples, "layer_left": left, "exits": exits, "share": exits / samples}
             yield names | {"kind": kind} | counts

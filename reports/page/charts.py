@@ -29,9 +29,10 @@ _SCALES: Final[Mapping[str, tuple[Sequence[str], str, Sequence[str]]]] = {
 }
 # Further below the lowest value than this many decades, a noise floor would press the lines together.
 _NEAR: Final = 3
-# In pixels: the width of a letter in charts, and of the axis left of most charts.
-LETTER: Final = 7
+# In pixels: the width of a letter in charts, of the axis left of most charts, and of the names of lines at most.
+_LETTER: Final = 7
 _AXIS: Final = 60
+_NAMES: Final = 240
 
 
 def data(name: str = "rows") -> alt.Chart:
@@ -39,12 +40,15 @@ def data(name: str = "rows") -> alt.Chart:
     return alt.Chart(alt.NamedData(name=name))
 
 
-def colour_of(column: str, shown: Iterable[str], *, left: int = _AXIS, symbols: Any = alt.Undefined) -> alt.Color:
+def colour_of(
+    column: str, shown: Iterable[str], *, lines: Iterable[str] = (), symbols: Any = alt.Undefined
+) -> alt.Color:
     """Return the colour of the column `mode` or `kind`, the same for a value in every chart.
 
-    The legend, if any, lists the values `shown`; it is right of the axis' labels, `left` pixels wide.
+    The legend, if any, lists the values `shown`, right of the chart's axis or of the names of its `lines`.
     """
     domain, colours, _ = _SCALES[column]
+    left = min(_NAMES, _LETTER * max(map(len, lines))) if lines else _AXIS
     legend = _legend(domain, shown, left, symbols)
     return alt.Color(f"{column}:N", scale=alt.Scale(domain=domain, range=colours), legend=legend)
 
@@ -61,7 +65,7 @@ def _legend(domain: Sequence[str], shown: Iterable[str], left: int, symbols: Any
     if not values:
         return None
     # How wide the chart is, only the browser knows.
-    columns = alt.ExprRef(f"max(1, floor((containerSize()[0] - {left}) / {25 + LETTER * max(map(len, values))}))")
+    columns = alt.ExprRef(f"max(1, floor((containerSize()[0] - {left}) / {25 + _LETTER * max(map(len, values))}))")
     return alt.Legend(title=None, orient="top", values=values, columns=columns, symbolType=symbols, symbolOpacity=1)
 
 
@@ -77,7 +81,7 @@ def layer_bands(column: str = "layer", title: str = "decoder layer") -> alt.X:
     return alt.X(f"{column}:O", title=title, axis=axis, sort=None)
 
 
-def lines(column: str, width: int) -> alt.Y:
+def line_axis(column: str, width: int = _NAMES) -> alt.Y:
     """Return the axis of a chart with a line for each value of a column, whose names have at most `width` pixels."""
     axis = alt.Axis(labelLimit=width, ticks=False, domain=False)
     return alt.Y(f"{column}:N", sort=None, title=None, axis=axis)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -29,18 +29,12 @@ _LABELS: Final = {
     **{"mean": "LC (nats)", "rank_low": "rank from", "flops_ratio": "FLOPs ratio", "sample_id": "sample"},
     **{"samples_per_second": "samples/s", "share_changed": "answers changed", "config_digest": "architecture digest"},
     **{"train_seconds": "training seconds", "num_docs": "documents", "layer_left": "exit after layer"},
+    **{"count_all": "samples"},
 }
 
 Value = str | int | float | bool | None
 Row = Mapping[str, Any]
 Fact = tuple[str, Value]
-
-
-class Command(NamedTuple):
-    """A command line that repeats a run, and what to know before running it."""
-
-    line: str
-    note: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +43,7 @@ class Grid:
 
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Value]]
+    rows: Sequence[Sequence[Any]]
     total: int | None = None
     files: Sequence[str] = ()
 
@@ -75,14 +69,15 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a page under one heading."""
+    """A part of a page under one heading; a command line that repeats a run has a note to read before."""
 
     title: str
     text: Sequence[str] = ()
     facts: Sequence[Fact] = ()
     charts: Sequence[Chart] = ()
     grids: Sequence[Grid] = ()
-    command: Command | None = None
+    command: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +92,7 @@ class Page:
     warnings: Sequence[str]
     headline: Sequence[Fact]
     sections: Sequence[Section]
-    links: str | None
+    links: str | None = ""
 
 
 def label_of(column: str) -> str:
@@ -182,18 +177,14 @@ def _embedded(chart: Chart) -> dict[str, Any]:
     size = {"width": "container", "height": chart.height, "autosize": {"type": "fit-x", "contains": "padding"}}
     # The page's script sets its own configuration for every colour scheme.
     spec = {name: value for name, value in chart.marks.to_dict().items() if name != "config"}
-    datasets = {name: _columns(rows) for name, rows in chart.data.items()}
+    datasets = {name: [_json_row(row) for row in rows] for name, rows in chart.data.items()}
     spec |= size | {"description": chart.description, "datasets": datasets}
     return {"spec": spec, "renderer": "canvas" if chart.canvas else "svg"}
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Column-wise, which takes half of the space; the page's script makes rows of it. JSON has no NaN."""
-    names = list(rows[0]) if rows else []
-    return {
-        name: [None if isinstance(row[name], float) and not math.isfinite(row[name]) else row[name] for row in rows]
-        for name in names
-    }
+def _json_row(row: Row) -> Row:
+    """JSON has numbers that are finite only."""
+    return {name: None if isinstance(it, float) and not math.isfinite(it) else it for name, it in row.items()}
 
 
 def template_environment(folder: Path) -> Environment:

@@ -1,14 +1,14 @@
 """What the pages of all runs take from a run folder: tables, facts, warnings, and the command that repeats the run."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
 
 from reports.locations import MASK
 from reports.manifest import CampaignManifest, State, SweepManifest
-from reports.page.document import Command, Fact
+from reports.page.document import Fact, Grid, Section
 from reports.schemas import schema_of
 from reports.store import Folder
 from shortv.errors import Refused
@@ -42,19 +42,6 @@ def result_rows(folder: Folder, name: str, manifest: AnyManifest) -> list[dict[s
     return rows
 
 
-def run_facts(manifest: AnyManifest) -> list[Fact]:
-    """Return the facts that every kind of run has."""
-    seconds = manifest.wall_seconds
-    return [
-        ("state", str(manifest.state)),
-        ("started", manifest.started),
-        ("finished", manifest.finished or "not yet"),
-        ("time, all runs", None if seconds is None else f"{seconds:.1f} s"),
-        ("seed", manifest.seed),
-        *((f"{name} version", version) for name, version in manifest.versions.items()),
-    ]
-
-
 def state_warnings(manifest: AnyManifest, unit: str) -> list[str]:
     """Return what a reader must know first: that a run has not ended, or that part of it failed."""
     if manifest.state is State.RUNNING:
@@ -64,9 +51,9 @@ def state_warnings(manifest: AnyManifest, unit: str) -> list[str]:
     return []
 
 
-def command_of(manifest: AnyManifest) -> Command:
-    """Return the command line that repeats a run in a new folder."""
-    arguments = {name.replace("_", "-"): value for name, value in manifest.arguments.items()}
+def ran(manifest: AnyManifest, facts: Sequence[Fact], *grids: Grid) -> Section:
+    """Return the section about what ran, with these facts before those of every run, and how to repeat it."""
+    seconds, arguments = manifest.wall_seconds, {key.replace("_", "-"): it for key, it in manifest.arguments.items()}
     words = [word for name, value in arguments.items() for word in _option(name, value)]
     line = shlex.join(["python", _JOBS[manifest.kind], *words, "--output-path", OUTPUT])
     notes = [f"Give another folder for {OUTPUT}."]
@@ -74,7 +61,15 @@ def command_of(manifest: AnyManifest) -> Command:
         notes.append("CHAT_TEMPLATE is a file with the chat template that the manifest holds.")
     if MASK in line:
         notes.append(f"{MASK} stands for a secret.")
-    return Command(line, " ".join(notes))
+    every = [
+        ("state", str(manifest.state)),
+        ("started", manifest.started),
+        ("finished", manifest.finished or "not yet"),
+        ("time, all runs", None if seconds is None else f"{seconds:.1f} s"),
+        ("seed", manifest.seed),
+        *((f"{name} version", version) for name, version in manifest.versions.items()),
+    ]
+    return Section(title="What ran", facts=[*facts, *every], command=line, note=" ".join(notes), grids=grids)
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -11,29 +11,25 @@ import pyarrow.compute as pc
 
 from reports.manifest import State, SweepManifest
 from reports.page.charts import (
-    LETTER,
     colour_of,
     data,
     intervals,
     layer_axis,
     layer_bands,
-    lines,
+    line_axis,
     log_bottom,
     shape_of,
     tips,
 )
-from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, Value, cut, grid
-from reports.page.ran import command_of, run_facts, state_warnings
+from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, cut, grid
+from reports.page.ran import ran, state_warnings
 from reports.page.sweep_data import SweepData
 from reports.tables import by_mode, stability_line
 from shortv.plan import Mode, Plan
 
-# Of the names of plans, in pixels.
-_LABELS: Final = 240
 
-
-def sweep_page(sweep: SweepData, *, links: str | None, compared: Sequence[Section] = ()) -> Page:
-    """Lay out the page of a sweep; `compared` are the sections that compare it with another."""
+def sweep_page(sweep: SweepData) -> Page:
+    """Lay out the page of a sweep."""
     manifest = sweep.manifest
     unfinished = [] if sweep.layers else ["There are no results to draw yet."]
     return Page(
@@ -41,8 +37,7 @@ def sweep_page(sweep: SweepData, *, links: str | None, compared: Sequence[Sectio
         state=str(manifest.state),
         warnings=state_warnings(manifest, "samples") + unfinished,
         headline=_headline(manifest),
-        sections=[*compared, *_layers(sweep), *_plans(sweep), *_samples(sweep), _errors(sweep), _ran(manifest)],
-        links=links,
+        sections=[*_layers(sweep), *_plans(sweep), *_samples(sweep), _errors(sweep), _ran(manifest)],
     )
 
 
@@ -102,18 +97,15 @@ def _samples(sweep: SweepData) -> list[Section]:
     samples = sweep.samples
     if not len(samples):
         return []
-    counted = samples.set_column(
-        samples.column_names.index("dataset"), "dataset", pc.fill_null(samples["dataset"], "unknown")
-    ).append_column("imageless", pc.cast(pc.equal(samples["n_visual"], 0), "int64"))
+    counted = samples.append_column("imageless", pc.equal(samples["n_visual"], 0).cast("int64"))
     found = counted.group_by("dataset", use_threads=False).aggregate(
         [([], "count_all"), ("imageless", "sum"), ("n_text", "mean")]
         + [("n_visual", function) for function in ("mean", "min", "max")]
     )
     sets = grid(
         "Samples by data set; mean token counts",
-        found,
+        [{**row, "dataset": row["dataset"] or "unknown"} for row in found.to_pylist()],
         "dataset count_all imageless_sum n_text_mean n_visual_mean n_visual_min n_visual_max",
-        count_all="samples",
         imageless_sum="without image",
         n_text_mean="text tokens",
         n_visual_mean="visual tokens",
@@ -138,7 +130,6 @@ def _errors(sweep: SweepData) -> Section:
             "Errors by reason",
             reasons.sort_by([("count_all", "descending")]),
             "stage error count_all message_first",
-            count_all="samples",
             message_first="for example",
         ),
         grid(
@@ -162,7 +153,7 @@ def _ran(manifest: SweepManifest) -> Section:
         ("arguments digest", manifest.arguments_digest),
         ("device", cut(str(manifest.details.get("device", "unknown")))),
     ]
-    return Section(title="What ran", facts=[*facts, *run_facts(manifest)], command=command_of(manifest))
+    return ran(manifest, facts)
 
 
 def lc_chart(sweep: SweepData) -> Chart:
@@ -271,12 +262,11 @@ def plan_strips(
     """Draw plans (name and modes) as strips of layers, one colour per mode."""
     names = {name for name, _ in plans}
     modes = {mode for _, modes in plans for mode in modes}
-    left = min(_LABELS, LETTER * max(map(len, names), default=0))
     changed = " ".join(
         f"{name}: {_changed(modes)} of {len(modes)} layers under another mode than full." for name, modes in plans[:12]
     )
     rows = [{"plan": name, "layer": layer, "mode": mode} for name, modes in plans for layer, mode in enumerate(modes)]
-    counted: list[list[Value]] = [[name, len(modes), _changed(modes), _layers_by_mode(modes)] for name, modes in plans]
+    counted = [[name, len(modes), _changed(modes), _layers_by_mode(modes)] for name, modes in plans]
     return Chart(
         key=key,
         title=f"Plans of {of}, layer by layer",
@@ -286,8 +276,8 @@ def plan_strips(
         .mark_rect(cornerRadius=2)
         .encode(
             layer_bands().scale(paddingInner=0.08),
-            lines("plan", _LABELS).scale(paddingInner=0.25),
-            colour_of("mode", modes, left=left, symbols="square"),
+            line_axis("plan").scale(paddingInner=0.25),
+            colour_of("mode", modes, lines=names, symbols="square"),
             tooltip=tips("plan layer mode"),
         ),
         height=max(40, 26 * len(names)),
@@ -362,7 +352,7 @@ def heat_chart(sweep: SweepData, mode: str) -> Chart:
 
 
 def _heat_marks(named: bool, height: int) -> Any:
-    y = lines("sample", 110)
+    y = line_axis("sample", 110)
     if not named:
         y = y.title("samples, high LC to low").axis(labels=False, ticks=False)
     legend = alt.Legend(

@@ -16,7 +16,7 @@ from jobs.campaign import main as campaign_job
 from jobs.lc_sweep import main as sweep_job
 from reports.page import write_page
 from reports.page.campaign import pareto_front
-from reports.page.ran import command_of
+from reports.page.ran import ran
 from reports.page.sweep import heat_chart
 from reports.page.sweep_data import read_sweep_data
 from reports.store import Folder
@@ -57,6 +57,10 @@ def charts_of(page: str) -> dict[str, Any]:
     return {name: chart["spec"] for name, chart in charts.items()}
 
 
+def column(chart: Any, name: str, data: str = "rows") -> list[Any]:
+    return [row[name] for row in chart["datasets"][data]]
+
+
 @pytest.fixture(scope="module")
 def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return make_sweep(tmp_path_factory.mktemp("sweep"), samples=3)
@@ -77,16 +81,14 @@ def test_a_sweep_has_its_charts_each_with_its_numbers(sweep: str, sweep_folder: 
     for said in ("1.00e-09 nats", "choose the same layers in 90% with 50%", "torch version", "2.15.0"):
         assert said in read.text
     # A sample without an image does not count for a mode of visual tokens.
-    lines = [len(set(charts[f"heat-{mode}"]["datasets"]["rows"]["sample"])) for mode in MODES]
-    assert lines == [2, 3]
+    assert [len(set(column(charts[f"heat-{mode}"], "sample"))) for mode in MODES] == [2, 3]
     assert page_of(sweep_folder) == sweep
 
 
 def test_zeros_stay_on_a_log_axis(sweep: str, tmp_path: Path) -> None:
     chart = charts_of(sweep)["lc"]
-    rows = chart["datasets"]["rows"]
-    assert min(rows["low"]) > 0 and min(rows["y"]) > 0 and min(rows["mean"]) == 0
-    assert [hollow for mean, hollow in zip(rows["mean"], rows["hollow"], strict=True) if mean == 0] == [True, True]
+    assert min(column(chart, "low")) > 0 and min(column(chart, "y")) > 0 and min(column(chart, "mean")) == 0
+    assert [row["hollow"] for row in chart["datasets"]["rows"] if row["mean"] == 0] == [True, True]
     assert "below: noise floor 1.0e-09" in json.dumps(chart["layer"])
     page = page_of(make_sweep(tmp_path, samples=1, layers=2, modes=[Mode.FREEZE_TEXT], noise_floor=None))
     assert "No noise floor is known" in page and len(charts_of(page)) == 4
@@ -110,13 +112,15 @@ def test_a_campaign_tells_plans_controls_and_the_full_model_apart(tmp_path: Path
     page = page_of(make_campaign(tmp_path, failed=3))
     charts = charts_of(page)
     assert set(charts) == {"accuracy-0", "difference-0", "speed-0", "plans-0"}
-    rows, front = (charts["accuracy-0"]["datasets"][name] for name in ("rows", "front"))
-    assert rows["kind"] == ["full model", "first-layers control", "random control", "LC plan"]
-    assert rows["value"] == [0.9, 0.4, 0.6, 0.88]
-    assert rows["place"][2] == rows["flops_ratio"][2] == 0.7 and len(set(rows["place"])) == 4
-    assert rows["high"][0] == pytest.approx(0.9 + 1.96 * 0.03)
-    assert front["place"] == [pytest.approx(0.7 + 0.3 * 0.008), 1.0] and front["value"] == [0.88, 0.9]
-    assert charts["speed-0"]["datasets"]["rows"]["prefill_ratio"][3] == pytest.approx(78 / 108)
+    chart = charts["accuracy-0"]
+    assert column(chart, "kind") == ["full model", "first-layers control", "random control", "LC plan"]
+    assert column(chart, "value") == [0.9, 0.4, 0.6, 0.88]
+    places = column(chart, "place")
+    assert places[2] == column(chart, "flops_ratio")[2] == 0.7 and len(set(places)) == 4
+    assert column(chart, "high")[0] == pytest.approx(0.9 + 1.96 * 0.03)
+    front = chart["datasets"]["front"]
+    assert [(row["place"], row["value"]) for row in front] == [(1.0, 0.9), (pytest.approx(0.7 + 0.3 * 0.008), 0.88)]
+    assert column(charts["speed-0"], "prefill_ratio")[3] == pytest.approx(78 / 108)
     text = Read(page).text
     for said in ("the prompt is too long", "exact_match_colour", "This run is partial", "answers changed"):
         assert said in text
@@ -149,16 +153,16 @@ def test_unfinished_runs_say_so_at_the_top(kind: str, tmp_path: Path) -> None:
 
 
 def test_commands_repeat_the_run() -> None:
-    command = command_of(sweep_manifest(samples=3, layers=5, modes=list(Mode)[1:3]))
-    assert command.line == (
+    command = ran(sweep_manifest(samples=3, layers=5, modes=list(Mode)[1:3]), []).command
+    assert command == (
         "python jobs/lc_sweep.py --model org/m --calibration 'a b.parquet' --calibration gqa:20 "
         "--modes freeze-visual,freeze-text --kl-direction full-ablated --limit 20 --seed 0 --trust-remote-code "
         "--output-path OUTPUT_FOLDER"
     )
-    words = command.line.replace("'a b.parquet'", "a_b.parquet").split()[2:]
+    words = command.replace("'a b.parquet'", "a_b.parquet").split()[2:]
     parsed = sweep_job.make_context("lc_sweep", words).params
     assert parsed["calibration"] == ("a_b.parquet", "gqa:20") and parsed["trust_remote_code"] is True
-    words = command_of(campaign_manifest(state="complete")).line.split()[2:]
+    words = ran(campaign_manifest(state="complete"), []).command.split()[2:]
     parsed = campaign_job.make_context("campaign", words).params
     assert parsed["plans"] == ("full,sweep:runs/demo@2",) and parsed["gen_kwargs"] == "temperature=0"
     assert parsed["output_path"] == "OUTPUT_FOLDER" and not parsed["retry_failed"]
@@ -166,9 +170,9 @@ def test_commands_repeat_the_run() -> None:
 
 def test_secrets_and_templates_are_named_but_not_shown() -> None:
     arguments = {"models": ["m"], "gen_kwargs": {"api_key": "hunter2"}, "chat-template": "{{ long }}"}
-    command = command_of(campaign_manifest(state="complete", arguments=arguments))
-    assert "hunter2" not in command.line and "{{" not in command.line
-    assert "stands for a secret" in command.note and "CHAT_TEMPLATE is a file" in command.note
+    section = ran(campaign_manifest(state="complete", arguments=arguments), [])
+    assert "hunter2" not in section.command and "{{" not in section.command
+    assert "stands for a secret" in section.note and "CHAT_TEMPLATE is a file" in section.note
 
 
 def test_many_samples_become_groups_and_few_keep_their_names(sweep_folder: Folder) -> None:

@@ -152,7 +152,7 @@ def test_the_campaign_of_all_systems_has_one_table_for_each_task(clone: Path) ->
     assert len(heads) == 2 and all(head.split()[-2:] == ["learned", "trained"] for head in heads)
     assert [line.endswith("1,500 12.6 min") for line in lines if line.startswith("saisa")] == [True, True]
     assert "than random" not in output and "tie" not in output
-    page = campaign_page(read_campaign_data(folder), links=None)
+    page = campaign_page(read_campaign_data(folder))
     grids = [chart.numbers for section in page.sections for chart in section.charts if "difference" in chart.key]
     grids += [grid for section in page.sections if section.title == "All differences" for grid in section.grids]
     assert len(grids) == 3
