@@ -19,11 +19,9 @@ from shortv.workers.campaign.spec import campaign_submission_id
 from shortv.workers.run import LOCK_NAME, one_driver
 from shortv.workers.sweep import driver
 from shortv.workers.sweep.driver import run_sweep
-from shortv.workers.sweep.measure import UnitResult
 from shortv.workers.sweep.spec import sweep_submission_id
-from shortv.workers.sweep.units import plan_units
 from tests.workers.campaign.fakes import FakeRunner, campaign_spec
-from tests.workers.fakes import FakeEngine, make_spec
+from tests.workers.fakes import FakeEngine, make_spec, run_units_here
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ("jobs/lc_sweep.py", "--model", "a/b", "--calibration", "gqa:20")
@@ -90,20 +88,6 @@ def test_what_is_refused(tmp_path: Path, printed: Callable[..., str]) -> None:
     assert "of kind 'campaign'" in printed(lc_sweep, *arguments, status=2)
 
 
-def measure_here(prepared: Any, parts: Any, scratch: Path, console: Any) -> dict[str, Any]:
-    """Measure every unit in this process."""
-    engine, modes = prepared.engine, prepared.spec.modes
-    layers = prepared.architecture.num_layers
-    for unit in plan_units(
-        n_batches=len(prepared.batches), num_layers=layers, modes=modes, workers=1, finished=parts.finished()
-    ):
-        batch = prepared.batches[unit.batch]
-        inputs = engine.preprocess("preprocessor", batch, alone=True)
-        found = engine.measure("loaded", batch, inputs, layers=unit.layers, modes=modes, stack=None)
-        parts.save(unit, UnitResult(unit_id=unit.unit_id, measured=found).to_table())
-    return {}
-
-
 def fail(*_: Any) -> dict[str, Any]:
     raise ShortVError("the work on Ray failed")
 
@@ -117,7 +101,7 @@ def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ShortVError, match="on Ray failed"):
             run_sweep(request, engine=FakeEngine())
         assert sweep_submission_id(request) == f"{first[:-2]}-{attempt}"
-    monkeypatch.setattr(driver, "run_units", measure_here)
+    monkeypatch.setattr(driver, "run_units", run_units_here)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert sweep_submission_id(request.model_copy(update={"workers": None})) == f"{first[:-2]}-4"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -145,7 +129,7 @@ def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch:
     def run_another(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(Refused, match=r"out is in use by process \d+ on .*; wait until it has ended"):
             run_sweep(request, engine=FakeEngine())
-        return measure_here(*arguments)
+        return run_units_here(*arguments)
 
     monkeypatch.setattr(driver, "run_units", run_another)
     assert run_sweep(request, engine=FakeEngine()) == 0
@@ -156,7 +140,7 @@ def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = make_spec(tmp_path, samples=4)
-    monkeypatch.setattr(driver, "run_units", measure_here)
+    monkeypatch.setattr(driver, "run_units", run_units_here)
     prepare = driver.prepare
 
     def prepare_slowly(*arguments: Any) -> Any:
@@ -177,6 +161,6 @@ def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path, monkeypatch: pyt
     with one_driver(Folder(request.output_path)):
         pass
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
-    monkeypatch.setattr(driver, "run_units", measure_here)
+    monkeypatch.setattr(driver, "run_units", run_units_here)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["attempts"] == 1

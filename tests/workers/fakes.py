@@ -15,24 +15,30 @@ from pyarrow import parquet as pq
 
 from reports.store import Folder
 from shortv.architecture import Architecture
-from shortv.bench.scheduling import SleepEngine, used
+from shortv.bench.scheduling import SleepEngine
 from shortv.plan import Mode
 from shortv.records import ErrorRecord, LcRecord
 from shortv.sample import Sample
 from shortv.spec import ModelSpec, WorkerRange
-from shortv.workers.sweep.measure import Measured
+from shortv.workers.models import RemoteModel
+from shortv.workers.sweep.driver import Prepared
+from shortv.workers.sweep.measure import Measured, SweepEngine
+from shortv.workers.sweep.pipeline import unit_input
 from shortv.workers.sweep.spec import SweepSpec
+from shortv.workers.sweep.units import Unit
+from shortv.workers.sweep.worker import Attempts, MeasuringStage, PreparingStage, WorkerSetup
 from tests.architectures import architecture
 
-__all__ = ["LAYERS", "FakeEngine", "make_samples", "make_spec", "record", "tables", "used", "write_calibration"]
-
 LAYERS = 6
+MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeEngine(SleepEngine):
     """Measures by hashing; samples named in a field fail in that field's way."""
 
+    kills_once: Path | None = None
+    """A file; the process that makes it kills itself."""
     kills: frozenset[str] = frozenset()
     raises: frozenset[str] = frozenset()
     unusable: frozenset[str] = frozenset()
@@ -61,6 +67,9 @@ class FakeEngine(SleepEngine):
 
     def measure(self, loaded: Any, samples: Sequence[Sample], inputs: bytes, **options: Any) -> Measured:
         assert loaded == "loaded" and inputs.decode().split() == [sample.sample_id for sample in samples]
+        if self.kills_once and not self.kills_once.exists():
+            self.kills_once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         names = {sample.sample_id for sample in samples}
         if names & self.kills:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -74,14 +83,12 @@ class FakeEngine(SleepEngine):
             for name in (sample.sample_id for sample in samples)
             if name in self.unusable
         )
-        floor = self.noise_floor(loaded, good) if 0 in options["layers"] and good else None
-        return replace(super().measure(loaded, good, inputs, **options), errors=errors, noise_floor=floor)
+        return replace(super().measure(loaded, good, inputs, **options), errors=errors)
 
-    def noise_floor(self, loaded: Any, samples: Sequence[Sample]) -> float:
-        """The floor of a batch depends on what is in it."""
-        if len(samples) > self.most_samples:
+    def noise_floor(self, loaded: Any, inputs: bytes) -> float:
+        if len(inputs.split()) > self.most_samples:
             raise MemoryError
-        return 1e-9 * len(samples)
+        return super().noise_floor(loaded, inputs)
 
     def record(self, sample: Sample, mode: Mode, layer: int) -> LcRecord:
         return record(sample, mode, layer)
@@ -128,6 +135,27 @@ def make_spec(folder: Path, *, samples: int = 12, workers: int = 2, **fields: An
         workers=WorkerRange(workers, workers),
         **fields,
     )
+
+
+def run_unit(unit: Unit, samples: Sequence[Sample], engine: SweepEngine, attempts: Attempts | None = None) -> pa.Table:
+    """Both stages of a sweep in this process; returns the finished unit."""
+    setup = WorkerSetup(
+        engine=engine,
+        model=RemoteModel(loader=engine, spec=ModelSpec(name="fake/model"), folder=None),
+        device="cpu",
+        threads=1,
+        modes=MODES,
+        stack=None,
+        attempts=attempts or Attempts(),
+    )
+    return MeasuringStage(setup)(PreparingStage(setup)(unit_input(unit, samples)))
+
+
+def run_units_here(prepared: Prepared, console: Any) -> dict[str, Any]:
+    """`driver.run_units` without Ray."""
+    for unit in prepared.units(workers=1):
+        prepared.commit(unit.unit_id, run_unit(unit, prepared.batches[unit.batch], prepared.engine))
+    return {}
 
 
 def tables(output: Path | str) -> dict[str, list[dict[str, Any]]]:

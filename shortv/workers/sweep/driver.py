@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
+import pyarrow as pa
 import ray
 from rich.console import Console
 
@@ -23,7 +24,7 @@ from shortv.sample import Sample
 from shortv.terminal import say
 from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import remote_model
-from shortv.workers.placement import Placement, place
+from shortv.workers.placement import place
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import (
     check_output,
@@ -35,13 +36,12 @@ from shortv.workers.run import (
     write_report,
 )
 from shortv.workers.samples import calibration_digest, resolve_calibration
-from shortv.workers.sweep.attempts import start_attempts
-from shortv.workers.sweep.measure import SweepEngine, UnitResult
+from shortv.workers.sweep.measure import SweepEngine
 from shortv.workers.sweep.pipeline import stream_results
+from shortv.workers.sweep.result import PARTS, finish
 from shortv.workers.sweep.spec import SweepSpec
-from shortv.workers.sweep.tables import Parts, finish
 from shortv.workers.sweep.units import Unit, plan_units
-from shortv.workers.sweep.worker import WorkerSetup
+from shortv.workers.sweep.worker import RemoteAttempts, WorkerSetup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,25 @@ class Prepared:
     architecture: Architecture
     manifest: SweepManifest
 
+    def units(self, workers: int) -> list[Unit]:
+        """Return the units that have no part yet, for so many workers."""
+        finished = defaultdict[int, set[int]](set)
+        for name in self.folder.list(PARTS):
+            unit = Unit.parse(PurePath(name).stem)
+            finished[unit.batch].update(unit.layers)
+        return plan_units(
+            n_batches=len(self.batches),
+            num_layers=self.architecture.num_layers,
+            modes=self.spec.modes,
+            workers=workers,
+            finished=finished,
+            layers_per_unit=self.spec.layers_per_unit,
+        )
+
+    def commit(self, unit_id: str, result: pa.Table) -> None:
+        """Write the result of a unit. Raises ShortVError when it cannot be written."""
+        self.folder.write_parquet(f"{PARTS}/{unit_id}", result)
+
 
 def run_sweep(spec: SweepSpec, *, engine: SweepEngine | None = None, console: Console | None = None) -> int:
     """Run, continue or repeat a sweep, print its table, and return the exit status (0, or 3 with failed samples).
@@ -66,26 +85,41 @@ def run_sweep(spec: SweepSpec, *, engine: SweepEngine | None = None, console: Co
     console = console or terminal.console()
     with stop_on_signal():
         prepared = prepare(spec, engine or SweepEngine())
-        running = prepared.manifest.state is State.RUNNING
-        manifest = complete(
-            prepared.folder, prepared.manifest, lambda latest: _measure(replace(prepared, manifest=latest), console)
-        )
+        folder, running = prepared.folder, prepared.manifest.state is State.RUNNING
+
+        def measure(begun: SweepManifest) -> SweepManifest:
+            details = run_units(replace(prepared, manifest=begun), console) if prepared.units(workers=1) else {}
+            return finish(folder, begun.updated(details={**begun.details, **details}))
+
+        manifest = complete(folder, prepared.manifest, measure)
         # The tables hold everything now. A run that finished earlier may have been killed before this.
-        Parts(prepared.folder).remove()
-        status = _report(replace(prepared, manifest=manifest), console)
-        write_report(prepared.folder, console, anew=running)
-        return status
+        folder.delete(PARTS)
+        _print(folder, manifest, console)
+        write_report(folder, console, anew=running)
+        return exit_status(manifest.counts["errors"], manifest.counts["samples"], spec.fail_on_error)
 
 
 def prepare(spec: SweepSpec, engine: SweepEngine) -> Prepared:
     """Check everything that can be checked before work starts. Raises Refused."""
     check_output(spec.output_path)
-    folder = Folder(spec.output_path)
     samples = resolve_calibration(spec.calibration, limit=spec.limit, seed=spec.seed, include_path=spec.include_path)
-    spec = spec.model_copy(update={"revision": engine.pin(spec.model_spec()).revision})
-    architecture = engine.describe(spec.model_spec())
-    wanted = _manifest(spec, samples, architecture)
-    size = spec.batch_size
+    digest = calibration_digest(samples)
+    model = engine.pin(spec.model_spec())
+    spec = spec.model_copy(update={"revision": model.revision})
+    architecture = engine.describe(model)
+    wanted = new_manifest(
+        SweepManifest,
+        {**spec.arguments(), "calibration-digest": digest},
+        model,
+        architecture,
+        modes=spec.modes,
+        kl_direction=spec.kl_direction,
+        calibration_ids=tuple(sample.sample_id for sample in samples),
+        calibration_digest=digest,
+        seed=spec.seed,
+        details={"architecture": asdict(architecture)},
+    )
+    folder, size = Folder(spec.output_path), spec.batch_size
     return Prepared(
         spec=spec,
         engine=engine,
@@ -96,51 +130,7 @@ def prepare(spec: SweepSpec, engine: SweepEngine) -> Prepared:
     )
 
 
-def _manifest(spec: SweepSpec, samples: Sequence[Sample], architecture: Architecture) -> SweepManifest:
-    digest = calibration_digest(samples)
-    return new_manifest(
-        SweepManifest,
-        {**spec.arguments(), "calibration-digest": digest},
-        spec.model_spec(),
-        architecture,
-        modes=spec.modes,
-        kl_direction=spec.kl_direction,
-        calibration_ids=tuple(sample.sample_id for sample in samples),
-        calibration_digest=digest,
-        seed=spec.seed,
-        details={"architecture": asdict(architecture)},
-    )
-
-
-def _measure(prepared: Prepared, console: Console) -> SweepManifest:
-    """Measure what is missing and write the tables; returns the final manifest."""
-    parts = Parts(prepared.folder)
-    details: dict[str, Any] = {}
-    if _units(prepared, parts, workers=1):
-        with tempfile.TemporaryDirectory(prefix="shortv-sweep-") as scratch:
-            details = run_units(prepared, parts, Path(scratch), console)
-    manifest = prepared.manifest
-    return finish(
-        prepared.folder,
-        parts,
-        manifest.updated(details={**manifest.details, **details}),
-        batches=prepared.batches,
-        architecture=prepared.architecture,
-    )
-
-
-def _units(prepared: Prepared, parts: Parts, *, workers: int) -> list[Unit]:
-    return plan_units(
-        n_batches=len(prepared.batches),
-        num_layers=prepared.architecture.num_layers,
-        modes=prepared.spec.modes,
-        workers=workers,
-        finished=parts.finished(),
-        layers_per_unit=prepared.spec.layers_per_unit,
-    )
-
-
-def run_units(prepared: Prepared, parts: Parts, scratch: Path, console: Console) -> dict[str, Any]:
+def run_units(prepared: Prepared, console: Console) -> dict[str, Any]:
     """Measure on Ray every unit that has no part; returns what the manifest should say about the run.
 
     Raises:
@@ -154,12 +144,20 @@ def run_units(prepared: Prepared, parts: Parts, scratch: Path, console: Console)
         placement = place(nodes, workers=spec.workers, gpus=spec.gpus_per_worker, device=spec.device)
         if placement.note:
             say(console, placement.note)
-        units = _units(prepared, parts, workers=placement.high)
+        units = prepared.units(placement.high)
         spare = sum(int(node.cpus) for node in nodes) - placement.low * placement.cpus
-        setup = _setup(prepared, placement, scratch)
+        setup = WorkerSetup(
+            engine=prepared.engine,
+            model=remote_model(prepared.engine, spec.model_spec()),
+            device=placement.device,
+            threads=placement.threads,
+            modes=spec.modes,
+            stack=spec.stack,
+            attempts=RemoteAttempts(),
+        )
         try:
             with closing(stream_results(units, prepared.batches, setup, placement, spare_cpus=spare)) as results:
-                _keep(prepared, parts, units, results, console)
+                _commit(prepared, units, results, console)
         except ray.exceptions.RayError as error:
             raise ShortVError(
                 f"the work on Ray failed: {one_line(error)}; what is finished is kept, and the same command continues"
@@ -167,50 +165,31 @@ def run_units(prepared: Prepared, parts: Parts, scratch: Path, console: Console)
     return {"device": placement.device, "workers": placement.high}
 
 
-def _setup(prepared: Prepared, placement: Placement, scratch: Path) -> WorkerSetup:
-    return WorkerSetup(
-        engine=prepared.engine,
-        model=remote_model(prepared.engine, prepared.spec.model_spec()),
-        device=placement.device,
-        threads=placement.threads,
-        modes=prepared.spec.modes,
-        stack=prepared.spec.stack,
-        attempts=start_attempts(scratch / "attempts.json"),
-    )
-
-
-def _keep(prepared: Prepared, parts: Parts, units: Sequence[Unit], results: Any, console: Console) -> None:
+def _commit(prepared: Prepared, units: Sequence[Unit], results: Iterable[pa.Table], console: Console) -> None:
     """Commit each result as it arrives, and check that each unit did."""
-    layers = prepared.architecture.num_layers
-
-    def samples_in(unit: Unit) -> float:
-        return len(prepared.batches[unit.batch]) * len(unit.layers) / layers
-
-    waiting = {unit.unit_id: unit for unit in units}
-    total = sum(len(batch) for batch in prepared.batches)
-    with SampleProgress(total=total, done=total - sum(map(samples_in, units)), console=console) as progress:
+    total, layers = sum(map(len, prepared.batches)), prepared.architecture.num_layers
+    waiting = {unit.unit_id: len(prepared.batches[unit.batch]) * len(unit.layers) / layers for unit in units}
+    with SampleProgress(total=total, done=total - sum(waiting.values()), console=console) as progress:
         for table in results:
-            result = UnitResult.from_table(table)
-            if result.fatal is not None:
-                raise ShortVError(result.fatal)
-            unit = waiting.pop(result.unit_id, None)
+            (row,) = table.select(["unit_id", "fatal", "errors"]).to_pylist()
+            if row["fatal"] is not None:
+                raise ShortVError(row["fatal"])
             # A unit that ran twice, around the death of a node, counts once.
-            if unit is not None:
-                parts.save(unit, table)
-                progress.advance(samples_in(unit), len(result.measured.errors))
+            samples = waiting.pop(row["unit_id"], None)
+            if samples is not None:
+                prepared.commit(row["unit_id"], table)
+                progress.advance(samples, len(row["errors"]))
     if waiting:
         raise ShortVError(
             f"Ray ended without the results of {len(waiting)} of {len(units)} units; run the same command to continue"
         )
 
 
-def _report(prepared: Prepared, console: Console) -> int:
-    """Print the table and where everything is; returns the exit status."""
-    manifest, folder = prepared.manifest, prepared.folder
-    name = manifest.details.get("default_plan")
-    plan = None
-    if name and folder.exists(f"plans/{name}.json"):
-        plan = Plan.from_json(folder.read_bytes(f"plans/{name}.json"))
+def _print(folder: Folder, manifest: SweepManifest, console: Console) -> None:
+    """Print the table of layers and where everything is."""
+    plan, file = None, f"plans/{manifest.details.get('default_plan')}.json"
+    if folder.exists(file):
+        plan = Plan.from_json(folder.read_bytes(file))
     print_layers(
         folder.read_table("lc_layers").to_pylist(),
         console,
@@ -222,4 +201,3 @@ def _report(prepared: Prepared, console: Console) -> int:
     say(console, f"{counts['used']} of {counts['samples']} samples used, results in {folder.shown}")
     if counts["errors"]:
         say(console, f"{counts['errors']} samples could not be used: {folder.shown}/errors.parquet")
-    return exit_status(counts["errors"], counts["samples"], prepared.spec.fail_on_error)

@@ -30,7 +30,6 @@ from shortv.workers.samples import SAMPLES_TYPE, rows_of
 from shortv.workers.sweep.units import Unit
 from shortv.workers.sweep.worker import MeasuringStage, PreparingStage, WorkerSetup
 
-UNIT_SCHEMA = pa.schema([pa.field("unit_id", pa.string(), nullable=False), pa.field("samples", SAMPLES_TYPE)])
 # Units per worker from which on one that waits behind another costs less than it saves.
 _MANY_UNITS = 8
 _MAX_PREPARING = 16
@@ -50,10 +49,17 @@ def stream_results(
 
     Close it before Ray is disconnected: what Ray Data does at its end would start Ray anew.
     """
-    tables = [
-        pa.Table.from_pylist([{"unit_id": unit.unit_id, "samples": rows_of(batches[unit.batch])}], schema=UNIT_SCHEMA)
-        for unit in units
-    ]
+    tables = [unit_input(unit, batches[unit.batch]) for unit in units]
+    one_unit: dict[str, Any] = {
+        "fn_constructor_args": (setup,),
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "scheduling_strategy": "SPREAD",
+    }
+    # A process prepares on each CPU that is free, else one for each worker.
+    preparing = max(1, min(len(units), spare_cpus if spare_cpus > 0 else placement.high, _MAX_PREPARING))
+    # A second unit at a worker hides the driver's answer, but few units are for all.
+    in_flight = 2 if len(units) >= _MANY_UNITS * placement.high else 1
     with _settings(), warnings.catch_warnings():
         # Ray Data announces changes to arguments for which the pinned release has no other form.
         warnings.simplefilter("ignore")
@@ -62,27 +68,18 @@ def stream_results(
             ray.data.from_blocks(tables)
             .map_batches(
                 PreparingStage,
-                fn_constructor_args=(setup,),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=1, max_size=_preparing(len(units), placement, spare_cpus)),
+                compute=ActorPoolStrategy(min_size=1, max_size=preparing),
                 num_cpus=min(1, max(0, spare_cpus)),
-                scheduling_strategy="SPREAD",
+                **one_unit,
             )
             .map_batches(
                 MeasuringStage,
-                fn_constructor_args=(setup,),
-                # One unit; with GPUs Ray Data insists on a number.
-                batch_size=1,
-                batch_format="pyarrow",
                 compute=ActorPoolStrategy(
-                    min_size=placement.low,
-                    max_size=placement.high,
-                    max_tasks_in_flight_per_actor=_in_flight(len(units), placement),
+                    min_size=placement.low, max_size=placement.high, max_tasks_in_flight_per_actor=in_flight
                 ),
                 num_cpus=placement.cpus,
                 num_gpus=placement.gpus,
-                scheduling_strategy="SPREAD",
+                **one_unit,
             )
         )
         rows: Any = iter(results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
@@ -91,14 +88,9 @@ def stream_results(
                 yield pa.table(table)
 
 
-def _preparing(units: int, placement: Placement, spare_cpus: int) -> int:
-    """Return the most processes that prepare inputs: as many as CPUs are free, else one for each worker."""
-    return max(1, min(units, spare_cpus if spare_cpus > 0 else placement.high, _MAX_PREPARING))
-
-
-def _in_flight(units: int, placement: Placement) -> int:
-    """Return the units that a worker holds: a second one hides the driver's answer, but few units are for all."""
-    return 2 if units >= _MANY_UNITS * placement.high else 1
+def unit_input(unit: Unit, samples: Sequence[Sample]) -> pa.Table:
+    """Return a unit as the preparing stage takes it: a table of one row."""
+    return pa.table({"unit_id": [unit.unit_id], "samples": pa.array([rows_of(samples)], SAMPLES_TYPE)})
 
 
 @contextmanager

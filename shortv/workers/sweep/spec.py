@@ -11,8 +11,9 @@ from shortv.plan import Mode, parse_mode
 from shortv.records import KlDirection
 from shortv.spec import Count, Device, Gpus, Limit, LoadingSpec, ModelSpec, Seed, Share, Workers
 
-DEFAULT_MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
 ABLATIONS = tuple(mode for mode in Mode if mode is not Mode.FULL)
+_PLACES = {"output_path", "include_path"}
+_WORKERS = {"workers", "gpus_per_worker", "device", "layers_per_unit", "stack", "fail_on_error"}
 
 
 def _modes(value: object) -> object:
@@ -48,7 +49,9 @@ class SweepSpec(LoadingSpec):
     )
     include_path: str | None = Field(default=None, description="Folder with your own lmms-eval tasks.")
     modes: Annotated[tuple[Mode, ...], BeforeValidator(_modes)] = Field(
-        default=DEFAULT_MODES, description="Modes to measure, or all.", json_schema_extra={"metavar": "TEXT"}
+        default=(Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT),
+        description="Modes to measure, or all.",
+        json_schema_extra={"metavar": "TEXT"},
     )
     kl_direction: KlDirection = Field(
         default=KlDirection.FULL_ABLATED,
@@ -77,20 +80,8 @@ class SweepSpec(LoadingSpec):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, by the name of their option."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "attn-implementation": self.attn_implementation,
-            "trust-remote-code": self.trust_remote_code,
-            "chat-template": self.chat_template,
-            "calibration": list(self.calibration),
-            "modes": [str(mode) for mode in self.modes],
-            "kl-direction": str(self.kl_direction),
-            "batch-size": self.batch_size,
-            "limit": self.limit,
-            "seed": self.seed,
-        }
+        deciding = self.model_dump(mode="json", exclude=_PLACES | _WORKERS)
+        return {name.replace("_", "-"): value for name, value in deciding.items()}
 
 
 def sweep_submission_id(spec: SweepSpec) -> str:

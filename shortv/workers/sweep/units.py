@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from shortv.costs import ablation_passes
@@ -57,11 +58,7 @@ def plan_units(
         finished: the layers already measured of each batch.
         layers_per_unit: split each batch into ranges of this many layers instead.
     """
-    ranges = [
-        Unit(batch, first, stop)
-        for batch in range(n_batches)
-        for first, stop in _gaps(finished.get(batch, ()), num_layers)
-    ]
+    ranges = [unit for batch in range(n_batches) for unit in _open(batch, num_layers, finished.get(batch, ()))]
     if layers_per_unit is not None:
         return [
             Unit(unit.batch, first, min(first + layers_per_unit, unit.stop))
@@ -85,11 +82,12 @@ def layer_costs(num_layers: int, modes: Sequence[Mode]) -> list[float]:
     return costs
 
 
-def _gaps(finished: Collection[int], num_layers: int) -> list[tuple[int, int]]:
+def _open(batch: int, num_layers: int, finished: Collection[int]) -> list[Unit]:
+    """The ranges of layers of a batch that are not finished."""
     left = [layer for layer in range(num_layers) if layer not in finished]
     starts = [layer for layer in left if layer - 1 not in left]
     stops = [layer + 1 for layer in left if layer + 1 not in left]
-    return list(zip(starts, stops, strict=True))
+    return [Unit(batch, first, stop) for first, stop in zip(starts, stops, strict=True)]
 
 
 def _makespan(units: Sequence[Unit], costs: Sequence[float], workers: int) -> float:
@@ -103,16 +101,10 @@ def _makespan(units: Sequence[Unit], costs: Sequence[float], workers: int) -> fl
 
 def _split(unit: Unit, costs: Sequence[float], pieces: int) -> list[Unit]:
     """Split a unit into ranges of about equal cost, none of them empty."""
-    pieces = min(pieces, unit.stop - unit.first)
-    total = sum(costs[unit.first : unit.stop])
+    pieces = min(pieces, len(unit.layers))
+    spent = list(accumulate(costs[unit.first : unit.stop]))
     cuts = [unit.first]
-    spent = 0.0
-    for layer in unit.layers:
-        spent += costs[layer]
-        wanted = len(cuts)
-        if wanted == pieces:
-            break
-        forced = unit.stop - (layer + 1) == pieces - wanted
-        if forced or spent >= total * wanted / pieces:
-            cuts.append(layer + 1)
+    for piece in range(1, pieces):
+        reached = unit.first + bisect_left(spent, spent[-1] * piece / pieces)
+        cuts.append(min(max(reached, cuts[-1]) + 1, unit.stop - (pieces - piece)))
     return [Unit(unit.batch, first, stop) for first, stop in pairwise([*cuts, unit.stop])]

@@ -8,61 +8,45 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from reports.manifest import State, SweepManifest
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError
 from shortv.workers.shipping import CHUNK, folder_digest, offer
-from shortv.workers.sweep.attempts import RemoteAttempts, start_attempts
+from shortv.workers.sweep import driver
 from shortv.workers.sweep.driver import run_sweep
 from shortv.workers.sweep.pipeline import stream_results
-from tests.workers.fakes import FakeEngine, make_spec, tables
+from tests.workers.fakes import FakeEngine, make_spec, run_units_here, tables
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The tables of the same sweep in one process, without Ray."""
     folder = tmp_path_factory.mktemp("reference")
-    assert run_sweep(make_spec(folder, workers=1), engine=FakeEngine()) == 0
-    return folder / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "run_units", run_units_here)
+        assert run_sweep(make_spec(folder), engine=FakeEngine()) == 0
+    return tables(folder / "out")
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_worker_leaves_the_same_tables(
-    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_leaves_the_same_tables(tmp_path: Path, reference: dict[str, Any]) -> None:
     request = make_spec(tmp_path)
-    killed: list[int] = []
-
-    def start_and_kill(path: Path) -> RemoteAttempts:
-        attempts = start_attempts(path)
-
-        def watch() -> None:
-            while not (pids := ray.get(attempts.actor.running.remote())):
-                time.sleep(0.05)
-            os.kill(next(iter(pids.values())), signal.SIGKILL)
-            killed.append(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-        return attempts
-
-    monkeypatch.setattr("shortv.workers.sweep.driver.start_attempts", start_and_kill)
-    assert run_sweep(request, engine=FakeEngine(seconds=0.5)) == 0
-    assert killed
-    assert tables(request.output_path) == tables(reference)
+    assert run_sweep(request, engine=FakeEngine(kills_once=tmp_path / "killed")) == 0
+    assert (tmp_path / "killed").exists()
+    assert tables(request.output_path) == reference
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, reference: Path) -> None:
+def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, reference: dict[str, Any]) -> None:
     engine = FakeEngine(
         kills=frozenset({"s03"}),
         preparing_kills=frozenset({"s10"}),
@@ -71,12 +55,12 @@ def test_each_bad_sample_is_named_and_takes_no_other_with_it(tmp_path: Path, ref
     )
     request = make_spec(tmp_path, batch_size=4)
     assert run_sweep(request, engine=engine) == 3
-    found, whole = tables(request.output_path), tables(reference)
+    found = tables(request.output_path)
     bad = {"s03": "process-died", "s06": "RuntimeError", "s08": "fake", "s10": "process-died"}
     assert {row["sample_id"]: row["error"] for row in found["errors"]} == bad
     assert all("\n" not in row["message"] for row in found["errors"])
     for name in ("samples", "lc_samples"):
-        assert found[name] == [row for row in whole[name] if row["sample_id"] not in bad]
+        assert found[name] == [row for row in reference[name] if row["sample_id"] not in bad]
     assert SweepManifest.load(Folder(request.output_path)).state is State.PARTIAL
     # A finished command does nothing and repeats its status; a tolerated share counts as success.
     assert run_sweep(request, engine=FakeEngine(broken=True)) == 3
@@ -90,14 +74,12 @@ def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path, monkeypatch: p
     (tmp_path / "model" / "sub").mkdir(parents=True)
     (tmp_path / "model" / "sub" / "weights").write_bytes(os.urandom(CHUNK + 5))
     (tmp_path / "model" / "empty").touch()
-    digest = folder_digest(tmp_path / "model")
     shipped = offer(str(tmp_path / "model"))
-    assert shipped is not None
-    assert shipped.local() == tmp_path / "model"
+    assert shipped is not None and shipped.local() == tmp_path / "model"
     with monkeypatch.context() as patch:
         patch.setattr("shortv.workers.shipping.folder_digest", lambda name: None)
         copy = shipped.local()
-    assert copy != tmp_path / "model" and folder_digest(copy) == digest
+    assert copy != tmp_path / "model" and folder_digest(copy) == shipped.digest
     shutil.rmtree(copy)
 
 
@@ -117,7 +99,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
         finally:
             closed.append(True)
 
-    monkeypatch.setattr("shortv.workers.sweep.driver.stream_results", watched)
+    monkeypatch.setattr(driver, "stream_results", watched)
     request = make_spec(tmp_path, samples=4)
     with pytest.raises(ShortVError, match=reason) as caught:
         run_sweep(request, engine=engine)
@@ -127,41 +109,36 @@ def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
 
 
 DRIVER = """
-import json, sys
+import sys
 from pathlib import Path
-from shortv.workers.sweep.attempts import RemoteAttempts, start_attempts
-from shortv.workers.sweep.pipeline import stream_results
-from tests.workers.fakes import FakeEngine, make_spec
 from shortv.errors import ShortVError
 from shortv.workers.cluster import start
 from shortv.workers.sweep.driver import run_sweep
-folder, workers, seconds = sys.argv[1:]
+from tests.workers.fakes import FakeEngine, make_spec
 start(num_cpus=4, log_to_driver=False, logging_level="ERROR")
 try:
-    run_sweep(make_spec(Path(folder), workers=int(workers)), engine=FakeEngine(seconds=float(seconds)))
+    run_sweep(make_spec(Path(sys.argv[1])), engine=FakeEngine(seconds=2.0))
 except ShortVError as error:
     sys.exit(error.exit_status)
 """
 
 
-# SIGTERM is what `ray job stop` sends; its exit status is the shell's for it.
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
-def test_a_killed_driver_is_continued_with_other_workers(
-    tmp_path: Path, reference: Path, number: int, status: int
-) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path), "2", "1.0"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+@pytest.mark.usefixtures("local_ray")
+def test_killed_drivers_are_continued_with_other_workers(tmp_path: Path, reference: dict[str, Any]) -> None:
     progress = tmp_path / "out" / "progress"
-    deadline = time.monotonic() + 100
-    while not (progress.is_dir() and list(progress.glob("*.parquet"))):
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.send_signal(number)
-    assert driver.wait(timeout=60) == status
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["state"] == "running"
+    # SIGTERM is what `ray job stop` sends; its exit status is the shell's for it.
+    for parts, (number, status) in enumerate([(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)], start=1):
+        driving = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 100
+        while len(list(progress.glob("*.parquet"))) < parts:
+            assert driving.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        driving.send_signal(number)
+        assert driving.wait(timeout=60) == status
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text())["state"] == "running"
     assert len(list(progress.glob("*.parquet"))) < 6
     request = make_spec(tmp_path, workers=3)
     assert run_sweep(request, engine=FakeEngine()) == 0
     assert not progress.exists()
-    assert tables(request.output_path) == tables(reference)
+    assert tables(request.output_path) == reference

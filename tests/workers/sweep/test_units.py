@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shortv.plan import Mode
 from shortv.workers.sweep.units import Unit, layer_costs, plan_units
-
-MODES = (Mode.FREEZE_VISUAL, Mode.FREEZE_TEXT)
+from tests.workers.fakes import MODES
 
 
 @given(
@@ -35,8 +32,7 @@ def test_every_open_layer_is_measured_once(
     found = [(unit.batch, layer) for unit in units for layer in unit.layers]
     wanted = [(b, layer) for b in range(n_batches) for layer in range(num_layers) if layer not in done.get(b, ())]
     assert sorted(found) == wanted
-    assert all(len(unit.layers) for unit in units)
-    assert per_unit is None or all(len(unit.layers) <= per_unit for unit in units)
+    assert all(0 < len(unit.layers) <= (per_unit or num_layers) for unit in units)
     if per_unit is None:
         assert len(units) >= min(workers, len(wanted))
     assert [Unit.parse(unit.unit_id) for unit in units] == units
@@ -53,13 +49,3 @@ def test_few_batches_are_split_by_cost() -> None:
     shares = [sum(costs[unit.first : unit.stop]) for unit in units]
     assert len(units) >= 4 and max(shares) < 2 * min(shares)
     assert all(len(a.layers) <= len(b.layers) for a, b in pairwise(units)), "early layers cost more"
-
-
-def test_one_ablation_per_unit() -> None:
-    units = plan_units(n_batches=2, num_layers=3, modes=MODES, workers=1, finished={0: {1}}, layers_per_unit=1)
-    assert units == [Unit(0, 0, 1), Unit(0, 2, 3), Unit(1, 0, 1), Unit(1, 1, 2), Unit(1, 2, 3)]
-
-
-def test_another_name_is_refused() -> None:
-    with pytest.raises(ValueError):
-        Unit.parse("manifest")
