@@ -32,6 +32,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from reports.access import CHALLENGES, is_accepted, is_local, key_in
 
 logger = logging.getLogger("shortv.http")
+MAX_HEADER_BYTES: Final = 32 * 2**10
+RETRY_AFTER_S: Final = 1
+RETRY_AFTER: Final = (b"retry-after", str(RETRY_AFTER_S).encode())
+"""The header that tells a client when to try again."""
 CLIENT_GONE: Final = 499
 """The status in the log of a request whose client went away."""
 ERROR_POLICY: Final = b"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -57,12 +61,10 @@ class Limits:
     `max_in_flight` counts requests with a complete body. `receive_timeout_s` is for the whole body.
     """
 
-    max_header_bytes: int = 32 * 2**10
     max_body_bytes: int = 20 * 2**20
     max_bytes_in_flight: int = 256 * 2**20
     max_in_flight: int = 64
     receive_timeout_s: float = 120.0
-    retry_after_s: int = 1
 
 
 class HttpError(Exception):
@@ -89,11 +91,6 @@ class HttpError(Exception):
         self.headers = tuple(headers)
         kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
-
-
-def retry_after(seconds: int) -> tuple[bytes, bytes]:
-    """Return the header that tells a client when to try again."""
-    return b"retry-after", str(seconds).encode()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,6 +132,7 @@ def log_requests() -> None:
     logger.setLevel(logging.INFO)
 
 
+@dataclass(slots=True)
 class Guard:
     """Admits requests to an application within limits, and answers whatever is raised behind it.
 
@@ -142,27 +140,18 @@ class Guard:
     answered. `open_paths` need no key. `sends_request_id` is False behind a proxy that adds the header itself.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        key_digests: Sequence[str] = (),
-        limits: Limits | None = None,
-        open_paths: Sequence[str] = (),
-        sends_request_id: bool = True,
-    ) -> None:
-        self._app = app
-        self._key_digests = key_digests
-        self._limits = limits or Limits()
-        self._open_paths = frozenset(open_paths)
-        self._sends_request_id = sends_request_id
-        self._in_flight = 0
-        self._bytes_in_flight = 0
+    app: ASGIApp
+    key_digests: Sequence[str] = ()
+    limits: Limits = Limits()
+    open_paths: Sequence[str] = ()
+    sends_request_id: bool = True
+    _in_flight: int = field(default=0, init=False)
+    _bytes_in_flight: int = field(default=0, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one HTTP request; other scopes pass."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         info = scope[_INFO] = _begin(scope)
         counting = self._counting(info, send)
@@ -182,7 +171,7 @@ class Guard:
         try:
             self._admit(scope)
             if scope["method"] in ("GET", "HEAD"):
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
             else:
                 await self._with_body(scope, receive, send)
         except HttpError as error:
@@ -196,16 +185,16 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         """Check the size of the headers, then the caller. Raises HttpError."""
-        headers, limit = info_of(scope).headers, self._limits.max_header_bytes
+        headers = info_of(scope).headers
         target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
-        if target + sum(len(name) + len(value) for name, value in scope["headers"]) > limit:
-            problem = f"the headers are longer than {limit} bytes"
+        if target + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            problem = f"the headers are longer than {MAX_HEADER_BYTES} bytes"
             raise HttpError(431, problem, code="headers_too_large", headers=[_CLOSE])
-        if scope["path"].removeprefix(scope.get("root_path", "")) in self._open_paths:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in self.open_paths:
             return
-        if self._key_digests:
+        if self.key_digests:
             key = key_in(headers.get(b"authorization"))
-            if not is_accepted(key, self._key_digests):
+            if not is_accepted(key, self.key_digests):
                 problem = "this API key is not accepted here" if key else "an API key is needed"
                 message = f"{problem}; send one as 'Authorization: Bearer KEY', or as the password of Basic"
                 challenges = [(b"www-authenticate", challenge.encode()) for challenge in CHALLENGES]
@@ -223,23 +212,22 @@ class Guard:
             self._check_room()
             self._in_flight += 1
             try:
-                await self._app(scope, _replay(body, receive), send)
+                await self.app(scope, _replay(body, receive), send)
             finally:
                 self._in_flight -= 1
         finally:
             self._bytes_in_flight -= info.received
 
     def _check_room(self) -> None:
-        if self._in_flight >= self._limits.max_in_flight:
+        if self._in_flight >= self.limits.max_in_flight:
             raise self._overloaded(f"{self._in_flight} requests are in flight, as many as are allowed")
 
     def _overloaded(self, problem: str, *headers: tuple[bytes, bytes]) -> HttpError:
-        headers = (retry_after(self._limits.retry_after_s), *headers)
-        return HttpError(429, f"{problem}; try again later", code="overloaded", headers=headers)
+        return HttpError(429, f"{problem}; try again later", code="overloaded", headers=(RETRY_AFTER, *headers))
 
     async def _body(self, info: RequestInfo, receive: Receive) -> bytes:
         """Receive the whole body within its limits, whatever its declared length. Raises HttpError."""
-        limits = self._limits
+        limits = self.limits
         declared = info.headers.get(b"content-length", b"")
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limits.max_body_bytes):
             raise _too_large(limits.max_body_bytes)
@@ -266,7 +254,7 @@ class Guard:
             raise HttpError(408, problem, code="body_too_slow", headers=[_CLOSE]) from None
 
     def _counting(self, info: RequestInfo, send: Send) -> Send:
-        own = [(b"x-request-id", info.request_id.encode())] if self._sends_request_id else []
+        own = [(b"x-request-id", info.request_id.encode())] if self.sends_request_id else []
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -346,12 +334,7 @@ async def _reply(error: HttpError, scope: Scope, send: Send) -> None:
 
 
 def serve_app(
-    app: ASGIApp,
-    listening: socket.socket,
-    *,
-    announce: Callable[[], None],
-    limits: Limits | None = None,
-    max_connections: int | None = None,
+    app: ASGIApp, listening: socket.socket, *, announce: Callable[[], None], max_connections: int | None = None
 ) -> None:
     """Serve an application on a bound socket until SIGTERM or Ctrl-C; requests in flight then have 10 s to end.
 
@@ -361,7 +344,7 @@ def serve_app(
         app,
         # The parser of uvicorn's default has no limit on headers.
         http="h11",
-        h11_max_incomplete_event_size=(limits or Limits()).max_header_bytes,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from reports.access import key_digests_of
-from reports.http import log_requests
+from reports.http import RETRY_AFTER_S, log_requests
 from reports.service import make_service
 from shortv.errors import ShortVError, one_line
 from shortv.plan import Plan
@@ -30,7 +30,6 @@ from shortv.terminal import printable
 from shortv.workers.cluster import living_nodes
 from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement, place
-from shortv.workers.serving.chat_reply import RETRY_AFTER_S
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.replica import Replica, ReplicaSetup, read_plans

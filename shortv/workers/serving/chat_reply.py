@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from reports.http import CLIENT_GONE, HttpError, Limits, retry_after
+from reports.http import CLIENT_GONE, RETRY_AFTER, HttpError
 from shortv.request import Chunk, Completion, Failure, Reason, Request, TokenLogprob
 from shortv.workers.serving.chat_request import ChatCall
 
-RETRY_AFTER_S = Limits().retry_after_s
 # JSON has no infinity; OpenAI writes this for a token of probability 0.
 _LEAST_LOGPROB = -9999.0
 _STATUSES = {
@@ -123,7 +122,7 @@ def _checked(found: T | Failure) -> T:
     if not isinstance(found, Failure):
         return found
     code = "model_not_found" if found.reason is Reason.UNKNOWN_PLAN else str(found.reason).replace("-", "_")
-    headers = [retry_after(RETRY_AFTER_S)] if found.passing else []
+    headers = [RETRY_AFTER] if found.passing else []
     raise HttpError(_STATUSES[found.reason], found.message, code=code, headers=headers)
 
 

@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from reports.http import Guard, HttpError, Limits, info_of, refuse_route, retry_after
+from reports.http import RETRY_AFTER, Guard, HttpError, Limits, info_of, refuse_route
 from shortv.request import FULL_MODEL
-from shortv.workers.serving.chat_reply import RETRY_AFTER_S, ChatReply
+from shortv.workers.serving.chat_reply import ChatReply
 from shortv.workers.serving.chat_request import read_chat
 from shortv.workers.serving.spec import EndpointSpec
 
@@ -114,7 +114,7 @@ class _ChatApi:
         try:
             return await self._replicas.plans(fresh=fresh)
         except TimeoutError:
-            headers = [retry_after(RETRY_AFTER_S)]
+            headers = [RETRY_AFTER]
             problem = "no replica is available; try again later"
             raise HttpError(503, problem, code="unavailable", headers=headers) from None
 
