@@ -50,22 +50,24 @@ def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: in
     Against several, a sample's score is their mean score, and `share_changed` the mean of their shares.
     The order of the samples does not matter. Returns None when no sample has a score on every side.
     """
-    sides = [_scored(side) for side in (plan, *against)]
-    common = reduce(_common, (side.sample_ids for side in sides))
-    if not len(common):
+    sides = (plan, *against)
+    scored = (side.sample_ids[~np.isnan(side.values)] for side in sides)
+    common_S = reduce(lambda first, second: np.intersect1d(first, second, assume_unique=True), scored)
+    if not len(common_S):
         return None
-    own, *others = (_at(side, common) for side in sides)
-    mean_S = np.mean([side.values for side in others], axis=0)
-    difference_S = own.values - mean_S
-    low, high = bootstrap_interval(difference_S, seed=seed, resamples=resamples)
+    places = [_places(side.sample_ids, common_S) for side in sides]
+    values, *others = (side.values[at] for side, at in zip(sides, places, strict=True))
+    answers, *changed = (side.answers[at] for side, at in zip(sides, places, strict=True))
+    mean_S = np.mean(others, axis=0)
+    low, high = bootstrap_interval(values - mean_S, seed=seed, resamples=resamples)
     return Comparison(
-        n=len(common),
-        value=float(own.values.mean()),
+        n=len(common_S),
+        value=float(values.mean()),
         against_value=float(mean_S.mean()),
-        difference=float(difference_S.mean()),
+        difference=float((values - mean_S).mean()),
         ci_low=low,
         ci_high=high,
-        share_changed=float(np.mean([np.mean(own.answers != side.answers) for side in others])),
+        share_changed=float(np.mean([np.mean(answers != other) for other in changed])),
     )
 
 
@@ -98,17 +100,6 @@ def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator,
     return np.concatenate([values_S[random.integers(size, size=(count, size))].mean(axis=1) for count in rounds])
 
 
-def _scored(side: Side) -> Side:
-    """Return the samples that have a score, sorted by id."""
-    kept = np.flatnonzero(~np.isnan(side.values))
-    kept = kept[np.argsort(side.sample_ids[kept], kind="stable")]
-    return Side(sample_ids=side.sample_ids[kept], values=side.values[kept], answers=side.answers[kept])
-
-
-def _common(first: NDArray[np.str_], second: NDArray[np.str_]) -> NDArray[np.str_]:
-    return first if np.array_equal(first, second) else np.intersect1d(first, second, assume_unique=True)
-
-
-def _at(side: Side, sample_ids: NDArray[np.str_]) -> Side:
-    places = np.searchsorted(side.sample_ids, sample_ids)
-    return Side(sample_ids=sample_ids, values=side.values[places], answers=side.answers[places])
+def _places(sample_ids: NDArray[np.str_], wanted: NDArray[np.str_]) -> NDArray[np.intp]:
+    order = np.argsort(sample_ids)
+    return order[np.searchsorted(sample_ids, wanted, sorter=order)]

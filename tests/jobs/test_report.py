@@ -15,7 +15,6 @@ import pytest
 from jobs.common import run
 from jobs.report import main
 from reports.store import Folder
-from shortv.plan import Mode
 from tests.reports.runs import make_campaign, make_sweep, sweep_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,10 +78,7 @@ def test_a_comparison_leaves_the_page_alone(tmp_path: Path) -> None:
 
 
 def test_a_running_sweep_is_labelled(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    sweep_manifest(samples=3, layers=5, modes=[Mode.FREEZE_TEXT], state="running", counts={}, finished=None).save(
-        folder
-    )
+    sweep_manifest(state="running", counts={}, finished=None).save(Folder(tmp_path))
     assert report(tmp_path) == f"written to {tmp_path}/report.html, of a run that is running\n"
 
 
@@ -94,15 +90,14 @@ def test_a_running_sweep_is_labelled(tmp_path: Path) -> None:
         ("cut", "lc_layers.parquet is not a whole Parquet file"),
     ],
 )
-def test_what_is_no_whole_run_is_refused_in_one_line(name: str, message: str, tmp_path: Path) -> None:
-    folder = make_sweep(tmp_path / "cut")
-    folder.write_bytes("lc_layers.parquet", b"PAR1")
-    said = report(name if "://" in name else tmp_path / name, status=2)
-    assert message in said and said.count("\n") == 1
-    assert not list(tmp_path.rglob("*.html"))
+def test_what_is_not_a_whole_run_is_refused_in_one_line(name: str, message: str, tmp_path: Path) -> None:
+    make_sweep(tmp_path / "cut").write_bytes("lc_layers.parquet", b"PAR1")
     make_sweep(tmp_path / "whole")
-    said = report(tmp_path / "whole", "--against", name if "://" in name else tmp_path / name, status=2)
-    assert message in said and said.count("\n") == 1
+    folder = name if "://" in name else tmp_path / name
+    for arguments in ([folder], [tmp_path / "whole", "--against", folder]):
+        said = report(*arguments, status=2)
+        assert message in said and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_a_page_that_cannot_be_written_fails(tmp_path: Path) -> None:

@@ -10,30 +10,17 @@ import httpx
 from reports.http import guarded
 from reports.service import make_service
 
-KEY = "a-key-of-24-characters-x"
 HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
 def ask(
-    root: "Path | str",
-    path: str,
-    *,
-    method: str = "GET",
-    keys: tuple[str, ...] = (),
-    address: str = "127.0.0.1",
-    headers: Any = None,
+    root: Path | str, path: str, *, method: str = "GET", headers: Any = None, keys: tuple[str, ...] = ()
 ) -> httpx.Response:
     """Ask once for a path that is sent as it stands."""
-    return ask_all(root, [(method, path, headers or {})], keys=keys, address=address)[0]
+    return ask_all(root, [(method, path, headers or {})], keys=keys)[0]
 
 
-def ask_all(
-    root: "Path | str",
-    asked: list[tuple[str, str, Any]],
-    *,
-    keys: tuple[str, ...] = (),
-    address: str = "127.0.0.1",
-) -> list[httpx.Response]:
+def ask_all(root: Path | str, asked: list[tuple[str, str, Any]], *, keys: tuple[str, ...] = ()) -> list[httpx.Response]:
     """Ask one service several times: method, path, headers."""
     app = guarded(make_service(str(root)), key_digests=keys)
     sent = ""
@@ -45,19 +32,16 @@ def ask_all(
 
     async def run() -> list[httpx.Response]:
         nonlocal sent
-        transport = httpx.ASGITransport(as_it_stands, client=(address, 4711))
+        found = []
+        transport = httpx.ASGITransport(as_it_stands, client=("127.0.0.1", 4711))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            found = []
-            for method, path, headers in asked:
-                sent = path
+            for method, sent, headers in asked:  # noqa: B007
                 found.append(await client.request(method, "/", headers=headers))
-            return found
+        return found
 
     return asyncio.run(run())
 
 
-def listed(root: "Path | str") -> dict[str, Any]:
+def listed(root: Path | str) -> dict[str, Any]:
     """The runs of the list by id."""
-    response = ask(root, "/runs.json")
-    assert response.status_code == 200, response.text
-    return {run["id"]: run for run in response.json()["runs"]}
+    return {run["id"]: run for run in ask(root, "/runs.json").json()["runs"]}

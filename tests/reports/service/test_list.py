@@ -16,7 +16,7 @@ from reports.service.tree import LocalTree
 from reports.store import Folder
 from shortv.errors import Refused
 from tests.reports.runs import change_manifest, make_campaign, make_sweep, make_training
-from tests.reports.service.asking import HTML, ask, ask_all, listed
+from tests.reports.service.asking import HTML, ask, listed
 
 PAGE = b"<!doctype html><html><head></head><body><h1>page</h1></body></html>"
 
@@ -115,16 +115,6 @@ def test_a_root_that_cannot_be_right_is_refused(root: Path) -> None:
             make_service(str(root / place))
     with pytest.raises(Refused, match="cannot be opened"):
         make_service("nowhere://x/y")
-
-
-def test_a_change_is_seen_at_once(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "a", state="running")
-    assert listed(tmp_path)["a"]["state"] == "running"
-    make_sweep(tmp_path / "a", layers=3)
-    make_sweep(tmp_path / "b")
-    first, second = ask_all(tmp_path, [("GET", "/runs.json", {})] * 2)
-    assert first.json() == second.json()
-    assert [run["state"] for run in second.json()["runs"]] == ["complete", "complete"]
 
 
 def test_a_run_is_read_again_only_when_a_file_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
