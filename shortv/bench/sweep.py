@@ -19,8 +19,7 @@ from shortv.families import Batch, Decoder, LoadedModel, encode, load, quiet_tra
 from shortv.plan import Mode
 from shortv.sample import Sample
 from shortv.sweep.ablations import last_logits
-from shortv.sweep.divergence import Divergence, divergence, log_probabilities
-from shortv.sweep.engine import measure
+from shortv.sweep.engine import Divergence, divergence, log_probabilities, measure
 
 RELEASED = "the released algorithm"
 

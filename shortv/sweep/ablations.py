@@ -121,8 +121,46 @@ def ablate(
         yield from _in_stacks(loaded, states, group, stack)
 
 
+class _TextStates:
+    """States of `drop-visual`: text tokens alone, at their original positions, from the ablated layer on."""
+
+    def __init__(self, clean: CleanPass, types: TokenTypes) -> None:
+        self._clean, self.text = clean, Selection.of(types.text_BT)
+        self._squares: dict[int, Tensor] = {}
+        self.last_B = last_true(self.text.valid_BS)
+        self.length = self.text.valid_BS.shape[1]
+
+    def first(self, ablation: Ablation) -> int:
+        """The first layer that the ablation still has to run: the ablated one."""
+        return ablation.layer
+
+    def start(self, ablation: Ablation) -> Tensor:
+        """The state with which the ablation enters that layer, (B, S, D)."""
+        return self.text.rows(self._clean.entering[ablation.layer])
+
+    def arguments(self, layer: int) -> dict[str, Any]:
+        """Keyword arguments of a layer for one unstacked batch."""
+        arguments = dict(self._clean.arguments[layer])
+        mask, (cos, sin) = arguments.get("attention_mask"), arguments["position_embeddings"]
+        batch, length = self._clean.entering[layer].shape[:2]
+        device = self._clean.entering[layer].device
+        # Layers of one kind share one mask object, so its text rows are selected once.
+        if id(mask) not in self._squares:
+            full = explicit_mask(mask, batch=batch, queries=length, keys=length, device=device)
+            self._squares[id(mask)] = self.text.square(full)
+        arguments["attention_mask"] = self._squares[id(mask)].to(device)
+        arguments["position_embeddings"] = (self.text.rows(cos), self.text.rows(sin))
+        if isinstance(arguments.get("position_ids"), Tensor):
+            arguments["position_ids"] = self.text.rows(arguments["position_ids"])
+        return arguments
+
+    def after(self, layer: int) -> Tensor | None:
+        """What the model adds to the states of one unstacked batch after a layer: only visual rows, which are gone."""
+        return None
+
+
 class _DenseStates:
-    """States of ablations that carry every position."""
+    """The same for ablations that carry every position, from the layer after the ablated one on."""
 
     def __init__(self, decoder: Decoder, clean: CleanPass, types: TokenTypes, text: _TextStates) -> None:
         self._decoder, self._clean, self._types, self._text = decoder, clean, types, text
@@ -130,20 +168,16 @@ class _DenseStates:
         self.length = types.text_BT.shape[1]
 
     def first(self, ablation: Ablation) -> int:
-        """The first layer that the ablation still has to run."""
         return ablation.layer + 1
 
     def start(self, ablation: Ablation) -> Tensor:
-        """The state with which the ablation enters that layer, (B, T, D)."""
         state_BTD, added_BTD = self._leaving(ablation), self.after(ablation.layer)
         return state_BTD if added_BTD is None else state_BTD + added_BTD
 
     def arguments(self, layer: int) -> dict[str, Any]:
-        """Keyword arguments of a layer for one unstacked batch."""
         return self._clean.arguments[layer]
 
     def after(self, layer: int) -> Tensor | None:
-        """What the model adds to the states of one unstacked batch after a layer, if anything."""
         return self._clean.between[layer]
 
     def _leaving(self, ablation: Ablation) -> Tensor:
@@ -153,8 +187,8 @@ class _DenseStates:
         entering_BTD = self._clean.entering[index].to(leaving_BTD.device)
         if work.hides_keys:
             updated_BSD = layer(self._text.start(ablation), **self._text.arguments(index))
-            state_BTD = entering_BTD.clone()
-            state_BTD[self._types.text_BT.to(state_BTD.device)] = updated_BSD[self._text.valid_on(state_BTD.device)]
+            state_BTD, device = entering_BTD.clone(), leaving_BTD.device
+            state_BTD[self._types.text_BT.to(device)] = updated_BSD[self._text.text.valid_BS.to(device)]
             return state_BTD
         ffn_alone_BTD = self._decoder.ffn_half(layer, entering_BTD) if work.ffn & ~work.queries else entering_BTD
 
@@ -167,60 +201,8 @@ class _DenseStates:
         return torch.where(visual_BT1, state(Tokens.VISUAL), state(Tokens.TEXT))
 
 
-class _TextStates:
-    """States of `drop-visual`: text tokens alone, at their original positions, from the ablated layer on."""
-
-    def __init__(self, clean: CleanPass, types: TokenTypes) -> None:
-        self._clean, self._text = clean, Selection.of(types.text_BT)
-        self._squares: dict[int, Tensor] = {}
-        self.last_B = last_true(self._text.valid_BS)
-        self.length = self._text.valid_BS.shape[1]
-
-    def first(self, ablation: Ablation) -> int:
-        """The ablated layer itself."""
-        return ablation.layer
-
-    def start(self, ablation: Ablation) -> Tensor:
-        """Text rows of what enters the layer, (B, S, D)."""
-        entering_BTD = self._clean.entering[ablation.layer]
-        return self._text_on(entering_BTD.device).rows(entering_BTD)
-
-    def arguments(self, layer: int) -> dict[str, Any]:
-        """Keyword arguments of a layer for the text of one unstacked batch."""
-        arguments = dict(self._clean.arguments[layer])
-        arguments["attention_mask"] = self._mask(arguments.get("attention_mask"), self._clean.entering[layer])
-        cos, sin = arguments["position_embeddings"]
-        text = self._text_on(cos.device)
-        arguments["position_embeddings"] = (text.rows(cos), text.rows(sin))
-        positions = arguments.get("position_ids")
-        if isinstance(positions, Tensor):
-            arguments["position_ids"] = self._text_on(positions.device).rows(positions)
-        return arguments
-
-    def after(self, layer: int) -> None:
-        """Only visual rows are added to, and they are gone."""
-
-    def valid_on(self, device: torch.device) -> Tensor:
-        """Which rows of `start` are text and not padding, (B, S)."""
-        return self._text.valid_BS.to(device)
-
-    def _mask(self, mask: Tensor | None, hidden_BTD: Tensor) -> Tensor:
-        # Layers of one kind share one mask object, so its text rows are selected once.
-        if id(mask) not in self._squares:
-            batch, length = hidden_BTD.shape[:2]
-            full = explicit_mask(mask, batch=batch, queries=length, keys=length, device=hidden_BTD.device)
-            self._squares[id(mask)] = self._text_on(full.device).square(full)
-        return self._squares[id(mask)].to(hidden_BTD.device)
-
-    def _text_on(self, device: torch.device) -> Selection:
-        return Selection(index_BS=self._text.index_BS.to(device), valid_BS=self._text.valid_BS.to(device))
-
-
-_States = _DenseStates | _TextStates
-
-
 def _in_stacks(
-    loaded: LoadedModel, states: _States, ablations: list[Ablation], stack: int | None
+    loaded: LoadedModel, states: _DenseStates | _TextStates, ablations: list[Ablation], stack: int | None
 ) -> Iterator[tuple[Ablation, Tensor]]:
     size = stack or automatic_stack(loaded, len(states.last_B), states.length)
     while ablations:
@@ -237,7 +219,7 @@ def _in_stacks(
         ablations = ablations[len(group) :]
 
 
-def _run_stack(decoder: Decoder, states: _States, stack: Sequence[Ablation]) -> list[Tensor]:
+def _run_stack(decoder: Decoder, states: _DenseStates | _TextStates, stack: Sequence[Ablation]) -> list[Tensor]:
     """Return logits (B, V) of each ablation; an ablation joins at the first layer that it has to run."""
     batch = len(states.last_B)
     order = sorted(range(len(stack)), key=lambda number: states.first(stack[number]))

@@ -1,26 +1,59 @@
 """Layer Contribution of every layer of one batch, from one clean pass and the ablations that continue from it.
 
-That is half of the L(L+1) layer passes of one full forward per layer (ShortV, section 3.1).
+That is half of the L(L+1) layer passes of one full forward per layer (ShortV, section 3.1). Half-precision softmax is
+what drowned the released code's smallest values in noise (about 1e-3 where the lowest layers sit), so distributions are
+compared in float64. Shapes: B samples, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import kl_div, pad
 
 from shortv.families import Batch, LoadedModel
 from shortv.families.tokens import TokenTypes
 from shortv.plan import VISUAL_MODES, Mode
 from shortv.records import LcRecord
 from shortv.sweep.ablations import Ablation, ablate, allocation_failures, run_clean
-from shortv.sweep.divergence import Divergence, divergence, kl_divergence, log_probabilities
 
 NOISE_PADDING = 8
 """Padding tokens that a batch of one sample gets for the noise floor."""
+
+
+class Divergence(NamedTuple):
+    """Per sample: both directions of the KL divergence in nats, and whether the most likely token changed."""
+
+    kl_full_ablated_B: Tensor
+    kl_ablated_full_B: Tensor
+    top1_changed_B: Tensor
+
+    def zero_where(self, inert_B: Tensor) -> Divergence:
+        """Return exact zeros for samples that an ablation cannot change."""
+        return Divergence(*(values_B.masked_fill(inert_B, 0) for values_B in self))
+
+
+def log_probabilities(logits_BV: Tensor) -> Tensor:
+    """Return the log-softmax in float64."""
+    return logits_BV.double().log_softmax(-1)
+
+
+def kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+    """Return KL(P || Q) in nats from log-probabilities, shape (B,); rounding below zero is cut off."""
+    return kl_div(q_BV, p_BV, reduction="none", log_target=True).sum(-1).clamp(min=0)
+
+
+def divergence(full_BV: Tensor, ablated_BV: Tensor) -> Divergence:
+    """Compare log-probabilities of the full and the ablated model (ShortV eq. 2; the paper's direction comes first)."""
+    return Divergence(
+        kl_full_ablated_B=kl_divergence(full_BV, ablated_BV),
+        kl_ablated_full_B=kl_divergence(ablated_BV, full_BV),
+        top1_changed_B=full_BV.argmax(-1) != ablated_BV.argmax(-1),
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,11 +65,6 @@ class BatchLC:
     values: dict[Ablation, Divergence] = field(default_factory=dict)
     finite_B: Tensor
     """Samples whose logits were finite in the full model and in every ablation."""
-
-    @property
-    def non_finite(self) -> tuple[int, ...]:
-        """Indices of samples with a NaN or infinite logit somewhere."""
-        return tuple(index for index, finite in enumerate(self.finite_B.tolist()) if not finite)
 
     def records(self, sample_ids: Sequence[str]) -> list[LcRecord]:
         """One row per finite sample x mode x layer."""
@@ -88,22 +116,21 @@ def measure(
 
 
 @torch.inference_mode()
-def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch, full_BV: Tensor | None = None) -> float:
+def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch) -> float:
     """Largest KL divergence in nats between a sample's clean pass alone and in its batch, over samples and directions.
 
     A batch of one sample is compared with itself under a few padding tokens.
 
     Args:
         alone: each sample of the batch as a batch of its own, on the model's device.
-        full_BV: log-probabilities of the batch's clean pass, where it has been run.
     """
 
     def clean(one: Batch) -> Tensor:
         return log_probabilities(run_clean(loaded.decoder, one).logits_BV)
 
     if len(alone) == 1:
-        batch, full_BV = _padded(batch, loaded.processor.tokenizer.pad_token_id), None
-    full_BV = clean(batch) if full_BV is None else full_BV
+        batch = _padded(batch, loaded.processor.tokenizer.pad_token_id or 0)
+    full_BV = clean(batch)
     alone_BV = torch.cat([clean(one) for one in alone]).to(full_BV.device)
     return float(torch.maximum(kl_divergence(alone_BV, full_BV), kl_divergence(full_BV, alone_BV)).max())
 
@@ -112,7 +139,7 @@ def _padded(batch: Batch, pad_id: int) -> Batch:
     """The batch with `NOISE_PADDING` padding tokens before each prompt."""
     types = batch.types
     wider = {
-        name: pad(value, (NOISE_PADDING, 0), value=(pad_id or 0) if name == "input_ids" else 0)
+        name: pad(value, (NOISE_PADDING, 0), value=pad_id if name == "input_ids" else 0)
         for name, value in batch.inputs.items()
         if value.shape == types.text_BT.shape
     }

@@ -4,12 +4,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from shortv.architecture import Architecture
 from shortv.costs import flops_ratio
 from shortv.errors import Refused
-from shortv.plan import Mode, Plan, modes_of_layers
+from shortv.plan import Mode, modes_of_layers
 
 
 class Control(StrEnum):
@@ -64,40 +63,18 @@ def choose_layers(evidence: Evidence, request: Request) -> Choice:
 
     A control gets as many layers as the ranking by LC would.
     """
-    arch, mode = evidence.architecture, evidence.mode
-    order = replacement_order(evidence.ranking, mode, control=request.control, seed=request.control_seed)
+    order = replacement_order(evidence.ranking, evidence.mode, control=request.control, seed=request.control_seed)
     if request.flops_ratio is not None:
-        count = count_for_flops_ratio(arch, order, mode, request.flops_ratio, evidence.t, evidence.v)
+        count = _count_for_flops_ratio(evidence, order, request.flops_ratio)
     elif request.max_lc is not None:
-        lc_order = replacement_order(evidence.ranking, mode)
-        within = layers_for_max_lc(evidence.mean_lc, lc_order, mode, request.max_lc)
+        within = _within_lc(evidence, request.max_lc)
         if request.control is None:
-            return Choice(order=order, layers=within)
+            # Not the first ones of the order, in which a layer above the limit may come first by a tie.
+            return Choice(order=order, layers=tuple(layer for layer in order if layer in within))
         count = len(within)
     else:
         count = default_count(len(order)) if request.layers is None else request.layers
     return Choice(order=order, layers=order[: check_count(count, len(order))])
-
-
-def plan_of(
-    evidence: Evidence, choice: Choice, *, name: str, model: str, revision: str | None, source: Mapping[str, Any]
-) -> Plan:
-    """Return the plan of the chosen layers, its FLOPs ratio at the evidence's mean token counts."""
-    architecture = evidence.architecture
-    modes = modes_of_layers(evidence.mode, choice.layers, architecture.num_layers)
-    return Plan(
-        name=name,
-        model=model,
-        revision=revision,
-        config_digest=architecture.config_digest,
-        num_layers=architecture.num_layers,
-        modes=modes,
-        ranking=choice.order,
-        source=source,
-        flops_ratio=flops_ratio(architecture, modes, evidence.t, evidence.v),
-        flops_t=evidence.t,
-        flops_v=evidence.v,
-    )
 
 
 def default_count(num_layers: int) -> int:
@@ -139,40 +116,31 @@ def check_count(count: int, num_layers: int) -> int:
     return count
 
 
-def count_for_flops_ratio(
-    arch: Architecture, order: Sequence[int], mode: Mode, target: float, t: float, v: float
-) -> int:
-    """Return the fewest layers of `order` with which the FLOPs ratio is at most `target`, at least one.
-
-    `t` and `v` are text and visual tokens of the prompt. Raises Refused, naming the lowest ratio that can
-    be reached, when even all layers are not enough.
-    """
-    ratio = 1.0
+def _count_for_flops_ratio(evidence: Evidence, order: Sequence[int], target: float) -> int:
+    """Return the fewest layers of `order`, at least one, with which the FLOPs ratio is at most `target`."""
+    arch, mode, ratio = evidence.architecture, evidence.mode, 1.0
     for count in range(1, len(order) + 1):
-        ratio = flops_ratio(arch, modes_of_layers(mode, order[:count], arch.num_layers), t, v)
+        ratio = flops_ratio(arch, modes_of_layers(mode, order[:count], arch.num_layers), evidence.t, evidence.v)
         if ratio <= target:
             return count
     raise Refused(
         f"a FLOPs ratio of {target:g} cannot be reached with {mode}: all {len(order)} layers give "
-        f"{ratio:.4f} at {t:g} text and {v:g} visual tokens; ask for that or more"
+        f"{ratio:.4f} at {evidence.t:g} text and {evidence.v:g} visual tokens; ask for that or more"
     )
 
 
-def layers_for_max_lc(
-    mean_lc: Mapping[int, float], order: Sequence[int], mode: Mode, largest: float
-) -> tuple[int, ...]:
-    """Return the layers whose mean LC, in nats, is at most `largest`, in the order of `order`.
+def _within_lc(evidence: Evidence, largest: float) -> set[int]:
+    """Return the layers whose mean LC, in nats, is at most `largest`.
 
     LC(drop-visual, i) measures dropping from i to the last layer, so a drop-visual plan starts at the earliest layer
-    within the limit, as VTW searches its exit. Raises Refused, naming the lowest LC, when no layer qualifies.
+    within the limit, as VTW searches its exit.
     """
-    within = {layer for layer, mean in mean_lc.items() if mean <= largest}
+    means = evidence.mean_lc
+    within = {layer for layer, mean in means.items() if mean <= largest}
     if not within:
-        lowest = min(mean_lc, key=lambda layer: mean_lc[layer])
+        lowest = min(means, key=means.__getitem__)
         raise Refused(
-            f"no layer has an LC of at most {largest:g} with {mode}: the lowest is {mean_lc[lowest]:.4g} "
+            f"no layer has an LC of at most {largest:g} with {evidence.mode}: the lowest is {means[lowest]:.4g} "
             f"at layer {lowest}; tolerate more"
         )
-    if mode is Mode.DROP_VISUAL:
-        within = set(range(min(within), len(mean_lc)))
-    return tuple(layer for layer in order if layer in within)
+    return set(range(min(within), len(means))) if evidence.mode is Mode.DROP_VISUAL else within

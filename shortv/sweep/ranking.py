@@ -4,8 +4,8 @@ Matrices are [S samples, L layers], in nats. A bootstrap resample picks rows by 
 `kl_matrix` sorts them by sample id, and a sweep's numbers do not depend on which worker finished first.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,6 @@ INTERVAL = (2.5, 97.5)
 _CHUNK = 100
 
 Matrix = NDArray[np.float64]
-
-
-class Ranked(NamedTuple):
-    """All bootstrap resamples: mean LC [R, L] in nats, and rank of every layer [R, L], counted from 1."""
-
-    mean_RL: Matrix
-    rank_RL: NDArray[np.int64]
 
 
 def kl_matrix(
@@ -90,12 +83,11 @@ def layer_statistics(
     _check(kl_SL)
     mean_L = kl_SL.mean(axis=0)
     rank_L = _ranks(mean_L, noise_floor)
-    boot = _bootstrap(kl_SL, len(kl_SL), noise_floor, np.random.default_rng(seed), resamples)
-    low, high = INTERVAL
-    ci_low_L, ci_high_L = np.percentile(boot.mean_RL, INTERVAL, axis=0)
+    mean_RL, rank_RL = _bootstrap(kl_SL, len(kl_SL), noise_floor, np.random.default_rng(seed), resamples)
+    ci_low_L, ci_high_L = np.percentile(mean_RL, INTERVAL, axis=0)
     # Ranks are whole numbers, so a bound between two of them moves outwards.
-    rank_low_L = np.percentile(boot.rank_RL, low, axis=0, method="lower")
-    rank_high_L = np.percentile(boot.rank_RL, high, axis=0, method="higher")
+    rank_low_L = np.percentile(rank_RL, INTERVAL[0], axis=0, method="lower")
+    rank_high_L = np.percentile(rank_RL, INTERVAL[1], axis=0, method="higher")
     return [
         LayerRecord(
             mode=mode,
@@ -126,9 +118,8 @@ def set_stability(
     stability = {}
     for share in SHARES:
         draws = max(1, round(share * len(kl_SL)))
-        boot = _bootstrap(kl_SL, draws, noise_floor, np.random.default_rng(seed), resamples)
-        same_R = ((boot.rank_RL <= n_layers) == chosen_L).all(axis=1)
-        stability[share] = float(same_R.mean())
+        _, rank_RL = _bootstrap(kl_SL, draws, noise_floor, np.random.default_rng(seed), resamples)
+        stability[share] = float(((rank_RL <= n_layers) == chosen_L).all(axis=1).mean())
     return stability
 
 
@@ -163,14 +154,15 @@ def _ranks(mean_L: NDArray[Any], noise_floor: float) -> NDArray[np.int64]:
     return rank_L
 
 
-def _bootstrap(kl_SL: Matrix, draws: int, noise_floor: float, rng: np.random.Generator, resamples: int) -> Ranked:
-    mean_RL = np.concatenate([weight_RS @ kl_SL / draws for weight_RS in _weights(len(kl_SL), draws, rng, resamples)])
-    return Ranked(mean_RL, np.stack([_ranks(mean_L, noise_floor) for mean_L in mean_RL]))
-
-
-def _weights(samples: int, draws: int, rng: np.random.Generator, resamples: int) -> Iterator[Matrix]:
-    """Yield chunks [R, S] of how often each resample draws each sample."""
+def _bootstrap(
+    kl_SL: Matrix, draws: int, noise_floor: float, rng: np.random.Generator, resamples: int
+) -> tuple[Matrix, NDArray[np.int64]]:
+    """Return mean LC [R, L] in nats and rank of every layer [R, L], counted from 1, of all resamples."""
+    means = []
     for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        picks = (rng.integers(samples, size=draws) for _ in range(size))
-        yield np.stack([np.bincount(pick, minlength=samples) for pick in picks]).astype(np.float64)
+        picks = (rng.integers(len(kl_SL), size=draws) for _ in range(min(_CHUNK, resamples - start)))
+        # How often each resample draws each sample.
+        weight_RS = np.stack([np.bincount(pick, minlength=len(kl_SL)) for pick in picks]).astype(np.float64)
+        means.append(weight_RS @ kl_SL / draws)
+    mean_RL = np.concatenate(means)
+    return mean_RL, np.stack([_ranks(mean_L, noise_floor) for mean_L in mean_RL])

@@ -19,7 +19,7 @@ from shortv.plan import VISUAL_MODES, Mode, modes_of_ablation
 from shortv.sample import Sample
 from shortv.sweep import engine
 from shortv.sweep.ablations import Ablation, ablate, run_clean
-from shortv.sweep.divergence import Divergence, divergence, kl_divergence, log_probabilities
+from shortv.sweep.engine import Divergence, divergence, kl_divergence, log_probabilities
 from tests.law import SPECS, some_specs
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import TINY, bundled, calibration
@@ -57,8 +57,9 @@ def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
         assert_close(value, second.values[ablation])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "attn"), [*((kind, "sdpa") for kind in KINDS), ("llava", "eager"), ("gemma3", "eager")]
+)
 def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
     model = loaded(random_model(kind, attn=attn))
     batch = batch_of(kind, SPECS)
@@ -76,7 +77,7 @@ def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
     """Trained weights, where log-probabilities reach far lower than on random ones."""
     model = bundled()
     text_only = Sample(sample_id="text", prompt="Describe the objects in this picture.")
-    batch = encode(model, [*calibration()[:3], text_only]).batch
+    batch = encode(model, [*calibration()[:2], text_only]).batch
     assert batch is not None
     stacked = engine.measure(model, batch, layers=range(len(model.decoder.layers)), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
@@ -95,33 +96,22 @@ def test_engine_equals_the_released_algorithm() -> None:
         torch.testing.assert_close(found[0], expected[0], atol=1e-7, rtol=1e-3)
 
 
-def test_noise_floor_is_rounding_not_signal() -> None:
+@pytest.mark.parametrize("count", [1, 4])
+def test_noise_floor_is_rounding_and_the_largest_over_the_samples(count: int) -> None:
     model = bundled()
-    for count in (1, 4):
-        encoded = encode(model, calibration()[:count])
-        alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
-        assert encoded.batch is not None
-        full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
-        floor = engine.noise_floor(model, alone, encoded.batch, full_BV)
-        assert 0 <= floor < 1e-9
-        assert floor == engine.noise_floor(model, alone, encoded.batch)
-
-
-def test_the_noise_floor_is_the_largest_over_the_samples() -> None:
-    model = bundled()
-    encoded = encode(model, calibration()[:4])
+    encoded = encode(model, calibration()[:count])
     alone = [one.batch for sample in encoded.samples if (one := encode(model, [sample])).batch]
     assert encoded.batch is not None
-    full_BV = engine.measure(model, encoded.batch, layers=range(0), modes=[]).full_BV
-    for index in range(4):
+    assert 0 <= engine.noise_floor(model, alone, encoded.batch) < 1e-9
+    other = encode(model, [calibration()[count]]).batch
+    assert other is not None
+    for index in range(count if count > 1 else 0):
         # Any sample of the batch may be the noisy one.
-        noisy_BV = full_BV.clone()
-        noisy_BV[index] *= 0.5
-        noisy_BV = noisy_BV.log_softmax(-1)
-        assert engine.noise_floor(model, alone, encoded.batch, noisy_BV) > 1e-7
+        noisy = [*alone[:index], other, *alone[index + 1 :]]
+        assert engine.noise_floor(model, noisy, encoded.batch) > 1e-7
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     specs=some_specs,
     padding=st.sampled_from(["left", "right"]),
@@ -162,7 +152,7 @@ def test_last_layer_and_prompts_without_image_have_exactly_zero_visual_lc() -> N
     assert (mixed.values[Ablation(1, Mode.FREEZE_VISUAL)][0][[0, 1, 3]] > 1e-6).all()
 
 
-@pytest.mark.parametrize("modes", [*([mode] for mode in MODES), MODES])
+@pytest.mark.parametrize("modes", [[Mode.FREEZE_VISUAL], [Mode.NO_VISUAL_QUERIES], [Mode.DROP_VISUAL], MODES])
 def test_work_per_sweep_is_what_costs_predicts(modes: Sequence[Mode]) -> None:
     """Sequences that pass layers, FFNs and layers over text alone, counted inside the model."""
     model = loaded(random_model())
@@ -241,18 +231,12 @@ def test_lc_of_bypass_visual_equals_an_oracle_by_hooks(kind: str) -> None:
         assert (found[0][with_images] > 1e-7).all()
 
 
-@pytest.mark.parametrize("stack", [1, 2, 7])
-def test_stacking_changes_nothing(stack: int) -> None:
+def test_neither_stacks_nor_ranges_of_layers_change_a_value() -> None:
     model = loaded(random_model())
     batch = batch_of("llava", SPECS)
     whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
-    assert_same(whole, engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=stack))
-
-
-def test_layer_ranges_add_up_to_the_whole() -> None:
-    model = loaded(random_model())
-    batch = batch_of("llava", SPECS)
-    whole = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    for stack in (1, 7):
+        assert_same(whole, engine.measure(model, batch, layers=range(LAYERS), modes=MODES, stack=stack))
     parts = [engine.measure(model, batch, layers=range(a, b), modes=MODES) for a, b in [(0, 1), (1, LAYERS)]]
     assert_same(whole, replace(whole, values={**parts[0].values, **parts[1].values}))
 
@@ -295,7 +279,7 @@ def test_non_finite_logits_name_their_sample_alone() -> None:
     batch = batch_of("llava", SPECS)
     batch.inputs["pixel_values"][1] = float("nan")  # the first image of the second prompt
     result = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
-    assert result.non_finite == (1,)
+    assert result.finite_B.tolist() == [True, False, True, True]
     rows = result.records(["a", "b", "c", "d"])
     assert {row.sample_id for row in rows} == {"a", "c", "d"}
     assert len(rows) == 3 * len(MODES) * LAYERS

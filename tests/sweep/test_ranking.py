@@ -76,10 +76,9 @@ def test_ranks_intervals_and_order_agree() -> None:
 def test_the_interval_is_that_of_the_mean() -> None:
     """For many samples the percentile bootstrap comes close to the normal interval of a mean."""
     kl_SL = noisy([1.0], samples=2000, spread=0.3)
-    (record,) = statistics(kl_SL, resamples=2000)
+    (record,) = statistics(kl_SL, resamples=1000)
     half = 1.96 * kl_SL.std() / 2000**0.5
-    assert record.ci_low == pytest.approx(record.mean - half, abs=0.1 * half)
-    assert record.ci_high == pytest.approx(record.mean + half, abs=0.1 * half)
+    assert (record.ci_low, record.ci_high) == pytest.approx((record.mean - half, record.mean + half), abs=0.15 * half)
 
 
 def test_one_sample_has_point_intervals() -> None:
