@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.manifest import State
-from reports.page.campaign_data import CampaignData, interval_of, interval_of_difference, read_campaign_data
+from reports.page.campaign_data import CampaignData, difference_of, read_campaign_data
 from reports.page.charts import colour_of, data, intervals, layer_axis, shape_of, tips, zero_line
 from reports.page.document import MOST_ROWS, Chart, Row, Section, grid
 from reports.page.sweep_data import SweepData, read_sweep_data
@@ -195,14 +195,9 @@ def metric_pairs(own: CampaignData, other: CampaignData) -> list[Row]:
         if there is None or here["value"] is None or there["value"] is None:
             continue
         same = {"plan": by_digest, "task": tasks.get(here["cell"]) == their_tasks.get(there["cell"])}
-        ours, others = interval_of(here), interval_of(there)
-        low, high = None, None
-        if ours and others:
-            low, high = interval_of_difference(here["value"], ours, there["value"], others)
         rows.append(
             {name: here[name] for name in ("model", "task", "plan", "metric", "filter")}
-            | {"here": here["value"], "there": there["value"], "difference": here["value"] - there["value"]}
-            | {"low": low, "high": high}
+            | {"here": here["value"], "there": there["value"], **difference_of(here, there)}
             | {"the_same": " and ".join(name for name, found in same.items() if found) or "names only"}
         )
     return rows

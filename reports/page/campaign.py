@@ -7,28 +7,8 @@ from typing import Any, Final
 import altair as alt
 
 from reports.manifest import CampaignManifest, State
-from reports.page.campaign_data import (
-    KINDS,
-    LEARNED,
-    CampaignData,
-    Group,
-    answers_of,
-    interval_note,
-    kind_of_plan,
-    parts_of_plan,
-    with_interval,
-)
-from reports.page.charts import (
-    colour_of,
-    data,
-    intervals,
-    layer_bands,
-    line_axis,
-    names,
-    shape_of,
-    tips,
-    zero_line,
-)
+from reports.page.campaign_data import KINDS, LEARNED, CampaignData, Group, interval_note, kind_of_plan, parts_of_plan
+from reports.page.charts import colour_of, data, intervals, layer_bands, line_axis, names, shape_of, tips, zero_line
 from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, grid
 from reports.page.ran import ran, state_warnings
 from reports.page.sweep import plan_strips
@@ -84,7 +64,7 @@ def _results(campaign: CampaignData) -> list[Section]:
     )
     metrics = grid(
         "Every metric of every cell, kinds of documents included",
-        list(map(with_interval, campaign.metrics)),
+        campaign.metrics,
         "model task plan metric filter value low high interval_by n",
         files=["metrics.parquet"],
         most=MOST_ROWS,
@@ -330,7 +310,7 @@ def _exit_chart(model: str, task: str, rows: Sequence[Row], key: int) -> Chart:
             f"Exit layers of {model} on {task}",
             [row for row in rows if row["exits"]],
             "plan kind samples layer_left exits share",
-            files=[answers_of(cell) for cell in dict.fromkeys(row["cell"] for row in rows)],
+            files=list(dict.fromkeys(row["file"] for row in rows)),
             most=MOST_ROWS,
         ),
     )

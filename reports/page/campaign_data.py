@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
@@ -45,8 +45,9 @@ class Group(NamedTuple):
 class CampaignData:
     """A campaign folder: rows of its tables, and what its answers say.
 
-    `failures` are `model`, `plan`, `task`, `reason` and the number of `samples`. `exits` are the `exits` of a `cell`
-    after a layer (`layer_left`), for each `kind` of document and all together. `problems` tell what is missing.
+    `failures` are `model`, `plan`, `task`, `reason` and the number of `samples`. `exits` are the `exits` of a cell
+    after a layer (`layer_left`), for each `kind` of document and all together, with the `file` of its answers.
+    `problems` tell what is missing.
     """
 
     manifest: CampaignManifest
@@ -78,7 +79,7 @@ class CampaignData:
         points = []
         for cell in cells:
             plan, own = cell["plan"], speed.get(cell["plan"], {})
-            own_ms, score = own.get("prefill_ms_median"), with_interval(scores[plan]) if plan in scores else {}
+            own_ms, score = own.get("prefill_ms_median"), scores.get(plan, {})
             points.append(
                 {"plan": plan, "kind": kinds.get(plan, KINDS[5])}
                 | {name: cell[name] for name in ("n", "errors", "flops_ratio")}
@@ -126,6 +127,7 @@ def read_campaign_data(folder: Folder) -> CampaignData:
             f"the manifest of {folder.shown} counts {declared} cells, cells.parquet has {len(keys)}, other tables have "
             f"{len(strange)} more; the folder is damaged or being written: run the campaign again"
         )
+    tables["metrics"] = [with_interval(row) for row in tables["metrics"]]
     learned = {(row["model"], row["plan"]): {name: row[name] for name in LEARNED} for row in tables["cells"]}
     tables["comparisons"] = [row | learned.get((row["model"], row["plan"]), {}) for row in tables["comparisons"]]
     failures, exits, problems = _read_answers(folder, manifest, tables["cells"])
@@ -136,11 +138,6 @@ def read_campaign_data(folder: Folder) -> CampaignData:
 ALL_KINDS: Final = "all"
 NEVER: Final = "never"
 _MOST_NAMED: Final = 5
-
-
-def answers_of(cell: str) -> str:
-    """Return the name of the file with a cell's answers."""
-    return f"answers/{cell}.parquet"
 
 
 def _read_answers(
@@ -155,7 +152,7 @@ def _read_answers(
         # A plan with the modes of another one has no answers of its own, and a cell without results has none.
         if cell["same_as"] is not None or not cell["n"]:
             continue
-        table, problem = _answers(folder, answers_of(cell["cell"]), cell["n"])
+        table, problem = _answers(folder, f"answers/{cell['cell']}.parquet", cell["n"])
         if problem:
             model = f"{cell['model']} under " if len(manifest.models) > 1 else ""
             problems[problem].append(f"{model}{cell['plan']} on {cell['task']}")
@@ -197,7 +194,7 @@ def _exits(cell: Row, answers: pa.Table, num_layers: int) -> Iterator[Row]:
         if row["exit_layer"] is not None:
             for kind in {ALL_KINDS, row["kind"] or ALL_KINDS}:
                 found[kind][row["exit_layer"]] += row["count_all"]
-    names = {name: cell[name] for name in ("cell", "model", "plan", "task")}
+    names = {name: cell[name] for name in ("model", "plan", "task")} | {"file": f"answers/{cell['cell']}.parquet"}
     for kind in sorted(found, key=lambda kind: (kind != ALL_KINDS, kind)):
         samples = found[kind].total()
         for layer in range(num_layers + 1):
@@ -256,7 +253,7 @@ def interval_of(row: Row) -> Interval | None:
     return Interval(max(low, 0.0), min(high, 1.0), CLIPPED)
 
 
-def with_interval(row: Row) -> Row:
+def with_interval(row: Row) -> dict[str, Any]:
     """Return a row of the table of metrics with its interval: `low`, `high` and `interval_by`, None if it has none."""
     return {**row, **dict(zip(("low", "high", "interval_by"), interval_of(row) or (None,) * 3, strict=True))}
 
@@ -268,8 +265,14 @@ def interval_note(methods: Iterable[str | None]) -> str:
     return f"Bars: 95 % intervals, {' or '.join(found)}." if found else "No interval is known."
 
 
-def interval_of_difference(value: float, own: Interval, against: float, other: Interval) -> tuple[float, float]:
-    """Return the ends of the interval of `value - against`, as of two independent runs (Newcombe 1998, method 10)."""
-    difference = value - against
-    low, high = hypot(value - own.low, other.high - against), hypot(own.high - value, against - other.low)
-    return difference - low, difference + high
+def difference_of(here: Row, there: Row) -> Row:
+    """Return the `difference` of two metrics with its interval from `low` to `high`, None if one of them has none.
+
+    The runs count as independent (Newcombe 1998, method 10).
+    """
+    difference = here["value"] - there["value"]
+    if here["low"] is None or there["low"] is None:
+        return {"difference": difference, "low": None, "high": None}
+    below = hypot(here["value"] - here["low"], there["high"] - there["value"])
+    above = hypot(here["high"] - here["value"], there["value"] - there["low"])
+    return {"difference": difference, "low": difference - below, "high": difference + above}

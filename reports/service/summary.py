@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from reports.manifest import MANIFEST_NAME, CampaignManifest, State, SweepManifest, TrainingManifest
 from reports.page import PAGE_NAME
-from reports.page.campaign_data import KINDS, CampaignData, Group
+from reports.page.campaign_data import KINDS, CampaignData, Group, with_interval
 from reports.page.document import Row
 from reports.service.files import MAX_TEXT_BYTES, Cache, Files, shown, why
 from reports.service.runs import (
@@ -236,7 +236,7 @@ class _Finished:
             found, declared = len({row["cell"] for row in cells}), self._count("cells")
             if declared != found:
                 raise Refused(f"the manifest counts {declared} cells, {self._shown('cells.parquet')} has {found}")
-            data = CampaignData(manifest=manifest, cells=cells, metrics=metrics)
+            data = CampaignData(manifest=manifest, cells=cells, metrics=[with_interval(row) for row in metrics])
             self.values["best"] = [_best(group) for group in data.groups()]
         with self._noting():
             self._expect_answers(self._rows("cells"))

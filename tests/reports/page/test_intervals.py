@@ -9,10 +9,10 @@ from reports.page.campaign_data import (
     CLIPPED,
     NORMAL,
     WILSON,
-    Interval,
+    difference_of,
     interval_note,
     interval_of,
-    interval_of_difference,
+    with_interval,
 )
 
 
@@ -63,8 +63,7 @@ def test_charts_say_which() -> None:
 
 def test_differences_of_two_runs() -> None:
     # Newcombe 1998, table II, example (a), method 10: 56 of 70 against 48 of 80.
-    own, other = (interval_of(of_zeros_and_ones(*counts)) for counts in ((56, 70), (48, 80)))
-    assert own and other
-    assert interval_of_difference(0.8, own, 0.6, other) == pytest.approx((0.0524, 0.3339), abs=1e-4)
-    same = Interval(0.4, 0.6, NORMAL)
-    assert interval_of_difference(0.5, same, 0.5, same) == pytest.approx((-0.1 * sqrt(2), 0.1 * sqrt(2)))
+    own, other = (with_interval(of_zeros_and_ones(*counts)) for counts in ((56, 70), (48, 80)))
+    found = difference_of(own, other)
+    assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert difference_of(own, with_interval(row(0.8, None))) == {"difference": 0.0, "low": None, "high": None}
