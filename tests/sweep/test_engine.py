@@ -37,6 +37,17 @@ def naive(model: LoadedModel, batch: Batch, mode: Mode, layer: int) -> torch.Ten
     return log_probabilities(logits_BTV[torch.arange(len(logits_BTV)), batch.types.last_B])
 
 
+def model_and_batch(kind: str, attn: str) -> tuple[LoadedModel, Batch]:
+    """A random model, or the bundled one, with images of several sizes and a text alone."""
+    if kind != "bundled":
+        return loaded(random_model(kind, attn=attn)), batch_of(kind, SPECS)
+    model = load(str(TINY / "model"), dtype="float32", attn_implementation=attn)
+    text_only = Sample(sample_id="text", prompt="Describe the objects in this picture.")
+    batch = encode(model, [*calibration()[:3], text_only]).batch
+    assert batch is not None
+    return model, batch
+
+
 def ablated(model: LoadedModel, batch: Batch, modes: Sequence[Mode]) -> dict[Any, torch.Tensor]:
     layers = range(len(model.decoder.layers))
     with torch.inference_mode():
@@ -58,33 +69,19 @@ def assert_same(first: engine.BatchLC, second: engine.BatchLC) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "attn"), [*((kind, "sdpa") for kind in KINDS), ("llava", "eager"), ("gemma3", "eager")]
+    ("kind", "attn"),
+    [*((kind, "sdpa") for kind in KINDS), ("llava", "eager"), ("gemma3", "eager"), ("bundled", "sdpa")],
 )
 def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
-    model = loaded(random_model(kind, attn=attn))
-    batch = batch_of(kind, SPECS)
-    full_BV = log_probabilities(model.model(**batch.inputs).logits[:, -1])
-    measured = engine.measure(model, batch, layers=range(LAYERS), modes=MODES)
+    """On random models, and on trained weights, where log-probabilities reach far lower."""
+    model, batch = model_and_batch(kind, attn)
+    measured = engine.measure(model, batch, layers=range(len(model.decoder.layers)), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
         naive_BV = naive(model, batch, ablation.mode, ablation.layer)
         torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
-        expected, found = divergence(full_BV, naive_BV), measured.values[ablation]
+        expected, found = divergence(measured.full_BV, naive_BV), measured.values[ablation]
         assert_close(found, expected)
         assert found[2].tolist() == expected[2].tolist()
-
-
-def test_engine_equals_naive_forwards_on_the_bundled_model() -> None:
-    """Trained weights, where log-probabilities reach far lower than on random ones."""
-    model = bundled()
-    text_only = Sample(sample_id="text", prompt="Describe the objects in this picture.")
-    batch = encode(model, [*calibration()[:2], text_only]).batch
-    assert batch is not None
-    stacked = engine.measure(model, batch, layers=range(len(model.decoder.layers)), modes=MODES)
-    for ablation, ablated_BV in ablated(model, batch, MODES).items():
-        naive_BV = naive(model, batch, ablation.mode, ablation.layer)
-        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
-        expected = divergence(stacked.full_BV, naive_BV)
-        assert_close(stacked.values[ablation], expected)
 
 
 def test_engine_equals_the_released_algorithm() -> None:
@@ -214,12 +211,7 @@ def bypassed_by_hooks(model: LoadedModel, batch: Batch, layer: Any) -> torch.Ten
 
 @pytest.mark.parametrize("kind", ["bundled", "qwen3-vl", "gemma3"])
 def test_lc_of_bypass_visual_equals_an_oracle_by_hooks(kind: str) -> None:
-    if kind == "bundled":
-        model = load(str(TINY / "model"), dtype="float32", attn_implementation="eager")
-        batch = encode(model, calibration()[:3]).batch
-        assert batch is not None
-    else:
-        model, batch = loaded(random_model(kind, attn="eager")), batch_of(kind, SPECS)
+    model, batch = model_and_batch(kind, "eager")
     measured = engine.measure(
         model, batch, layers=range(len(model.decoder.layers)), modes=[Mode.BYPASS_VISUAL, Mode.FREEZE_VISUAL]
     )
