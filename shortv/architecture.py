@@ -10,17 +10,10 @@ from shortv.errors import Refused
 # The identity of an architecture. The vocabulary is left out on purpose: checkpoints of one model
 # pad it differently, and no plan depends on it. Changing this list orphans every plan ever saved.
 DIGEST_FIELDS = (
-    "model_type",
-    "text_model_type",
-    "num_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
+    *("model_type", "text_model_type", "num_layers", "hidden_size"),
+    *("intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
 )
-TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config")
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_WHOLE = "pass the whole configuration of a decoder model, its defaults included"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +48,15 @@ class Architecture:
         head has its own keys; without `head_dim` the heads share the width evenly. Raises Refused
         when a size is missing or impossible, and for mixtures of experts, which have no single FFN size.
         """
-        text = _text_config(config)
-        _refuse_experts(text)
+        nested = [config[key] for key in ("text_config", "llm_config", "language_config") if key in config]
+        text = next((found for found in nested if isinstance(found, Mapping)), config)
+        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+            experts = text.get(key)
+            if isinstance(experts, int) and experts > 1:
+                raise Refused(
+                    f"the decoder is a mixture of experts ({key} = {experts}), whose FLOPs per token are "
+                    "not defined here; choose a model with one FFN per layer"
+                )
         hidden_size = _size(text, "hidden_size")
         num_heads = _size(text, "num_attention_heads")
         num_kv_heads = _size(text, "num_key_value_heads", default=num_heads)
@@ -70,10 +70,14 @@ class Architecture:
                 f"the configuration has no head_dim, and {num_heads} heads do not divide hidden_size "
                 f"{hidden_size}; check the model's config.json"
             )
-        text_model_type = _model_type(text)
+        text_model_type = text.get("model_type")
+        model_type = config.get("model_type") or text_model_type
+        for name in (model_type, text_model_type):
+            if not isinstance(name, str) or not name:
+                raise Refused(f"the configuration has {name!r} for model_type, where a name is needed; {_WHOLE}")
         return cls(
-            model_type=_model_type(config) if config.get("model_type") else text_model_type,
-            text_model_type=text_model_type,
+            model_type=str(model_type),
+            text_model_type=str(text_model_type),
             num_layers=_size(text, "num_hidden_layers"),
             hidden_size=hidden_size,
             intermediate_size=_size(text, "intermediate_size"),
@@ -84,42 +88,11 @@ class Architecture:
         )
 
 
-def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    for key in TEXT_CONFIG_KEYS:
-        nested = config.get(key)
-        if isinstance(nested, Mapping):
-            return nested
-    return config
-
-
-def _refuse_experts(text: Mapping[str, object]) -> None:
-    for key in EXPERT_KEYS:
-        experts = text.get(key)
-        if isinstance(experts, int) and experts > 1:
-            raise Refused(
-                f"the decoder is a mixture of experts ({key} = {experts}), whose FLOPs per token are "
-                "not defined here; choose a model with one FFN per layer"
-            )
-
-
 def _size(text: Mapping[str, object], key: str, default: int | None = None) -> int:
     found = text.get(key)
     if found is None and default is not None:
         return default
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         was = "no value" if found is None else repr(found)
-        raise Refused(
-            f"the configuration has {was} for {key}, where a positive whole number is needed; "
-            "pass the whole configuration of a decoder model, its defaults included"
-        )
-    return found
-
-
-def _model_type(config: Mapping[str, object]) -> str:
-    found = config.get("model_type")
-    if not isinstance(found, str) or not found:
-        raise Refused(
-            f"the configuration has {found!r} for model_type, where a name is needed; "
-            "pass the whole configuration of a decoder model"
-        )
+        raise Refused(f"the configuration has {was} for {key}, where a positive whole number is needed; {_WHOLE}")
     return found

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, field, fields, replace
+from dataclasses import field, replace
 from enum import Flag, StrEnum
 from importlib import resources
 from pathlib import Path
@@ -269,9 +270,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as the text of a plan file."""
-        content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        content["parts"] = asdict(self.parts) if self.parts else None
-        return json.dumps(content | {"digest": self.digest}, indent=2) + "\n"
+        return json.dumps(_PLANS.dump_python(self) | {"digest": self.digest}, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> "Plan":
@@ -364,17 +363,14 @@ def digest_of(config_digest: str, modes: Iterable[str], parts: LearnedParts | No
 
 
 def _check_layers(layers: Collection[int], num_layers: int) -> None:
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
-        raise Refused(
-            f"layer {outside[0]} does not exist: the model has {num_layers} layers, counted from 0 "
-            f"to {num_layers - 1}; correct the list"
-        )
-    seen: set[int] = set()
-    for layer in layers:
-        if layer in seen:
+    for layer, count in Counter(layers).items():
+        if not 0 <= layer < num_layers:
+            raise Refused(
+                f"layer {layer} does not exist: the model has {num_layers} layers, counted from 0 "
+                f"to {num_layers - 1}; correct the list"
+            )
+        if count > 1:
             raise Refused(f"layer {layer} is listed twice; list it once")
-        seen.add(layer)
 
 
 def _json_value(source: Mapping[str, Any]) -> Any:

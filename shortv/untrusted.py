@@ -338,4 +338,4 @@ Its reader of EPS files runs Ghostscript on their content; inside this context s
 
 
 def _unusable(error: str, message: str) -> SampleError:
-    return SampleError(stage="decode", error=error, message=message)
+    return SampleError("decode", error, message)

@@ -46,12 +46,14 @@ class Decoder:
 
     def add_attention(self, layer: nn.Module, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
         """The residual stream after the attention half, from what entered it and the attention block's output."""
-        return hidden_BTD + _normed(layer, self.parts.attention_post_norm, output_BTD)
+        norm = self.parts.attention_post_norm
+        return hidden_BTD + (getattr(layer, norm)(output_BTD) if norm else output_BTD)
 
     def ffn_half(self, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """x + FFN(norm(x)), the second half of a layer on its own."""
         output_BTD: Tensor = self.ffn(layer)(self.ffn_norm(layer)(hidden_BTD))
-        return hidden_BTD + _normed(layer, self.parts.ffn_post_norm, output_BTD)
+        norm = self.parts.ffn_post_norm
+        return hidden_BTD + (getattr(layer, norm)(output_BTD) if norm else output_BTD)
 
     @property
     def projector(self) -> nn.Module:
@@ -76,14 +78,14 @@ class Decoder:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final norm and LM head over states of the last layer, shape (B, V)."""
-        hidden_BD = hidden_BD.to(_device(self.norm))
+        hidden_BD = hidden_BD.to(self.device(self.norm))
         normed_BD: Tensor = self.norm(hidden_BD)
-        logits_BV: Tensor = self.head(normed_BD.to(_device(self.head)))
+        logits_BV: Tensor = self.head(normed_BD.to(self.device(self.head)))
         return logits_BV
 
-    def device(self, layer: nn.Module) -> torch.device:
-        """Return the device of a layer's weights (a model may be spread over several devices)."""
-        return _device(layer)
+    def device(self, module: nn.Module) -> torch.device:
+        """Return the device of a module's weights (a model may be spread over several devices)."""
+        return next(module.parameters()).device
 
 
 def decoder_of(model: nn.Module) -> Decoder:
@@ -118,11 +120,3 @@ def decoder_of(model: nn.Module) -> Decoder:
         head=head,
         visual_ids=family.visual_ids(config),
     )
-
-
-def _normed(layer: nn.Module, norm: str | None, output_BTD: Tensor) -> Tensor:
-    return output_BTD if norm is None else getattr(layer, norm)(output_BTD)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -38,8 +38,6 @@ class LoadedModel(Preprocessor):
         own = self.model.generation_config.eos_token_id
         ids = [own] if isinstance(own, int) else list(own or ())
         ids += [tokenizer.eos_token_id] if not ids and tokenizer.eos_token_id is not None else []
-        if not stop:
-            return list(dict.fromkeys(ids)), ()
         # Decoded text leaves out all of these; all_special_tokens knows only those that have a name or are listed.
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special.update(tokenizer.all_special_tokens)
@@ -48,20 +46,12 @@ class LoadedModel(Preprocessor):
 
 
 def load_architecture(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
-    """Read a model's architecture from its config alone.
-
-    Raises:
-        Refused: no such model, or its family is not supported.
-    """
-    return _architecture(_config(name, revision, trust_remote_code))
+    """Read a model's architecture from its config alone. Raises Refused for no such model or another family."""
+    return Architecture.from_config_dict(_config(name, revision, trust_remote_code).to_dict())
 
 
 def commit_of(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
-    """Return the commit on the hub that a revision names now; for a folder, the revision itself.
-
-    Raises:
-        Refused: no such model.
-    """
+    """Return the commit on the hub that a revision names now; for a folder, the revision itself. Raises Refused."""
     commit: str | None = getattr(_config(name, revision, trust_remote_code), "_commit_hash", None)
     return commit or revision
 
@@ -92,7 +82,6 @@ def load(
             f"use one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
         )
     config = _config(name, revision, trust_remote_code)
-    _architecture(config)
     processor = _processor(name, revision, trust_remote_code, chat_template)
     model = _weights(
         name,
@@ -124,7 +113,7 @@ def wrap(
         revision=revision,
         model=model.eval().requires_grad_(False),
         decoder=decoder,
-        architecture=_architecture(model.config),
+        architecture=Architecture.from_config_dict(model.config.to_dict()),
         device=model.get_input_embeddings().weight.device,
     )
 
@@ -142,7 +131,6 @@ def load_preprocessor(
         Refused: no such model or processor, an unsupported family, or no chat template.
     """
     config = _config(name, revision, trust_remote_code)
-    _architecture(config)
     processor = _processor(name, revision, trust_remote_code, chat_template)
     return Preprocessor(**_preprocessing(config, processor, chat_template))
 
@@ -173,22 +161,21 @@ def _processor(name: str, revision: str | None, trust_remote_code: bool, chat_te
 
 
 def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the config of a supported model. Raises Refused."""
     from transformers import AutoConfig
 
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise Refused(f"model folder {name} does not exist; give a folder with config.json and weights, or a hub id")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(
             f"model {name!r} cannot be found or read: {one_line(error)} "
             "(give a hub id that can be reached, or a folder with config.json and weights)"
         ) from error
-
-
-def _architecture(config: Any) -> Architecture:
     family_of(config.model_type)
-    return Architecture.from_config_dict(config.to_dict())
+    Architecture.from_config_dict(config.to_dict())
+    return config
 
 
 def _weights(name: str, *, dtype: Dtype, **options: Any) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from shortv.errors import SampleError
 from shortv.families.loading import LoadedModel
-from shortv.families.preprocessing import Batch, Prompt, adds_special_tokens, batch_of, message_of, prompt_of
+from shortv.families.preprocessing import Batch, PaddingSide, adds_special_tokens, batch_of, message_of, prompt_of
 from shortv.request import Message
 from shortv.sample import Sample
 
@@ -34,7 +34,7 @@ class Supervised:
 
 
 def supervised(
-    loaded: LoadedModel, samples: Sequence[Sample], *, padding_side: Literal["left", "right"] | None = None
+    loaded: LoadedModel, samples: Sequence[Sample], *, padding_side: PaddingSide | None = None
 ) -> Supervised:
     """Encode samples with their answers as the chat template writes them.
 
@@ -42,45 +42,29 @@ def supervised(
         padding_side: the tokenizer's own unless given.
 
     Raises:
-        SampleError: a sample without an answer, or that cannot be encoded; its message names the sample.
+        SampleError: a sample has no answer or cannot be encoded (the message names it), or the processor changes an
+            answer.
     """
-    prompts, continuations = [], []
+    prompts = []
     before, after = answer_frame(loaded)
     for sample in samples:
         if not (sample.answer and sample.answer.strip()):
             message = f"sample {sample.sample_id!r} has no answer, and training needs one"
-            raise SampleError(stage="prompt", error="no-answer", message=message)
+            raise SampleError("prompt", "no-answer", message)
+        continuation = f"{before}{sample.answer.strip()}{after}"
         try:
-            prompts.append(prompt_of(loaded, [message_of(sample)]))
+            prompts.append(prompt_of(loaded, [message_of(sample)], continuation=continuation))
         except SampleError as error:
-            message = f"sample {sample.sample_id!r}: {error}"
-            raise SampleError(stage=error.stage, error=error.error, message=message) from error
-        continuations.append(f"{before}{sample.answer.strip()}{after}")
-    return continued(loaded, prompts, continuations, padding_side=padding_side)
-
-
-def continued(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    continuations: Sequence[str],
-    *,
-    padding_side: Literal["left", "right"] | None = None,
-) -> Supervised:
-    """Encode prompts with their continuations (answers of a data set, or the model's own), and label those alone.
-
-    Raises:
-        SampleError: a prompt cannot be encoded, or a continuation is empty or changed by the processor.
-    """
-    whole = [replace(prompt, continuation=text) for prompt, text in zip(prompts, continuations, strict=True)]
-    batch = batch_of(loaded, whole, padding_side=padding_side)
+            raise SampleError(error.stage, error.error, f"sample {sample.sample_id!r}: {error}") from error
+    batch = batch_of(loaded, prompts, padding_side=padding_side)
     labels_BT = torch.full_like(batch.inputs["input_ids"], IGNORED)
-    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        labels = continuation_ids(loaded, prompt.text, continuation)
+    for row, prompt in enumerate(prompts):
+        labels = continuation_ids(loaded, prompt.text, prompt.continuation)
         ids_T, mask_T = batch.inputs["input_ids"][row], batch.inputs["attention_mask"][row]
-        at_K = mask_T.nonzero()[:, 0][-len(labels) :] if labels else mask_T.new_zeros(0)
+        at_K = mask_T.nonzero()[:, 0][-len(labels) :]
         if not labels or ids_T[at_K].tolist() != labels:
-            message = f"the processor does not keep the tokens of {continuation!r} behind the prompt"
-            raise SampleError(stage="tokenise", error="answer-tokens", message=message)
+            message = f"the processor does not keep the tokens of {prompt.continuation!r} behind the prompt"
+            raise SampleError("tokenise", "answer-tokens", message)
         labels_BT[row, at_K] = ids_T[at_K]
     return Supervised(batch=batch.on(loaded), labels_BT=labels_BT.to(loaded.device))
 
@@ -94,8 +78,7 @@ def continuation_ids(loaded: LoadedModel, text: str, continuation: str) -> list[
     tokenizer = loaded.processor.tokenizer
     special = adds_special_tokens(loaded, text)
     before, whole = (tokenizer(whole, add_special_tokens=special)["input_ids"] for whole in (text, text + continuation))
-    same = next((at for at, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
-    ids: list[int] = whole[same:]
+    ids: list[int] = whole[_common(before, whole) :]
     return ids
 
 
@@ -114,10 +97,15 @@ def answer_frame(loaded: LoadedModel) -> tuple[str, str]:
         prompt_of(loaded, [request, Message(role="assistant", parts=(answer,))], generation_prompt=False).text
         for answer in _ANSWERS
     )
-    at = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    at = _common(one, other)
     before, after = one[:at], one[at + 1 :]
     eos: str = loaded.processor.tokenizer.eos_token
     written = one == f"{before}{_ANSWERS[0]}{after}" and other == f"{before}{_ANSWERS[1]}{after}"
     if not written or not before.startswith(prompt):  # the template writes past answers in another way than new ones
         return "" if prompt[-1:].isspace() else " ", eos
     return before.removeprefix(prompt), after.rstrip() or eos
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many items two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

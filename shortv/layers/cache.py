@@ -58,14 +58,14 @@ class ShortenedLayer(DynamicLayer):
         raise ShortVError("a plan that drops or skips cannot take tokens back from its cache (assisted generation)")
 
 
-def shortened_layer(cache: Cache, index: int, batch: int, like: Tensor) -> ShortenedLayer:
-    """Return the shortened layer at `index` of a cache; it replaces an empty ordinary layer first."""
+def count_positions(cache: Cache, index: int, *, batch: int, length: int, like: Tensor) -> None:
+    """Make a layer count the positions of a forward, stored or not; it replaces an empty ordinary layer first."""
     while len(cache.layers) <= index:
         cache.layers.append(cast(Any, cache).layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, ShortenedLayer):
         layer = cache.layers[index] = ShortenedLayer(batch, like)
-    return layer
+    layer.seen += length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shortv.families import Decoder
-from shortv.layers.cache import shortened_layer
+from shortv.layers.cache import count_positions
 from shortv.layers.progress import Progress
 from shortv.layers.rows import Split
 from shortv.plan import Tokens, Work
@@ -51,8 +51,8 @@ class PlannedLayer:
     def shorten_cache(self, like: Tensor, cache: Cache | None) -> None:
         """Let this layer's KV cache count the positions of this forward, also those that it will not store."""
         if cache is not None:
-            batch = len(self.progress.types.text_BT)
-            shortened_layer(cache, self.index, batch, like).seen += self.progress.length
+            batch, length = self.progress.types.text_BT.shape
+            count_positions(cache, self.index, batch=batch, length=length, like=like)
 
     def updated_rows(self, split: Split, hidden: Tensor) -> Tensor:
         """Return the rows (1, N, D) that this layer updates, from all rows or inside a run as they come in."""
