@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shortv.families import Batch
+from shortv.layers.apply import executing
+from shortv.layers.reference import reference
+from shortv.plan import Mode
 from tests.models import IMAGE_TOKEN, VISION_START, Spec
 
 SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
@@ -18,6 +22,14 @@ SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [6], [1, "I", 9]]
 def assert_law(found: Tensor, expected: Tensor) -> None:
     """Fail unless two results differ by rounding alone."""
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def assert_fast_is_reference(model: Any, modes: Sequence[Mode], run: Callable[[], Tensor]) -> None:
+    """Fail unless `run` gives the same under both executors."""
+    with reference(model, modes):
+        expected = run()
+    with executing(model, modes):
+        assert_law(run(), expected)
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from shortv.errors import Refused, ShortVError
 from shortv.plan import LearnedParts, Mode, PartsKind, Plan, digest_of, modes_of_ablation, published_plans
-from tests.architectures import architecture
 
 DIGEST = "ab" * 32
 PLAN = Plan.of_layers(
@@ -109,21 +108,15 @@ def test_the_digest_covers_configuration_modes_and_what_the_parts_do() -> None:
     ("change", "named"),
     [
         ({"schema": 2}, "schema 2"),
-        ({"schema": True}, "True"),
         ({"modes": ["full", "freeze", "full", "full"]}, "'freeze'"),
         ({"modes": ["full"] * 4}, f"{PLAN.digest}.*[0-9a-f]{{64}}"),
-        ({"modes": ["full"] * 3}, "3 modes"),
         ({"modes": [], "num_layers": 0}, "at least one layer"),
         ({"modes": "full"}, "modes is 'full'"),
         ({"config_digest": "cd" * 32}, PLAN.digest),
         ({"config_digest": "short"}, "'short'"),
-        ({"digest": None}, "None"),
         ({"num_layers": 4.0}, "num_layers is 4.0"),
         ({"ranking": [1, 3, 1]}, "layer 1"),
-        ({"ranking": [4]}, "layer 4"),
         ({"ranking": [True]}, "ranking.0 is True"),
-        ({"source": []}, r"source is \[\]"),
-        ({"flops_ratio": "0.5"}, "flops_ratio is '0.5'"),
         ({"name": "../up"}, r"'\.\./up'"),
         ({"name": "x" * 10_000 + "/"}, "xxx"),
         ({"model": "a\0b"}, r"a\\x00b"),
@@ -133,8 +126,6 @@ def test_the_digest_covers_configuration_modes_and_what_the_parts_do() -> None:
         ({"parts": {"threshold": None}}, "dyvte.*None"),
         ({"parts": {"threshold": True}}, "parts.threshold is True"),
         ({"parts": {"kind": "eas"}}, "eas.*0.5"),
-        ({"parts": {"kind": "vtw"}}, "'vtw'"),
-        ({"parts": {"digest": "short"}}, "'short'"),
         ({"parts": {"digest": "ef" * 32}}, LEARNED.digest),
         ({"parts": {"path": "a\0b"}}, r"a\\x00b"),
         ({"parts": {"more": 1}}, "parts.more"),
@@ -154,7 +145,6 @@ def test_edited_files_are_refused(change: dict[str, Any], named: str, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (PLAN.to_json()[:200], "JSON"),
         ("[]", "list"),
         (PLAN.to_json().replace('"schema": 1', '"schema": 1, "schema": 1'), "'schema'"),
         (PLAN.to_json().replace('"schema": 1,', ""), "schema is None"),
@@ -218,44 +208,23 @@ def test_modes_of_ablations() -> None:
 
 
 PUBLISHED = {
-    "llava-1.5-7b": ("llava-hf/llava-1.5-7b-hf", "llava", 32, 4096, 11008, {1, *range(4, 12), *range(13, 17)}, 0.55199),
-    "llava-1.5-13b": ("llava-hf/llava-1.5-13b-hf", "llava", 40, 5120, 13824, {*range(3, 17), 18, 19}, 0.54745),
-    "llava-next-7b": (
-        "llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next", 32, 4096, 11008, {1, *range(3, 12), 13, 14, 16}, 0.50521,
-    ),
-    "llava-next-13b": (
-        "llava-hf/llava-v1.6-vicuna-13b-hf", "llava_next", 40, 5120, 13824, {0, *range(3, 17), 19}, 0.50164,
-    ),
-}  # fmt: skip
+    "llava-1.5-7b": ("llava-hf/llava-1.5-7b-hf", "3f422ce8cdc6", 19, 0.55199, 576),
+    "llava-1.5-13b": ("llava-hf/llava-1.5-13b-hf", "3795b15f5836", 24, 0.54745, 576),
+    "llava-next-7b": ("llava-hf/llava-v1.6-vicuna-7b-hf", "af3a2b7f1211", 19, 0.50521, 2880),
+    "llava-next-13b": ("llava-hf/llava-v1.6-vicuna-13b-hf", "ff637128e9e4", 24, 0.50164, 2880),
+}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_plans(name: str) -> None:
-    model, model_type, num_layers, hidden, intermediate, dense, ratio = PUBLISHED[name]
-    heads = hidden // 128
-    arch = architecture(
-        model_type=model_type,
-        num_layers=num_layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=128,
-    )
-    plan = Plan.load(name)
-    warnings = plan.check_fits(config_digest=arch.config_digest, num_layers=num_layers, model=model, revision="main")
-    assert len(warnings) == 1
-    assert set(plan.layers(Mode.FULL)) == dense
-    assert set(plan.layers(Mode.FREEZE_VISUAL)) == set(plan.ranking)
-    assert len(plan.ranking) == {32: 19, 40: 24}[num_layers]
-    assert plan.flops_ratio == pytest.approx(ratio, abs=5.1e-6)
-    assert (plan.flops_t, plan.flops_v) == (64, 2880 if "next" in name else 576)
-
-
-def test_published_plans_are_all_listed() -> None:
+def test_published_plans() -> None:
+    """Digests cover architecture and modes."""
     assert set(published_plans()) == set(PUBLISHED)
+    for name, (model, digest, frozen, ratio, visual) in PUBLISHED.items():
+        plan = Plan.load(name)
+        assert (plan.model, plan.digest[:12], len(plan.ranking)) == (model, digest, frozen)
+        assert (plan.flops_ratio, plan.flops_t, plan.flops_v) == (pytest.approx(ratio, abs=5.1e-6), 64, visual)
+        assert set(plan.layers(Mode.FREEZE_VISUAL)) == set(plan.ranking)
+        assert len(plan.layers(Mode.FULL)) == plan.num_layers - frozen
     assert Plan.load("llava-1.5-7b").ranking[:5] == (31, 29, 30, 28, 0)
-    assert Plan.load("llava-1.5-7b").digest.startswith("3f422ce8cdc6")
 
 
 def test_a_file_goes_before_a_published_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

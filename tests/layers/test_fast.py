@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,7 +23,7 @@ from shortv.errors import Refused
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
 from shortv.plan import WORK, Mode, Plan, Tokens, modes_of_ablation, modes_of_layers
-from tests.law import SPECS, assert_law, generated, in_dtype, some_specs, text_logits
+from tests.law import SPECS, assert_fast_is_reference, assert_law, generated, in_dtype, some_specs, text_logits
 from tests.models import IMAGE_TOKEN, KINDS, LAYERS, VISION_START, Spec, batch_of, random_model
 
 Modes = tuple[Mode, ...]
@@ -61,10 +62,8 @@ def test_fast_equals_reference(kind: str, attn: str, padding: str, plans: list[M
     batch = batch_of(kind, SPECS, padding=padding)
     before = text_logits(model, batch)
     for number, modes in enumerate(plans):
-        with reference(model, modes):
-            expected = text_logits(model, batch)
-        with executing(model, modes):
-            assert_law(text_logits(model, batch, use_cache=bool(number % 2)), expected)
+        cached = {"use_cache": bool(number % 2)}
+        assert_fast_is_reference(model, modes, partial(text_logits, model, batch, **cached))
     for executor in (executing, reference):
         with executor(model, FULL):
             assert torch.equal(text_logits(model, batch), before)

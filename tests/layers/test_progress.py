@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from shortv.errors import Refused, ShortVError
+from shortv.families import Batch, decoder_of
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
+from shortv.learned.dyvte.parts import ExitRouters
+from shortv.learned.dyvte.recipe import RouterSettings
+from shortv.learned.saisa.parts import Projectors
+from shortv.learned.saisa.recipe import ProjectorSettings
 from shortv.plan import Mode
-from tests.law import assert_law
+from tests.law import assert_fast_is_reference, assert_law, text_logits
 from tests.models import LAYERS, Spec, batch_of, random_model
+from tests.parts import Trained, running
 
 Modes = tuple[Mode, ...]
 FROZEN: Modes = (Mode.FREEZE_VISUAL,) * LAYERS
@@ -154,11 +162,7 @@ def test_what_cannot_be_honoured_is_refused_by_name() -> None:
         pass
     with pytest.raises(Refused, match="3 modes for a model of 4 layers"), reference(model, FROZEN[:3]):
         pass
-    with executing(model, FROZEN), torch.inference_mode():
-        found = model(**ends.inputs).logits
-    with reference(model, FROZEN), torch.inference_mode():
-        expected = model(**ends.inputs).logits
-    assert_law(found[ends.types.text_BT], expected[ends.types.text_BT])
+    assert_fast_is_reference(model, FROZEN, partial(text_logits, model, ends))
 
 
 def test_the_full_plan_refuses_nothing() -> None:
@@ -183,10 +187,7 @@ def test_a_generated_placeholder_is_text() -> None:
     model, batch = random_model(), batch_of("llava", PAIR)
     turn = turn_after(batch, [model.config.image_token_id, 8])
     for modes in (FROZEN, DROPPED):
-        with reference(model, modes):
-            expected = answer(model, batch.inputs, turn)
-        with executing(model, modes):
-            assert_law(answer(model, batch.inputs, turn), expected)
+        assert_fast_is_reference(model, modes, partial(answer, model, batch.inputs, turn))
 
 
 @pytest.mark.parametrize("kind", ["llava-mistral", "qwen2-vl", "internvl", "gemma3"])
@@ -194,10 +195,7 @@ def test_long_texts_attend_with_the_models_own_kernel(kind: str) -> None:
     """Few visual tokens and no padding: the explicit mask would cost more than the rows it saves."""
     model, batch = random_model(kind), batch_of(kind, [[60, "I", 40]])
     for mode in (Mode.FREEZE_VISUAL, Mode.NO_VISUAL_QUERIES, Mode.DROP_VISUAL):
-        with reference(model, (mode,) * LAYERS), torch.inference_mode():
-            expected = model(**batch.inputs).logits[batch.types.text_BT]
-        with executing(model, (mode,) * LAYERS), torch.inference_mode():
-            assert_law(model(**batch.inputs).logits[batch.types.text_BT], expected)
+        assert_fast_is_reference(model, (mode,) * LAYERS, partial(text_logits, model, batch))
 
 
 def test_gradients_equal_those_of_the_reference() -> None:
@@ -243,3 +241,81 @@ def test_text_after_the_images_may_be_prefilled_in_chunks(kind: str) -> None:
             chunked = model.generate(**batch.inputs, **options, return_dict_in_generate=True, prefill_chunk_size=7)
         for found, expected in zip(chunked.logits, whole.logits, strict=True):
             assert_law(found, expected)
+
+
+# An image that arrives after a sequence's first forward is refused: no plan may treat its rows as text.
+WITH_LATE: Spec = [6, "I", 2]
+
+
+def first_turn(model: nn.Module, batch: Batch) -> DynamicCache:
+    cache: DynamicCache = model(input_ids=batch.inputs["input_ids"][:, :4], use_cache=True).past_key_values
+    return cache
+
+
+def pixels(model: Any, batch: Batch) -> Tensor:
+    logits: Tensor = model(**later(batch), past_key_values=first_turn(model, batch)).logits
+    return logits
+
+
+def features(model: Any, batch: Batch) -> Tensor:
+    inputs = later(batch)
+    given = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in inputs}
+    encoded = {"image": model.base_model.get_image_features(**given, return_dict=True)}
+    grid = {name: value for name, value in given.items() if name == "image_grid_thw"}
+    logits: Tensor = model(
+        **inputs, **grid, mm_encoder_outputs=encoded, past_key_values=first_turn(model, batch)
+    ).logits
+    return logits
+
+
+def generating(model: Any, batch: Batch, **options: Any) -> Tensor:
+    options = options or {"past_key_values": first_turn(model, batch)}
+    fixed: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
+    logits: Tensor = model.generate(**batch.inputs, **options, **fixed, return_dict_in_generate=True).logits[0]
+    return logits
+
+
+def later(batch: Batch) -> dict[str, Any]:
+    """The inputs of a batch without its first four tokens, which are text."""
+    inputs = dict(batch.inputs)
+    for name in ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            inputs[name] = inputs[name][:, 4:]
+    if "position_ids" not in inputs:  # Qwen's models would compute positions, and expect the whole prompt for it
+        inputs["position_ids"] = torch.arange(4, batch.types.text_BT.shape[1]).expand(3, 1, -1)
+    return inputs
+
+
+ROUTES: list[Callable[[Any, Batch], Tensor]] = [pixels, features, generating, partial(generating, prefill_chunk_size=4)]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", ["llava", "llava-onevision", "qwen2.5-vl", "gemma3"])
+def test_a_late_image_is_refused_by_a_plan_and_passes_a_full_one(
+    kind: str, route: Callable[[Any, Batch], Tensor]
+) -> None:
+    model, batch = random_model(kind), batch_of(kind, [WITH_LATE])
+    with torch.inference_mode():
+        expected = route(model, batch)
+        with executing(model, (Mode.FULL,) * LAYERS):
+            assert torch.equal(route(model, batch), expected)
+        with executing(model, FROZEN), pytest.raises(ShortVError, match="image arrives after"):
+            route(model, batch)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_late_image_is_refused_under_learned_parts(route: Callable[[Any, Batch], Tensor]) -> None:
+    model, batch = random_model(), batch_of("llava", [WITH_LATE])
+    decoder = decoder_of(model)
+    projectors = Projectors.build(decoder, ProjectorSettings(layers=tuple(range(LAYERS)), language_model="none"))
+    routers = ExitRouters.build(decoder, RouterSettings(width=2))
+    for modes, learned in (
+        (FROZEN, Trained(parts=projectors)),
+        ((Mode.FULL,) * LAYERS, Trained(parts=routers, threshold=0.5)),
+    ):
+        with (
+            torch.inference_mode(),
+            running(executing, model, modes, learned),
+            pytest.raises(ShortVError, match="image arrives after"),
+        ):
+            route(model, batch)
