@@ -98,7 +98,9 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likeliho
     Raises:
         SampleError: as `batch_of`; or a continuation is empty, or the processor changes its tokens.
     """
-    labels = [_labels(loaded, prompt) for prompt in prompts]
+    labels = [continuation_ids(loaded, prompt.text, prompt.continuation) for prompt in prompts]
+    if not all(labels):
+        raise _unusable("the likelihood of an empty continuation is not defined; correct the task's choices")
     inputs = batch_of(loaded, prompts, padding_side="left").on(loaded).inputs
     for prompt, label, ids_T in zip(prompts, labels, inputs["input_ids"], strict=True):
         if ids_T[-len(label) :].tolist() != label:
@@ -109,13 +111,6 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likeliho
     with torch.inference_mode(), prompted(loaded.decoder, prompt_BT):
         logits_BTV = loaded.model(**inputs, use_cache=False, logits_to_keep=max(map(len, labels)) + 1).logits
     return [_score(logits_TV, label) for logits_TV, label in zip(logits_BTV, labels, strict=True)]
-
-
-def _labels(loaded: LoadedModel, prompt: Prompt) -> list[int]:
-    labels = continuation_ids(loaded, prompt.text, prompt.continuation)
-    if not labels:
-        raise _unusable("the likelihood of an empty continuation is not defined; correct the task's choices")
-    return labels
 
 
 def _unusable(message: str) -> SampleError:

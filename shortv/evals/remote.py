@@ -15,23 +15,13 @@ from pydantic import Field, field_validator, model_validator
 
 from shortv.errors import Refused, ShortVError, one_line
 from shortv.evals.dispatch import Client
-from shortv.request import (
-    FULL_MODEL,
-    Completion,
-    Failure,
-    Likelihood,
-    Message,
-    Reason,
-    Request,
-    SamplingParams,
-    TokenLogprob,
-)
+from shortv.request import FULL_MODEL, Completion, Failure, Likelihood, Message, Reason, Request, SamplingParams
 from shortv.spec import Count, Seconds, Spec
 from shortv.untrusted import read_file
 
 VENDOR: Final = "shortv"
 _DEFAULTS: Final = asdict(SamplingParams())
-_OPENAI_SETTINGS: Final = ("top_p", "seed", "stop", "top_logprobs")
+_OPENAI_SETTINGS: Final = ("top_p", "seed", "stop")
 # The vendor field carries what OpenAI's form has no name for.
 _VENDOR_SETTINGS: Final = ("top_k", "min_tokens", "repetition_penalty")
 _REASONS: Final[Mapping[int, Reason]] = {
@@ -42,7 +32,6 @@ _REASONS: Final[Mapping[int, Reason]] = {
     HTTPStatus.GATEWAY_TIMEOUT: Reason.DEADLINE,
     HTTPStatus.BAD_GATEWAY: Reason.LOST,
 }
-_FORMATS: Final = ((b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
 _RETRIES: Final = 20
 _CONNECT_S: Final = 10.0
 # The endpoint's own time limit should end a request first.
@@ -209,7 +198,7 @@ async def _models(endpoint: openai.AsyncOpenAI, url: str) -> dict[str, Mapping[s
 
 
 def body_of(request: Request, model: str) -> dict[str, Any]:
-    """Return the JSON body of a request; its images must be encoded."""
+    """Return the JSON body of a request, whose images are PNG files."""
     sampling = asdict(request.sampling)
     changed = {name: value for name, value in sampling.items() if value != _DEFAULTS[name]}
     body = {
@@ -219,8 +208,6 @@ def body_of(request: Request, model: str) -> dict[str, Any]:
         "temperature": sampling["temperature"],
     }
     body |= {name: changed[name] for name in _OPENAI_SETTINGS if name in changed}
-    if "top_logprobs" in changed:
-        body["logprobs"] = True
     own = {name: changed[name] for name in _VENDOR_SETTINGS if name in changed}
     return body | ({VENDOR: own} if own else {})
 
@@ -231,13 +218,11 @@ def _message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.parts[0] if alone else [_part(part) for part in message.parts]}
 
 
-def _part(part: object) -> dict[str, Any]:
+def _part(part: Any) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if not isinstance(part, bytes):
-        raise TypeError(f"a part of a message is a {type(part).__name__}; encode images before they are sent")
-    kind = next((kind for magic, kind in _FORMATS if part.startswith(magic)), "png")
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(part).decode()}"}}
+    data = base64.b64encode(part).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def completion_of(body: Any) -> Completion | Failure:
@@ -260,22 +245,10 @@ def completion_of(body: Any) -> Completion | Failure:
             prefill_ms=float(own.get("prefill_ms", 0.0)),
             decode_ms=float(own.get("decode_ms", 0.0)),
             exit_layer=None if own.get("exit_layer") is None else int(own["exit_layer"]),
-            logprobs=_logprobs(choice.get("logprobs")),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         message = f"the endpoint's response is not in OpenAI's form ({type(error).__name__}: {one_line(error)})"
         return Failure(reason=Reason.INTERNAL, message=message)
-
-
-def _logprobs(found: Any) -> tuple[TokenLogprob, ...]:
-    return tuple(
-        TokenLogprob(
-            item["token"],
-            item["logprob"],
-            tuple((other["token"], other["logprob"]) for other in item.get("top_logprobs") or ()),
-        )
-        for item in (found or {}).get("content") or ()
-    )
 
 
 def _failure_of(error: openai.APIStatusError) -> Failure:

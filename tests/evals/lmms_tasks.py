@@ -124,9 +124,9 @@ def likelihood_of(text: str, continuation: str) -> Likelihood:
 
 
 class FakeClient:
-    """Completes as `answer_to`; gives `failures` to requests whose text contains their key."""
+    """Completes as `answer_to`; gives or raises `failures` for requests whose text contains their key."""
 
-    def __init__(self, failures: Mapping[str, Failure | str] | None = None) -> None:
+    def __init__(self, failures: Mapping[str, Failure | str | Exception] | None = None) -> None:
         self.failures = failures or {}
         self.requests: list[Request] = []
         self.now = self.most = 0
@@ -139,12 +139,12 @@ class FakeClient:
         self.now -= 1
         text = text_of(request)
         given = next((given for key, given in self.failures.items() if key in text), answer_to(text))
+        if isinstance(given, Exception):
+            raise given
         return given if isinstance(given, Failure) else completion(given)
 
     async def score(self, request: Request) -> Likelihood | Failure:
-        text = text_of(request)
-        given = next((given for key, given in self.failures.items() if key in text), None)
-        return given if isinstance(given, Failure) else likelihood_of(text, request.continuation or "")
+        return likelihood_of(text_of(request), request.continuation or "")
 
     async def aclose(self) -> None:
         pass

@@ -60,7 +60,12 @@ def as_lmms(scored: Scored) -> dict[str, Any]:
     ("task", "limit"), [("shapes_vqa", 40), ("filtered", None), ("plain", 23), ("rounds", None), ("choices", 20)]
 )
 def test_metrics_are_those_of_lmms_eval(
-    task: str, limit: int | None, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str,
+    limit: int | None,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import lmms_eval.evaluator as evaluator
 
@@ -76,10 +81,13 @@ def test_metrics_are_those_of_lmms_eval(
     assert len(expected) >= 4 and 0 < scored.metrics[0].value < 4
     assert [sample.error for sample in scored.samples] == [None] * (limit or N_DOCS)
     assert all(row.n <= len(scored.samples) for row in scored.metrics)
-    # A benchmark serves any number of plans.
+    # A benchmark serves any number of plans, and leaves the process as it was.
+    state, _ = random.getstate(), capfd.readouterr()
     again = run(benchmark)
-    assert again.metrics == scored.metrics
+    assert random.getstate() == state and again.metrics == scored.metrics
     assert [sample.scores for sample in again.samples] == [sample.scores for sample in scored.samples]
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
 
 
 def test_a_document_without_an_answer_counts_in_no_metric(tasks: Path, tmp_path: Path) -> None:
@@ -101,11 +109,12 @@ def test_a_document_without_an_answer_counts_in_no_metric(tasks: Path, tmp_path:
     assert row.value == pytest.approx(sum(sample.scores["reported,word"] for sample in kept) / len(kept))
     lossy = next(sample for sample in scored.samples if sample.sample_id == "q3")
     assert lossy.prediction is None and lossy.prompt_tokens is None and lossy.target == "red"
-
-
-def test_nothing_answered_gives_no_metric(tasks: Path) -> None:
-    scored = run(Benchmark("filtered", include_path=tasks), FakeClient({"": lost()}))
-    assert scored.metrics == () and len(scored.samples) == N_DOCS
+    # Nothing answered gives no metric, and an aggregation that fails names the task.
+    nothing = run(benchmark, FakeClient({"": lost()}))
+    assert nothing.metrics == () and nothing.problem is None and len(nothing.samples) == N_DOCS
+    found = run(benchmark, folder="/no/such/folder")
+    assert "metrics of task 'filtered' cannot be computed: FileNotFoundError" in (found.problem or "")
+    assert not found.metrics and {sample.error for sample in found.samples} == {None}
 
 
 def test_a_filter_that_fails_takes_one_document(tasks: Path) -> None:
@@ -126,18 +135,6 @@ def test_a_filter_that_fails_takes_one_document(tasks: Path) -> None:
     assert [sample.sample_id for sample in scored.samples if sample.error] == ["q0", "q2"]
 
 
-def test_samples_carry_answers_and_costs(tasks: Path) -> None:
-    scored = run(Benchmark("rounds", include_path=tasks, limit=3))
-    assert [len((sample.prediction or "").split("\n")) for sample in scored.samples] == [1, 2, 3]
-    last = scored.samples[-1]
-    assert (last.prompt_tokens, last.visual_tokens, last.completion_tokens) == (90, 60, 6)
-    assert (last.queue_ms, last.prefill_ms, last.decode_ms) == (3.0, 6.0, 12.0)
-    assert last.latency_ms is not None and last.latency_ms > 0
-    choices = run(Benchmark("choices", include_path=tasks, limit=4))
-    assert {sample.prediction for sample in choices.samples} <= {"red", "green", "blue"}
-    assert all((sample.scores["acc"] == 1) == (sample.prediction == sample.target) for sample in choices.samples)
-
-
 class Leaving(FakeClient):
     """Visual tokens leave after another layer for every question."""
 
@@ -147,19 +144,26 @@ class Leaving(FakeClient):
         return replace(found, exit_layer=len(self.requests))
 
 
-def test_samples_carry_their_kind_and_exit_layer(tasks: Path) -> None:
-    shapes = run(Benchmark("shapes_vqa", limit=3), Leaving()).samples
-    assert all(sample.kind in KINDS for sample in shapes) and None not in {sample.exit_layer for sample in shapes}
-    rounds = run(Benchmark("rounds", include_path=tasks, limit=3), Leaving()).samples
-    assert [sample.kind for sample in rounds] == ["kind 0", "kind 1", "kind 2"]
+def test_samples_carry_answers_costs_kinds_and_exit_layers(tasks: Path) -> None:
+    samples = run(Benchmark("rounds", include_path=tasks, limit=3), Leaving()).samples
+    assert [len((sample.prediction or "").split("\n")) for sample in samples] == [1, 2, 3]
+    assert [sample.kind for sample in samples] == ["kind 0", "kind 1", "kind 2"]
+    last = samples[-1]
+    assert (last.prompt_tokens, last.visual_tokens, last.completion_tokens) == (90, 60, 6)
+    assert (last.queue_ms, last.prefill_ms, last.decode_ms) == (3.0, 6.0, 12.0)
+    assert last.latency_ms is not None and last.latency_ms > 0
     # An exit layer of several answers there is only where they agree.
-    assert rounds[0].exit_layer is not None and rounds[-1].exit_layer is None
+    assert samples[0].exit_layer is not None and last.exit_layer is None
+    choices = run(Benchmark("choices", include_path=tasks, limit=4)).samples
+    assert {sample.prediction for sample in choices} <= {"red", "green", "blue"}
+    assert all((sample.scores["acc"] == 1) == (sample.prediction == sample.target) for sample in choices)
 
 
 def test_the_new_kind_of_question_is_found_by_its_name() -> None:
     benchmark = Benchmark("shapes_new")
     assert (benchmark.num_docs, benchmark.main_metric) == (460, "exact_match")
     assert {sample.kind for sample in run(Benchmark("shapes_new", limit=3)).samples} == {"shape-of-colour"}
+    assert all(sample.kind in KINDS for sample in run(Benchmark("shapes_vqa", limit=3)).samples)
 
 
 def test_requests_carry_images_settings_and_seeds(tasks: Path) -> None:
@@ -218,22 +222,6 @@ def test_what_cannot_be_a_benchmark_is_said(tasks: Path, monkeypatch: pytest.Mon
     assert Benchmark("filtered", include_path=tasks).main_metric == "exact_match"
 
 
-def test_a_failing_aggregation_names_the_task(tasks: Path) -> None:
-    benchmark = Benchmark("filtered", include_path=tasks, limit=2)
-    found = run(benchmark, folder="/no/such/folder")
-    assert "metrics of task 'filtered' cannot be computed: FileNotFoundError" in (found.problem or "")
-    assert not found.metrics and [sample.error for sample in found.samples] == [None, None]
-
-
-def test_scoring_leaves_the_process_as_it_was(tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    random.seed(5)
-    state = random.getstate()
-    run(Benchmark("filtered", include_path=tasks))
-    assert random.getstate() == state
-    captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == ""
-
-
 def test_images_lose_nothing_on_their_way() -> None:
     noise = Image.effect_noise((9, 7), 80).convert("RGB")
     images = [noise.convert(mode) for mode in ("RGB", "L", "P", "CMYK", "RGBA", "1")]
@@ -275,17 +263,8 @@ def test_documents_are_read_when_their_request_is_due(tasks: Path) -> None:
     assert [text_of(request) for request in client.requests][:2] == [f"Which colour has thing {n}?" for n in (0, 1)]
 
 
-class Broken(FakeClient):
-    """Raises what no client should."""
-
-    async def complete(self, request: Request) -> Completion | Failure:
-        if "thing 2?" in text_of(request):
-            raise KeyError("bug")
-        return await super().complete(request)
-
-
 def test_an_unexpected_exception_of_the_client_is_one_documents_error(tasks: Path) -> None:
-    scored = run(Benchmark("filtered", include_path=tasks, limit=4), Broken())
+    scored = run(Benchmark("filtered", include_path=tasks, limit=4), FakeClient({"thing 2?": KeyError("bug")}))
     assert [sample.error for sample in scored.samples] == [None, None, "answer: internal: KeyError: 'bug'", None]
 
 

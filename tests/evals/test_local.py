@@ -33,15 +33,9 @@ GREEDY = {"max_new_tokens": 8, "temperature": 0.0, "do_sample": False, "until": 
 
 
 def plan_of(layers: Sequence[int], model: str = str(MODEL)) -> Plan:
-    architecture = load_architecture(model)
-    return Plan.of_layers(
-        Mode.FREEZE_VISUAL,
-        layers,
-        num_layers=architecture.num_layers,
-        name="some",
-        model="tiny",
-        config_digest=architecture.config_digest,
-    )
+    sizes = load_architecture(model)
+    made_for = {"num_layers": sizes.num_layers, "config_digest": sizes.config_digest, "model": "tiny"}
+    return Plan.of_layers(Mode.FREEZE_VISUAL, layers, name="some", **made_for)
 
 
 # Freezing nearly everything costs the bundled model answers, so that plans can be told apart.
@@ -110,8 +104,7 @@ def test_answers_are_those_of_the_benchmark_for_any_batch_size(
 def test_the_simple_form_gives_the_same(full: ShortV) -> None:
     model = ready(SimpleShortV(device="cpu", batch_size=8))
     requests = [
-        instance("generate_until", at, question.prompt, GREEDY, lambda doc: [picture(doc)])
-        for at, question in enumerate(QUESTIONS[:16])
+        instance("generate_until", at, QUESTIONS[at].prompt, GREEDY, lambda doc: [picture(doc)]) for at in range(16)
     ]
     assert [answer.text for answer in model.generate_until(requests)] == ask(full, documents=range(16))
 
@@ -215,35 +208,22 @@ def test_every_family_answers_alike_in_any_batch(processor: str, tmp_path: Path)
         images = [{"type": "image", "url": image} for image in visuals(document)]
         return [{"role": "user", "content": [*images, {"type": "text", "text": document[1]}]}]
 
+    model = ShortV(pretrained=folder, plan=folder, device="cpu", dtype="float32")
+    model.task_dict = {"shapes": {"test": documents}}
+    settings = {"max_new_tokens": 6, "temperature": 0, "until": ["zq"]}
+    asked = [instance("generate_until", at, "x" * at, doc_to_messages, settings) for at in range(len(documents))]
+    pairs = [(at, text, choice) for at, (_, text) in enumerate(documents) for choice in (" red circle", "x")]
+    scored = [instance("loglikelihood", at, text, choice, visuals) for at, text, choice in pairs]
     answers, scores = [], []
-    for batch_size in (1, len(documents)):
-        model = ShortV(pretrained=folder, plan=folder, batch_size=batch_size, device="cpu", dtype="float32")
-        model.task_dict = {"shapes": {"test": documents}}
-        settings = {"max_new_tokens": 6, "temperature": 0, "until": ["zq"]}
-        found = model.generate_until(
-            [instance("generate_until", at, "x" * at, doc_to_messages, settings) for at in range(len(documents))]
-        )
-        answers.append([answer.text for answer in found])
-        scores += model.loglikelihood(
-            [
-                instance("loglikelihood", at, text, choice, visuals)
-                for at, (_, text) in enumerate(documents)
-                for choice in (" red circle", "x")
-            ]
-        )
-    assert answers[0] == answers[1]
-    alone, together = scores[: len(scores) // 2], scores[len(scores) // 2 :]
-    for (first, _), (second, _) in zip(alone, together, strict=True):
-        assert first == pytest.approx(second, abs=1e-4)
+    for model.batch_size in (1, len(documents)):
+        answers.append([answer.text for answer in model.generate_until(asked)])
+        scores.append([score for score, _ in model.loglikelihood(scored)])
+    assert answers[0] == answers[1] and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_likelihoods_without_a_document_and_of_targets(full: ShortV) -> None:
-    alone = Instance(
-        request_type="loglikelihood",
-        arguments=("", " red"),
-        idx=0,
-        metadata={"task": "shapes", "doc_id": 0, "repeats": 1},
-    )
+    metadata = {"task": "shapes", "doc_id": 0, "repeats": 1}
+    alone = Instance(request_type="loglikelihood", arguments=("", " red"), idx=0, metadata=metadata)
     target = instance("loglikelihood", 0, "Is it?", lambda doc: " red", lambda doc: None)
     text = instance("loglikelihood", 0, "Is it?", " red", lambda doc: None)
     scores = full.loglikelihood([alone, target, text])
@@ -307,13 +287,9 @@ def test_settings_that_cannot_be_right_are_refused(folder: Path) -> None:
         f"plan={other},plan_digest=": "at least the first 12",
         "plan_digest=0123456789abcdef": "has digest None",
         "plan=a\0b": "plan is .*NUL",
-        "revision=\ud800": "revision is .*not valid Unicode",
-        "dtype=int8": "dtype is .int8.*float32",
         "device=tpu9": "device is .tpu9.*use auto",
         "batch_size=0": "batch_size is .0",
         "batch_size=auto": "batch_size is .auto",
-        "trust_remote_code=perhaps": "trust_remote_code is .perhaps",
-        "attn_implementation=flash_attention_2": "attn_implementation is 'flash_attention_2'",
         "pretrained=./no/such/model": "does not exist",
     }
     for text, message in cases.items():
@@ -397,21 +373,13 @@ def test_the_command_scores_each_plan_as_the_benchmark_does(full: ShortV, tmp_pa
 
 
 def lmms_eval(plan: Path, output: Path, cache: Path, limit: int) -> tuple[list[Any], dict[str, float]]:
-    command = [
-        sys.executable,
-        "-m",
-        "lmms_eval",
-        "--model",
-        "shortv",
-        "--model_args",
-        f"pretrained={MODEL},plan={plan}",
-    ]
-    command += ["--include_path", str(TASK), "--tasks", "shapes_vqa", "--limit", str(limit), "--batch_size", "8"]
-    command += ["--output_path", str(output), "--log_samples", "--use_cache", str(cache), "--device", "cpu"]
+    flags = f"--model shortv --model_args pretrained={MODEL},plan={plan} --include_path {TASK} --tasks shapes_vqa"
+    flags += f" --limit {limit} --batch_size 8 --output_path {output} --log_samples --use_cache {cache} --device cpu"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "datasets")}
+    command = [sys.executable, "-m", "lmms_eval", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
     (results,) = output.glob("*/*_results.json")
     (samples,) = output.glob("*/*_samples_shapes_vqa.jsonl")
-    assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
     return rows, json.loads(results.read_text("utf-8"))["results"]["shapes_vqa"]

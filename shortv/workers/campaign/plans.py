@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 from reports.store import Folder
@@ -107,11 +107,12 @@ def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
         Refused: a text has an unknown form, its file or folder holds no plan, a plan fits none of the models, or two
             different plans have the same name.
     """
-    sweeps: dict[tuple[str, Mode], SweepResult] = {}
     sources: list[_Source] = []
+    # Several plans of one sweep read it once.
+    sweep = cache(lambda folder, mode: read_sweep(Folder(folder), mode, None))
     for text in texts:
         try:
-            sources += _sources(text, sweeps)
+            sources += _sources(text, sweep)
         except (ShortVError, OSError, ValueError) as error:
             # The operating system rejects names that are too long or contain NUL.
             raise Refused(f"plan {_shown(text)}: {one_line(error)}") from error
@@ -135,14 +136,16 @@ def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
     return ResolvedPlans(entries, tuple(dict.fromkeys(warnings)))
 
 
-def _sources(text: str, sweeps: dict[tuple[str, Mode], SweepResult]) -> Iterator[_Source]:
+def _sources(text: str, sweep: Callable[[str, Mode], SweepResult]) -> Iterator[_Source]:
     def given(plan: Plan) -> _Source:
         return _Source(text, PlanKind.PLAN, lambda model: plan)
 
     if text == FULL:
         return
-    if sweep := _SWEEP.fullmatch(text):
-        yield given(_from_sweep(sweep["folder"], sweep["amount"], _mode(sweep["mode"]), sweeps))
+    if found := _SWEEP.fullmatch(text):
+        result, amount = sweep(found["folder"], _mode(found["mode"])), found["amount"]
+        request = Request(flops_ratio=float(amount)) if "." in amount else Request(layers=int(amount))
+        yield given(make_plan(result, request, choose_layers(result.evidence, request), None))
     elif every := _ALL.fullmatch(text):
         yield _Source(text, PlanKind.PLAN, partial(_fixed, mode=_mode(every["mode"]), count=None))
     elif control := _CONTROL.fullmatch(text):
@@ -166,14 +169,6 @@ def _mode(name: str | None) -> Mode:
     if mode is Mode.FULL:
         raise Refused("the mode full changes nothing; choose another mode, or give the plan full")
     return mode
-
-
-def _from_sweep(folder: str, amount: str, mode: Mode, sweeps: dict[tuple[str, Mode], SweepResult]) -> Plan:
-    if (folder, mode) not in sweeps:
-        sweeps[folder, mode] = read_sweep(Folder(folder), mode, None)
-    result = sweeps[folder, mode]
-    request = Request(flops_ratio=float(amount)) if "." in amount else Request(layers=int(amount))
-    return make_plan(result, request, choose_layers(result.evidence, request), None)
 
 
 def _controls(found: re.Match[str]) -> Iterator[_Source]:

@@ -28,9 +28,8 @@ def _gen_kwargs(value: object) -> object:
 
 
 def _literal(text: str) -> object:
-    words = {"true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -40,16 +39,8 @@ def _literal(text: str) -> object:
 
 
 # Settings that do not change the results of any cell.
-_NOT_DECIDING = (
-    "replicas",
-    "gpus_per_replica",
-    "batch_size",
-    "num_concurrent",
-    "device",
-    "fail_on_error",
-    "retry_failed",
-    "output_path",
-)
+_NOT_DECIDING = {"replicas", "gpus_per_replica", "batch_size", "num_concurrent", "device"}
+_NOT_DECIDING |= {"fail_on_error", "retry_failed", "output_path"}
 
 
 class CampaignSpec(LoadingSpec):
@@ -57,17 +48,17 @@ class CampaignSpec(LoadingSpec):
 
     models: Annotated[Texts, Field(min_length=1)] = Field(
         description="Hub id, or a folder. May be repeated. [default: the bundled model]",
-        json_schema_extra={"flag": "--models", "also": "--model"},
+        json_schema_extra={"also": "--model"},
     )
     plans: Texts = Field(
         (),
         description="Plans, as described above; may be repeated or separated by commas.",
-        json_schema_extra={"flag": "--plans", "also": "--plan"},
+        json_schema_extra={"also": "--plan"},
     )
     tasks: Annotated[Texts, Field(min_length=1)] = Field(
         ("shapes_vqa",),
         description="lmms-eval tasks; may be repeated or separated by commas.",
-        json_schema_extra={"flag": "--tasks", "also": "--task"},
+        json_schema_extra={"also": "--task"},
     )
     include_path: Texts = Field((), description="Folder with your own lmms-eval tasks. The bundled tasks need none.")
     limit: Limit | None = Field(None, description="Samples per task; below 1 a share. [default: all]")

@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from rich.console import Console
@@ -41,10 +42,11 @@ def campaign_spec(output: Path, **changes: Any) -> CampaignSpec:
     )
 
 
-def campaign(spec: CampaignSpec, runner: FakeRunner | None = None, status: int = 0) -> str:
-    """Run the campaign and return its output."""
+def campaign(spec: CampaignSpec, runner: FakeRunner | None = None, status: int = 0, page: bool = False) -> str:
+    """Run the campaign, by default without its page, and return its output."""
     console = Console(file=io.StringIO(), width=160)
-    assert run_campaign(spec, runner=runner or FakeRunner(), console=console) == status
+    with nullcontext() if page else patch("reports.page.write_page"):
+        assert run_campaign(spec, runner=runner or FakeRunner(), console=console) == status  # type: ignore[arg-type]
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 

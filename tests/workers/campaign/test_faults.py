@@ -1,9 +1,8 @@
 """Campaigns with samples and cells that fail, runs that are killed, and files that are damaged."""
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from ray.exceptions import RayError
 
 from reports.manifest import CampaignManifest, State
 from reports.store import Folder
-from shortv.errors import Refused, ShortVError
+from shortv.errors import ShortVError
 from shortv.workers.campaign.folder import TABLES
 from shortv.workers.campaign.spec import CampaignSpec
-from shortv.workers.run import Stopped, one_driver
+from shortv.workers.run import Stopped
 from tests.workers.campaign.fakes import FakeRunner, campaign, campaign_spec, last_table, tables
 
-ROOT = Path(__file__).resolve().parents[3]
 EVERY_SAMPLE = frozenset(f"s{index}" for index in range(60))
 
 
@@ -45,7 +43,7 @@ def test_failed_samples_are_not_wrong_answers_and_are_retried_on_request(tmp_pat
     assert len(failed) == 6 and all(row["scores"] == [] and row["prediction"] is None for row in failed)
     assert {row["n"] for row in found["comparisons"] if row["metric"] == "exact_match"} == {58}
     assert {row["n"] for row in found["speed"]} == {58}
-    campaign(small(tmp_path / "b", fail_on_error=0.05), FakeRunner(failing=runner.failing), status=0)
+    campaign(small(tmp_path / "a", fail_on_error=0.05), runner, status=0)
     runner = FakeRunner()
     assert "2 of 60 samples failed" in campaign(small(tmp_path / "a"), runner, status=3)
     assert runner.ran == []
@@ -59,11 +57,8 @@ def test_failed_samples_are_not_wrong_answers_and_are_retried_on_request(tmp_pat
     ("error", "shown"),
     [
         (ShortVError("out of [memory]\nsecond line"), "out of [memory] second line"),
-        (KeyError("score"), "KeyError: 'score'"),
         (RayError("the object store is gone"), "RayError: the object store is gone"),
-        (AssertionError(), "AssertionError"),
     ],
-    ids=lambda value: type(value).__name__,
 )
 def test_a_cell_that_fails_in_any_way_leaves_the_others(tmp_path: Path, error: Exception, shown: str) -> None:
     def fail(plan: str, task: str) -> None:
@@ -157,10 +152,12 @@ def test_a_kill_at_any_write_changes_nothing(tmp_path: Path, monkeypatch: pytest
         writes -= 1
         write(self, name, data)
 
+    if retry:
+        campaign(small(tmp_path / "failed", **wanted), FakeRunner(failing=frozenset({"s1"})), status=3)
     for allowed in range(1, 60):
         output = tmp_path / str(allowed)
         if retry:
-            campaign(small(output, **wanted), FakeRunner(failing=frozenset({"s1"})), status=3)
+            shutil.copytree(tmp_path / "failed", output)
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "write_bytes", counted)
             writes = allowed
@@ -190,28 +187,6 @@ def test_damaged_files_make_the_cell_run_again(tmp_path: Path) -> None:
         records[0].write_text(damage)
         assert "3 cells, 2 finished" in campaign(small(tmp_path))
     assert tables(tmp_path) == whole
-
-
-def test_two_drivers_on_one_folder_are_refused(tmp_path: Path) -> None:
-    campaign(small(tmp_path))
-    with one_driver(Folder(tmp_path)), pytest.raises(Refused, match=f"process {os.getpid()}"):
-        campaign(small(tmp_path))
-    campaign(small(tmp_path))
-
-
-def test_a_killed_process_leaves_a_folder_that_continues(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from tests.workers.campaign.fakes import FakeRunner, campaign, campaign_spec\n"
-        "kill = lambda plan, task: plan == 'first-3' and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "campaign(campaign_spec(Path(sys.argv[1]), plans=('first@3', 'last@3')), FakeRunner(before=kill))"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=False, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert "3 cells, 1 finished" in campaign(small(tmp_path))
-    campaign(small(tmp_path / "undisturbed"))
-    assert tables(tmp_path) == tables(tmp_path / "undisturbed")
 
 
 def test_a_finished_campaign_can_be_shown_where_nothing_can_be_written(

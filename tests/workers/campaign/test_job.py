@@ -1,6 +1,6 @@
-"""jobs/campaign.py: which settings reach the driver from flags and files, and the exit status."""
+"""jobs/campaign.py without a model: its settings from flags and files, and its exit status."""
 
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,14 @@ import pytest
 
 from jobs.campaign import main
 from jobs.common import run
+from shortv.errors import Refused
+from shortv.spec import load_spec
 from shortv.workers.campaign.spec import CampaignSpec
+from tests.test_spec import HOSTILE
 from tests.workers.campaign.fakes import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[3]
+DEFAULTS = {"models": ["tiny"], "output_path": "out"}
 
 
 @pytest.fixture
@@ -20,6 +24,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Run the job with a runner that has no model; returns its status and its output."""
     runner = FakeRunner()
     monkeypatch.setattr("shortv.workers.campaign.runner.ReplicaRunner", lambda: runner)
+    monkeypatch.setattr("reports.page.write_page", lambda folder: None)
 
     def start(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["campaign.py", *map(str, arguments)])
@@ -38,39 +43,62 @@ def test_flags_and_a_file_start_a_campaign(job: Any, tmp_path: Path) -> None:
     assert status == 0 and "last-2" in output and "first-2" not in output
     assert not (tmp_path / "no").exists() and (tmp_path / "out" / "comparisons.parquet").exists()
     assert [ran.split()[-2] for ran in job.runner.ran] == ["full", "last-1", "last-2"]
+    # The bundled model.
+    assert (ROOT / job.runner.opened[0].split(":")[0]).resolve() == ROOT / "shortv/tiny/model"
 
 
-def test_failures_are_status_3(job: Any, tmp_path: Path) -> None:
+def test_failures_are_status_3_and_refusals_status_2_in_one_line(job: Any, tmp_path: Path) -> None:
     job.runner.failing = frozenset({"s1"})
-    arguments = ("--task", "shapes", "--output-path", tmp_path)
+    arguments = ("--task", "shapes", "--output-path", tmp_path / "out")
     assert job(*arguments)[0] == 3
     assert job(*arguments, "--fail-on-error", "0.1")[0] == 0
     job.runner.failing = frozenset()
     assert job(*arguments, "--retry-failed")[0] == 0
-
-
-def test_refusals_are_status_2_and_one_line(job: Any, tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("modles = []\n")
-    for arguments, message in (
-        (["--config", tmp_path / "r.toml"], "unknown setting 'modles'; did you mean models"),
+    for given, message in (
         ([], "--output-path"),
         (["--output-path", tmp_path / "x", "--plans", "none"], "cannot read plan"),
         (["--output-path", tmp_path / "x", "--batch-size", "0"], "--batch-size is '0'"),
-        (["--nothing"], "No such option"),
     ):
-        status, output = job(*arguments)
-        assert status == 2 and message in output
+        status, output = job(*given)
+        assert status == 2 and message in output and output.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
 
-def test_help_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, jobs.campaign\nprint({'torch', 'ray', 'pyarrow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_flags_have_the_form_of_lmms_eval_and_a_recipe_has_tables(tmp_path: Path) -> None:
+    flags = {"gen_kwargs": "temperature=0,do_sample=False,until=</s>", "replicas": "2:4", "tasks": ("a,b",)}
+    found = load_spec(CampaignSpec, flags=flags, defaults=DEFAULTS)
+    assert found.gen_kwargs == {"temperature": 0, "do_sample": False, "until": "</s>"}
+    assert (found.replicas, found.tasks, found.arguments()["replicas"]) == ((2, 4), ("a", "b"), [2, 4])
+    file = tmp_path / "recipe.toml"
+    file.write_text('limit = 10\nplans = ["${P}", "last@1"]\n[gen_kwargs]\nmax_new_tokens = 4\n')
+    found = load_spec(CampaignSpec, flags={}, config=str(file), defaults=DEFAULTS, environment={"P": "first@1"})
+    assert (found.limit, found.plans, found.gen_kwargs) == (10, ("first@1", "last@1"), {"max_new_tokens": 4})
 
 
-def test_the_defaults_are_the_bundled_model_and_task(job: Any, tmp_path: Path) -> None:
-    seen: list[CampaignSpec] = []
-    job.runner.task = lambda name, spec: seen.append(spec) or FakeRunner().task(name, spec)
-    assert job("--output-path", tmp_path)[0] == 0
-    assert Path(seen[0].models[0]).resolve() == ROOT / "shortv/tiny/model" and seen[0].tasks == ("shapes_vqa",)
+def test_settings_that_cannot_be_right_are_refused_by_name(tmp_path: Path) -> None:
+    for text in (
+        "task = ['a']",
+        "models = []",
+        "output_path = ''",
+        "limit = 2.5",
+        "plans = [1]",
+        "gen_kwargs = 'x'",
+        "gen_kwargs = {a = 2026-01-01}",
+    ):
+        (tmp_path / "recipe.toml").write_text(text)
+        with pytest.raises(Refused, match=text.split()[0]):
+            load_spec(CampaignSpec, flags={}, config=str(tmp_path / "recipe.toml"), defaults=DEFAULTS)
+    for name in CampaignSpec.model_fields:
+        for value in HOSTILE:
+            try:
+                load_spec(CampaignSpec, flags={**DEFAULTS, name: value})
+            except Refused as error:
+                assert str(error).isprintable() and len(str(error)) < 600
+
+
+def test_the_bundled_recipes_are_valid_and_the_documentation_lists_every_setting() -> None:
+    for name in ("campaign", "seeds"):
+        config = str(ROOT / f"shortv/tiny/{name}.toml")
+        assert load_spec(CampaignSpec, flags={}, config=config, defaults={"models": ["m"]}).limit == 1000
+    listed = re.findall(r"^\| `(\w+)` \| `--", (ROOT / "docs/campaigns.md").read_text(), re.MULTILINE)
+    assert listed == list(CampaignSpec.model_fields)

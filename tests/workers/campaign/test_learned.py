@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reports.manifest import CampaignManifest
-from reports.page.campaign import campaign_page, exit_charts
+from reports.page.campaign import campaign_page
 from reports.page.campaign_data import read_campaign_data
 from reports.store import Folder
 from shortv.costs import layer_flops
@@ -67,7 +67,7 @@ class LeavingRunner(FakeRunner):
 
 def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
     files = tuple(plan_file(tmp_path, f"at-{threshold}", threshold) for threshold in (0.5, 0.9))
-    campaign(campaign_spec(tmp_path / "out", plans=files), LeavingRunner(samples=18))
+    campaign(campaign_spec(tmp_path / "out", plans=files), LeavingRunner(samples=18), page=True)
     folder = Folder(tmp_path / "out")
     cells = {row["plan"]: row for row in folder.read_table("cells").to_pylist()}
     answers = folder.read_table(f"answers/{cells['at-0.5']['cell']}").to_pylist()
@@ -85,24 +85,14 @@ def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
     counted = dict.fromkeys((row["plan"], row["kind"], row["samples"]) for row in exits if row["plan"] == "at-0.5")
     assert [*counted] == [("at-0.5", "all", 12), ("at-0.5", "colour", 6), ("at-0.5", "count", 6)]
     assert '"exits-0"' in (tmp_path / "out" / "report.html").read_text()
-    # Plan, kind, samples, layer, exits, share.
-    rows = [list(row) for row in exit_charts(exits)[0].numbers.rows[:3]]
-    assert rows == [["at-0.5", "all", 12, layer, 4, 1 / 3] for layer in ("1", "3", "never")]
-
-
-def test_parts_decide_a_cell(tmp_path: Path) -> None:
-    runner = LeavingRunner(samples=6)
-    for threshold in (0.5, 0.5, 0.6):
-        campaign(campaign_spec(tmp_path / "out", plans=(plan_file(tmp_path, "dyvte", threshold),)), runner)
-    assert runner.ran == ["tiny full shapes", "tiny dyvte shapes", "tiny dyvte shapes"]
 
 
 def test_plans_that_differ_in_their_parts_alone_are_not_a_tie_and_have_no_controls(tmp_path: Path) -> None:
     files = [plan_file(tmp_path, name, threshold) for name, threshold in (("one", 0.5), ("two", 0.6), ("same", 0.5))]
-    found = resolve_plans(files, [ModelFacts(name="tiny", revision=None, digest=None, architecture=ARCH)])
-    assert [entry.same_as for entry in found.entries["tiny"]] == [None, None, None, "one"]
-    output = campaign(campaign_spec(tmp_path / "out", plans=(*files, "random:0@3")), LeavingRunner(samples=6))
+    runner = LeavingRunner(samples=6)
+    output = campaign(campaign_spec(tmp_path / "out", plans=(*files, "random:0@3")), runner)
     assert "same is a tie with one" in output and "random control" not in output
+    assert [ran.split()[1] for ran in runner.ran] == ["full", "one", "two", "random0-3"]
 
 
 def test_missing_parts_and_those_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -153,22 +143,18 @@ def test_the_campaign_of_all_systems_has_one_table_for_each_task(clone: Path) ->
     assert [line.endswith("1,500 12.6 min") for line in lines if line.startswith("saisa")] == [True, True]
     assert "than random" not in output and "tie" not in output
     page = campaign_page(read_campaign_data(folder))
-    grids = [chart.numbers for section in page.sections for chart in section.charts if "difference" in chart.key]
-    grids += [grid for section in page.sections if section.title == "All differences" for grid in section.grids]
-    assert len(grids) == 3
-    for grid in grids:
-        assert list(grid.columns)[-2:] == ["learned parameters", "training seconds"]
-        ends = {str(row[list(grid.columns).index("plan")]): tuple(row[-2:]) for row in grid.rows}
-        assert (ends["saisa"], ends["drop-visual-4"]) == ((1500, 754.2), (None, None))
+    (grid,) = [grid for section in page.sections if section.title == "All differences" for grid in section.grids]
+    assert list(grid.columns)[-2:] == ["learned parameters", "training seconds"]
+    ends = {str(row[list(grid.columns).index("plan")]): tuple(row[-2:]) for row in grid.rows}
+    assert (ends["saisa"], ends["drop-visual-4"]) == ((1500, 754.2), (None, None))
 
 
 def test_without_learned_parts_there_are_no_columns_about_learning(clone: Path) -> None:
-    output = campaign(seeds(plans=("all/no-visual-ffn",)), FakeRunner(samples=8))
+    output = campaign(seeds(plans=("all/no-visual-ffn",)), FakeRunner(samples=8), page=True)
     page = (clone / "runs/campaign-seeds/report.html").read_text()
     assert "learned" not in output and "trained" not in output and "learned parameters" not in page
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="no learned parts are shipped yet")
 def test_the_shipped_parts_fit_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = bundled().architecture
     make_sweep(tmp_path / "runs/demo", architecture)
