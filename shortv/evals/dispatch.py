@@ -104,7 +104,7 @@ async def send_all(
 async def _converse(
     client: Client, conversation: Conversation, make: Callable[[], Request], pool: ThreadPoolExecutor
 ) -> Failure | None:
-    """Hold a conversation to its end, or to the failure that is returned."""
+    """Complete a conversation in place; returns the failure that ended it, if any."""
     loop = asyncio.get_running_loop()
     try:
         while not conversation.over:

@@ -14,20 +14,18 @@ from unittest.mock import patch
 import numpy as np
 from rich.console import Console
 
-from reports.manifest import SweepManifest
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
 from shortv.evals.scoring import MetricRow, Scored, ScoredSample
 from shortv.plan import Mode, Plan
-from shortv.records import KlDirection, LcRecord, UsedSample
 from shortv.spec import ModelSpec
-from shortv.sweep.ranking import layer_statistics
 from shortv.workers.campaign.cells import CellResult, RunCell, TaskFacts
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.folder import TABLES
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.architectures import architecture
+from tests.reports import runs
 
 TIMES = {"started", "finished", "wall_seconds"}
 LAYERS = 8
@@ -154,36 +152,6 @@ class FakeRunner:
 
 def make_sweep(path: Path, arch: Architecture = ARCH) -> Path:
     """A finished sweep folder in which deeper layers have a smaller LC."""
-    folder = Folder(path)
-    ids = [f"c{index}" for index in range(4)]
-    kl_SL = np.arange(arch.num_layers, 0, -1) / 10 * (1 + 0.01 * np.arange(4)[:, None])
-    mode, direction = Mode.FREEZE_VISUAL, KlDirection.FULL_ABLATED
-    used = [UsedSample(sample_id=name, dataset=None, prompt="?", answer=None, n_text=10, n_visual=30) for name in ids]
-    rows = [
-        LcRecord(sample_id=name, mode=mode, layer=layer, kl_full_ablated=kl, kl_ablated_full=kl, top1_changed=False)
-        for name, kl_L in zip(ids, kl_SL.tolist(), strict=True)
-        for layer, kl in enumerate(kl_L)
-    ]
-    statistics = layer_statistics(kl_SL, mode=mode, kl_direction=direction, noise_floor=1e-9, seed=0, resamples=20)
-    folder.write_table("samples", used)
-    folder.write_table("lc_samples/part-00000", rows)
-    folder.write_table("lc_layers", statistics)
-    SweepManifest(
-        state="complete",  # type: ignore[arg-type]
-        arguments={},
-        arguments_digest="a" * 64,
-        versions={},
-        model="tiny",
-        revision=None,
-        config_digest=arch.config_digest,
-        num_layers=arch.num_layers,
-        modes=(mode.value,),
-        kl_direction=direction.value,
-        calibration_ids=tuple(ids),
-        calibration_digest="b" * 64,
-        seed=0,
-        noise_floor=1e-9,
-        started="2026-01-01T00:00:00+00:00",
-        details={"architecture": dataclasses.asdict(arch)},
-    ).save(folder)
+    sizes = {"config_digest": arch.config_digest, "details": {"architecture": dataclasses.asdict(arch)}}
+    runs.make_sweep(path, layers=arch.num_layers, modes=[Mode.FREEZE_VISUAL], model="tiny", revision=None, **sizes)
     return path
