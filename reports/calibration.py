@@ -87,7 +87,7 @@ def _opened(uri: "str | os.PathLike[str]") -> Iterator[pq.ParquetFile]:
     except UnicodeDecodeError as error:
         raise Refused(f"{shown} holds text that is not UTF-8: {one_line(error)}; write it again as UTF-8") from error
     except FILE_ERRORS as error:
-        problem = f"{shown} is not a readable Parquet file: {one_line(error)}"
+        problem = f"{shown} cannot be read as a Parquet file: {one_line(error)}"
         raise Refused(f"{problem}; expected columns {_EXPECTED}") from error
 
 

@@ -56,9 +56,8 @@ def locate(uri: str | os.PathLike[str]) -> Location:
             local = Path(text).expanduser().absolute()
             return Location(pafs.LocalFileSystem(), str(local), local, text)
     except (*FILE_ERRORS, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        raise Refused(
-            f"path {printable(text, limit=80)} cannot be used: {one_line(error)}; give another one"
-        ) from error
+        place = printable(masked_uri(text), limit=80)
+        raise Refused(f"path {place} cannot be used: {one_line(error)}; give another one") from error
     shown = masked_uri(text)
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)

@@ -253,7 +253,9 @@ class _Finished:
             header = parse_json(self._files.text(name), what=shown(name))
             found = header.get("parameters") if isinstance(header, dict) else None
             self.values["learned_parameters"] = found if isinstance(found, int) else None
-        self._expect(training=steps, **{"errors": errors} if errors else {})
+        # A training without errors has no file of them.
+        listed = errors or any(file.table == "errors" for file in self._contents.tables)
+        self._expect(training=steps, **{"errors": errors} if listed else {})
 
     def _count(self, name: str) -> int:
         return self._counts.get(name, 0)

@@ -90,7 +90,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for data in (b"", b"sample_id,prompt\n", whole[:-20], whole[:4] + bytes(100) + whole[104:]):
         path.write_bytes(data)
-        with pytest.raises(Refused, match="not a readable Parquet file"):
+        with pytest.raises(Refused, match="cannot be read as a Parquet file"):
             read_calibration(path)
 
 

@@ -72,7 +72,6 @@ def fewer_answers(folder: Path) -> None:
 # What is done to a run, and what the list says of it; "" where it has nothing to say.
 UNREADABLE: dict[str, tuple[Spoil, str]] = {
     "cut": (lambda folder: cut(folder / "manifest.json"), "not valid JSON"),
-    "binary": (written("manifest.json", b"\xff\xfe\x00"), "not valid JSON"),
     "nested": (written("manifest.json", b"[" * 100_000), "not valid JSON"),
     "list": (written("manifest.json", b"[]"), "JSON list"),
     "large": (lambda folder: os.truncate(folder / "manifest.json", 20 * 2**30), "bytes"),
@@ -81,15 +80,12 @@ UNREADABLE: dict[str, tuple[Spoil, str]] = {
     "layers": (manifest(num_layers=999_999_999_999), "has num_layers 999999999999"),
     "digits": (manifest(noise_floor=HUGE), "holds the number"),
     "deep": (manifest(details={"x": DEEP}), "nested"),
-    "modes": (manifest(modes=[{}]), "has modes.0"),
-    "counts": (manifest(counts={"used": "x"}), "has counts.used 'x'"),
     "stability": (manifest(stability={"freeze-visual": {"half": 0.5}}), "has stability"),
     "none": (removed("manifest.json"), "it has no manifest.json"),
 }
 SWEEPS: dict[str, tuple[Spoil, str]] = {
     "cut-table": (lambda folder: cut(folder / "lc_layers.parquet"), "lc_layers.parquet is not a whole Parquet file"),
     "cut-part": (lambda folder: cut(folder / "lc_samples/part-00000.parquet"), "part-00000.parquet is not a whole"),
-    "empty-table": (written("lc_layers.parquet", b""), "lc_layers.parquet is not a whole"),
     "flipped": (lambda folder: flip_bytes(folder / "lc_layers.parquet"), "lc_layers.parquet is not a whole"),
     "large-table": (lambda folder: os.truncate(folder / "samples.parquet", 20 * 2**30), "is not a whole Parquet file"),
     "other-table": (
@@ -109,7 +105,6 @@ SWEEPS: dict[str, tuple[Spoil, str]] = {
     "deeper": (manifest(num_layers=6), "each layer once"),
     "cut-plan": (written("plans/two.json", b"{"), "plans/two.json is not usable: the plan is not valid JSON"),
     "plan-digits": (plan(flops_ratio=HUGE), "plans/two.json is not usable: "),
-    "plan-deep": (plan(source=DEEP), "plans/two.json is not usable: "),
     "plan-large": (lambda folder: os.truncate(folder / "plans/two.json", 20 * 2**30), "bytes"),
 }
 PLAN = {"name": "full", "model": "m", "modes": [], "kind": "x", "digest": ""}

@@ -75,16 +75,15 @@ def test_hostile_manifest_files_are_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_kinds_of_runs_are_told_apart(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    for make in RUNS:
-        with pytest.raises(Refused, match=r"manifest.json"):
-            type(make()).load(Folder(tmp_path / "none"))
-        make().save(folder)
-        for other in RUNS:
-            if other is not make:
-                with pytest.raises(Refused, match=f"kind '{make().kind}', not '{other().kind}'"):
-                    type(other()).load(folder)
+@pytest.mark.parametrize("make", RUNS)
+def test_kinds_of_runs_are_told_apart(tmp_path: Path, make: Callable[..., RunManifest]) -> None:
+    folder, kind = Folder(tmp_path), type(make())
+    with pytest.raises(Refused, match=r"does not contain manifest.json"):
+        kind.load(folder)
+    make().save(folder)
+    for other in {type(run()) for run in RUNS} - {kind}:
+        with pytest.raises(Refused, match=f"kind '{kind.KIND}', not '{other.KIND}'"):
+            other.load(folder)
 
 
 @given(
