@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reports.access import CHALLENGES, is_accepted, is_local, key_in
@@ -268,15 +268,16 @@ class Guard:
         return counting
 
 
-def guarded(app: ASGIApp, **options: Any) -> Starlette:
-    """Return an application behind a guard with these options."""
-    guard = Middleware(Guard, **options)
-    handlers = {HTTPException: refuse_route}
-    return Starlette(routes=[Mount("/", app)], middleware=[guard], exception_handlers=handlers)
+def guarded(routes: Sequence[BaseRoute], **options: Any) -> Starlette:
+    """Return an application of these routes behind a guard with these options."""
+    handlers = {HTTPException: _refuse_route}
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, **options)], exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
 
 
-async def refuse_route(request: Request, error: Exception) -> NoReturn:
-    """Handle an unknown path or method, for applications behind a guard. Raises HttpError."""
+async def _refuse_route(request: Request, error: Exception) -> NoReturn:
+    """Handle an unknown path or method. Raises HttpError."""
     assert isinstance(error, HTTPException)
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     known = ", ".join(f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ()))

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Mount, Route, Router
 
 from reports.access import address_of, bound, check_host, key_digests_of
 from reports.http import HttpError, accepts_html, guarded, info_of, log_requests, serve_app
@@ -61,7 +61,7 @@ def run_service(
     """
     host = check_host(host, with_key=api_key_file is not None)
     digests = key_digests_of(api_key_file) if api_key_file else ()
-    app = guarded(make_service(root), key_digests=digests)
+    app = guarded([Mount("/", make_service(root))], key_digests=digests)
     with bound(host, _PORT if port is None else port) as listening:
         ready = f"{masked_uri(root)} is at {address_of(listening)}/; Ctrl-C stops it"
         log_requests()

@@ -213,7 +213,7 @@ def test_the_server_bounds_headers_and_its_replies_do_not_wait(monkeypatch: pyte
     initialise = http._Server.__init__
     monkeypatch.setattr(http._Server, "__init__", lambda *args: servers.append(args[0]) or initialise(*args))
     with bound("127.0.0.1", 0) as listening:
-        serve = partial(http.serve_app, guarded(APP), listening, announce=up.set)
+        serve = partial(http.serve_app, guarded(APP.routes), listening, announce=up.set)
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         assert up.wait(60)

@@ -10,14 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from reports.http import RETRY_AFTER, Guard, HttpError, Limits, info_of, refuse_route
+from reports.http import RETRY_AFTER, HttpError, Limits, guarded, info_of
 from shortv.request import FULL_MODEL
 from shortv.workers.serving.chat_reply import ChatReply
 from shortv.workers.serving.chat_request import read_chat
@@ -67,12 +65,13 @@ def make_endpoint(
         max_in_flight=spec.max_in_flight,
         receive_timeout_s=spec.timeout,
     )
-    guard = Middleware(
-        Guard, key_digests=key_digests, limits=limits, open_paths=(HEALTH_PATH,), sends_request_id=sends_request_id
+    return guarded(
+        routes,
+        key_digests=key_digests,
+        limits=limits,
+        open_paths=(HEALTH_PATH,),
+        sends_request_id=sends_request_id,
     )
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: refuse_route})
-    app.router.redirect_slashes = False
-    return app
 
 
 class _ChatApi:

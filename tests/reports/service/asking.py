@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import httpx
+from starlette.routing import Mount
 
 from reports.http import guarded
 from reports.service import make_service
@@ -22,7 +23,7 @@ def ask(
 
 def ask_all(root: Path | str, asked: list[tuple[str, str, Any]], *, keys: tuple[str, ...] = ()) -> list[httpx.Response]:
     """Ask one service several times: method, path, headers."""
-    app = guarded(make_service(str(root)), key_digests=keys)
+    app = guarded([Mount("/", make_service(str(root)))], key_digests=keys)
     sent = ""
 
     async def as_it_stands(scope: Any, receive: Any, send: Any) -> None:
