@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shortv.errors import ShortVError
+
 CHUNK = 16 * 2**20
 """Bytes per message, and the size up to which a file's whole content enters the digest."""
 
@@ -81,6 +83,8 @@ class ShippedFolder:
             with target.open("wb") as file:
                 while data := ray.get(piece.remote(self.path / name, file.tell())):
                     file.write(data)
+        if folder_digest(temporary) != self.digest:
+            raise ShortVError(f"{self.path} has changed since this run began; run the command again")
         temporary.replace(copy)
 
 

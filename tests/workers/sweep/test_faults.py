@@ -77,10 +77,14 @@ def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path, monkeypatch: p
     shipped = offer(str(tmp_path / "model"))
     assert shipped is not None and shipped.local() == tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr("shortv.workers.shipping.folder_digest", lambda name: None)
+        found = iter([None, shipped.digest])
+        patch.setattr("shortv.workers.shipping.folder_digest", lambda name: next(found))
         copy = shipped.local()
     assert copy != tmp_path / "model" and folder_digest(copy) == shipped.digest
     shutil.rmtree(copy)
+    (tmp_path / "model" / "empty").write_text("now it is not")
+    with pytest.raises(ShortVError, match="has changed"):
+        shipped.local()
 
 
 @pytest.mark.usefixtures("local_ray")
