@@ -35,30 +35,30 @@ def test_scores_of_zero_and_one_have_wilsons_interval(ones: int, n: int, low: fl
     assert found == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4), WILSON)
 
 
-def test_scores_within_the_range_are_cut_to_it() -> None:
-    assert interval_of(row(0.99, 0.008)) == (pytest.approx(0.99 - 1.96 * 0.008), 1.0, CLIPPED)
-    assert interval_of(row(0.01, 0.008)) == (0.0, pytest.approx(0.01 + 1.96 * 0.008), CLIPPED)
-
-
-def test_clustered_samples_keep_their_standard_error() -> None:
-    found = interval_of(of_zeros_and_ones(90, 100) | {"stderr_clustered": 0.07})
-    assert found == (pytest.approx(0.9 - 1.96 * 0.07), 1.0, CLIPPED)
-
-
-@pytest.mark.parametrize("value", [0.9, 1500.0, -2.0])
-def test_metrics_of_another_range_are_not_cut(value: float) -> None:
-    assert interval_of(row(value, 0.5)) == (pytest.approx(value - 0.98), pytest.approx(value + 0.98), NORMAL)
-
-
-def test_without_a_standard_error_there_is_none() -> None:
-    assert interval_of(row(0.5, None)) is None and interval_of(row(0.5, nan)) is None
-    assert interval_of(row(None, 0.1)) is None
+@pytest.mark.parametrize(
+    ("scores", "low", "high", "method"),
+    [
+        (row(0.99, 0.008), 0.99 - 1.96 * 0.008, 1.0, CLIPPED),
+        (row(0.01, 0.008), 0.0, 0.01 + 1.96 * 0.008, CLIPPED),
+        # Clustered samples keep their own standard error.
+        (of_zeros_and_ones(90, 100) | {"stderr_clustered": 0.07}, 0.9 - 1.96 * 0.07, 1.0, CLIPPED),
+        # Metrics of another range are not cut.
+        (row(0.9, 0.5), -0.08, 1.88, NORMAL),
+        (row(1500.0, 0.5), 1499.02, 1500.98, NORMAL),
+        (row(-2.0, 0.5), -2.98, -1.02, NORMAL),
+    ],
+)
+def test_other_scores_have_the_interval_of_their_standard_error(
+    scores: dict[str, Any], low: float, high: float, method: str
+) -> None:
+    assert interval_of(scores) == (pytest.approx(low), pytest.approx(high), method)
+    assert {"low": None, "high": None}.items() <= with_interval(scores | row(0.5, nan)).items()
 
 
 def test_charts_say_which() -> None:
     assert interval_note([WILSON, WILSON]) == "Bars: 95 % intervals, Wilson's for scores of 0 and 1."
     assert "Wilson's for scores of 0 and 1 or by the standard error." in interval_note([NORMAL, WILSON])
-    assert "cut to the range 0 to 1" in interval_note([CLIPPED]) and interval_note([]) == "No interval is known."
+    assert "cut to the range 0 to 1" in interval_note([CLIPPED]) and interval_note([None]) == "No interval is known."
 
 
 def test_differences_of_two_runs() -> None:
