@@ -147,11 +147,9 @@ def test_what_is_not_what_the_plan_names_is_refused(
     assert found in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
-@pytest.mark.parametrize("width", [10**12, 1 << 20])
-def test_a_width_that_the_weights_do_not_have_is_refused_before_anything_is_allocated(
-    width: int, tmp_path: Path
-) -> None:
-    """Both settings would take terabytes or gigabytes; the digests of the damaged folder are right."""
+def test_a_width_that_the_weights_do_not_have_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    """It would take gigabytes; the digests of the damaged folder are right."""
+    width = 1 << 20
     model = loaded(random_model())
     named = save_named(tmp_path, model, ExitRouters.build(model.decoder, RouterSettings(width=2)), threshold=0.5)
     header = json.loads((tmp_path / "parts.json").read_text())
@@ -160,7 +158,7 @@ def test_a_width_that_the_weights_do_not_have_is_refused_before_anything_is_allo
     digest.update((tmp_path / "parts.safetensors").read_bytes())
     _edit(settings=settings, digest=digest.hexdigest())(tmp_path)
     devices: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match=r"width|do not fit"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match="do not fit"):
         patch.setattr(torch.nn.init, "xavier_uniform_", lambda weight: devices.append(weight.device.type))
         load(replace(named, digest=digest.hexdigest()), model)
     assert set(devices) <= {"meta"}
@@ -178,17 +176,16 @@ def test_parts_of_another_model_are_refused_without_reading_weights(
         check_parts(named, other.architecture.config_digest)
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_weights_cut_short_are_found_without_a_model(
-    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_cut_short_are_found_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     model = loaded(random_model())
     named = save_shifts(tmp_path, model, layers=(0,))
     weights = tmp_path / "parts.safetensors"
-    weights.write_bytes(weights.read_bytes()[:left])
-    with pytest.raises(Refused, match="cut short"):
-        check_parts(named, model.architecture.config_digest)
+    content = weights.read_bytes()
+    for left in (0, 100, -1):
+        weights.write_bytes(content[:left])
+        with pytest.raises(Refused, match="cut short"):
+            check_parts(named, model.architecture.config_digest)
 
 
 def test_paths_that_no_folder_can_have_are_refused(tmp_path: Path) -> None:

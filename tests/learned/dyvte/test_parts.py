@@ -18,14 +18,13 @@ from tests.models import LAYERS, loaded, random_model
 from tests.parts import save_named
 
 
-@pytest.mark.parametrize(("layers", "width", "each"), [(32, 4096, 16_781_312), (40, 5120, 20_975_616)])
-def test_parameters_of_the_papers_models(layers: int, width: int, each: int) -> None:
+def test_parameters_of_the_papers_model() -> None:
     with torch.device("meta"):
-        parts = ExitRouters(layers, width, RouterSettings())
-    assert [sum(p.numel() for p in router.parameters()) for router in parts.routers] == [each] * layers
+        parts = ExitRouters(32, 4096, RouterSettings())
+    assert [sum(p.numel() for p in router.parameters()) for router in parts.routers] == [16_781_312] * 32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routers_of_any_model_decide_with_the_float32_weights_of_their_file(dtype: torch.dtype, tmp_path: Path) -> None:
     model = loaded(random_model().to(dtype))
     parts = ExitRouters.build(model.decoder, RouterSettings(width=7, mean_over="all-text"))

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
@@ -21,8 +19,8 @@ from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
 from shortv.learned.dyvte.run import exit_layers
 from shortv.plan import Mode, modes_of_exit
-from tests.law import assert_law, generated, in_dtype, some_specs, text_logits
-from tests.learned.cases import CASES, FULL, MEANS, routers
+from tests.law import assert_law, generated, in_dtype, text_logits
+from tests.learned.cases import FULL, routers
 from tests.models import IMAGE_TOKEN, LAYERS, Spec, batch_of, make_batch, prompts_of, random_model
 from tests.parts import Trained, running
 
@@ -49,21 +47,7 @@ def prefill(model: Any, batch: Batch) -> Any:
     return model(**batch.inputs, use_cache=True)
 
 
-@pytest.mark.parametrize("kind", CASES["dyvte"].families)
-def test_each_sample_leaves_at_its_own_layer_and_the_reference_agrees(kind: str) -> None:
-    model, batch = random_model(kind), batch_of(kind, SPECS)
-    seen: set[tuple[int, ...]] = set()
-    for modes, learned in CASES["dyvte"].plans(model):
-        exits = []
-        for executor in (reference, executing):
-            with running(executor, model, modes, learned):
-                exits.append(exit_layers(prefill(model, batch).past_key_values) or [])
-        assert exits[0] == exits[1] and exits[0][2] == LAYERS
-        seen.add(tuple(exits[0]))
-    assert len(seen) > 3 and {layer for exits in seen for layer in exits} >= {0, 1, 2, LAYERS}
-
-
-@pytest.mark.parametrize("kind", CASES["dyvte"].families)
+@pytest.mark.parametrize("kind", ["llava", "internvl", "qwen2.5-vl"])
 def test_constant_routers_are_the_drop_visual_plan(kind: str) -> None:
     model, batch = random_model(kind), batch_of(kind, SPECS)
     untouched = text_logits(model, batch)
@@ -79,7 +63,7 @@ def test_constant_routers_are_the_drop_visual_plan(kind: str) -> None:
     assert torch.equal(text_logits(model, batch), untouched)
 
 
-@pytest.mark.parametrize("kind", CASES["dyvte"].families)
+@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
 def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str) -> None:
     model, batch = random_model(kind), batch_of(kind, SPECS)
     learned = routers(model, seed=3)
@@ -96,23 +80,6 @@ def test_a_sample_of_a_batch_is_the_sample_alone_under_its_fixed_plan(kind: str)
         with executing(model, modes_of_exit(exits[row], LAYERS)):
             assert_law(alone.logits[0, -1], prefill(model, single).logits[0, -1])
             assert generated(model, single)[0][-4:] == tokens[row][-4:]
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    kind=st.sampled_from(CASES["dyvte"].families),
-    specs=some_specs,
-    padding=st.sampled_from(["left", "right"]),
-    mean_over=st.sampled_from(MEANS),
-    seed=st.integers(0, 10_000),
-)
-def test_any_routers_on_any_prompt(kind: str, specs: list[Spec], padding: str, mean_over: str, seed: int) -> None:
-    model, batch = random_model(kind), batch_of(kind, specs, padding=padding, seed=seed)
-    learned = routers(model, seed=seed, mean_over=mean_over)
-    with running(reference, model, FULL, learned):
-        expected = text_logits(model, batch)
-    with running(executing, model, FULL, learned):
-        assert_law(text_logits(model, batch), expected)
 
 
 def test_rows_that_left_are_in_no_product_and_in_no_cache() -> None:
@@ -135,9 +102,8 @@ def test_rows_that_left_are_in_no_product_and_in_no_cache() -> None:
         assert layer.get_seq_length() == width
 
 
-@pytest.mark.parametrize("kind", ["llava", "internvl"])
-def test_a_later_turn_reads_what_each_layer_has_kept(kind: str) -> None:
-    model, batch = random_model(kind), batch_of(kind, SPECS)
+def test_a_later_turn_reads_what_each_layer_has_kept() -> None:
+    model, batch = random_model("internvl"), batch_of("internvl", SPECS)
     learned = routers(model, seed=3)
     mask = batch.inputs["attention_mask"]
     ids = torch.randint(3, IMAGE_TOKEN, (len(SPECS), 3), generator=torch.Generator().manual_seed(0))
@@ -190,17 +156,14 @@ def test_the_threshold_sets_how_early_samples_leave() -> None:
     assert all(a <= b for pair in pairwise(found) for a, b in zip(*pair, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_as_the_drop_visual_plan_does(dtype: torch.dtype) -> None:
-    model, batch = random_model().to(dtype), batch_of("llava", SPECS)
-    halved = in_dtype(batch, dtype)
+def test_half_precision_runs_as_the_drop_visual_plan_does() -> None:
+    model, batch = random_model().to(torch.bfloat16), batch_of("llava", SPECS)
+    halved = in_dtype(batch, torch.bfloat16)
     with executing(model, modes_of_exit(1, LAYERS)):
         expected = text_logits(model, halved).float()
     with running(executing, model, FULL, constant(model, 1)):
         found = text_logits(model, halved).float()
     assert (found - expected).abs().mean() <= 0.02 * expected.abs().mean()
-    parts = routers(model).parts.to(dtype)
-    assert parts.exit_probability(0, torch.randn(2, 64)).dtype == torch.float32  # type: ignore[operator]
 
 
 def test_refusals() -> None:

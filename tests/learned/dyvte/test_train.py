@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from shortv.errors import Refused, SampleError, ShortVError
+from shortv.errors import SampleError, ShortVError
 from shortv.families.supervised import supervised
 from shortv.layers.apply import executing
 from shortv.learned.dyvte import train
@@ -22,7 +21,6 @@ from shortv.learned.dyvte.train import AnswerScores, RouterTrainer, is_safe, pro
 from shortv.learned.training import alone
 from shortv.plan import modes_of_exit
 from shortv.sample import Sample
-from shortv.spec import validate
 from tests.tiny_model import bundled, calibration
 
 LAYERS = 8
@@ -52,20 +50,18 @@ def test_only_the_router_of_the_steps_layer_learns() -> None:
 
 
 def test_a_resumed_run_is_the_same_run() -> None:
-    whole, begun = trainer_of(), trainer_of()
+    whole, resumed = trainer_of(), trainer_of()
     for step in range(4):
+        if step == 2:
+            resumed.restore(whole.state())
         whole.step(some(start=4 * step), step)
-    for step in range(2):
-        begun.step(some(start=4 * step), step)
-    resumed = trainer_of()
-    resumed.restore(begun.state())
     for step in range(2, 4):
         resumed.step(some(start=4 * step), step)
     expected, found = whole.state(), resumed.state()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(ShortVError, match="another folder"):
-        trainer_of(width=8).restore(begun.state())
+        trainer_of(width=8).restore(expected)
 
 
 def test_routers_read_what_they_will_read_in_a_prefill() -> None:
@@ -90,11 +86,11 @@ def test_routers_read_what_they_will_read_in_a_prefill() -> None:
 
 def test_labels_agree_with_what_the_model_answers_without_visual_tokens() -> None:
     """On its own answers the exact rule says whether the dropped model writes the same."""
-    loaded, samples = bundled(), some(6)
+    loaded, samples = bundled(), some(4)
     trainer = trainer_of(rule="exact", targets="model")
     own = with_own_answers(loaded, samples, 32)
     found: set[bool] = set()
-    for layer in (0, 3, 7):
+    for layer in (0, 7):
         _, safe_B = trainer.labels(trainer.encoded(samples), layer)
         with executing(loaded.model, modes_of_exit(layer, LAYERS)):
             dropped = with_own_answers(loaded, samples, 32)
@@ -117,31 +113,12 @@ def test_rules() -> None:
     assert is_safe(full, left, DyvteRecipe(rule="exact")).tolist() == [True, True, False, True, True]
 
 
-def test_scores_are_those_of_each_answer() -> None:
-    torch.manual_seed(0)
-    logits_NV, labels_N, counts = torch.randn(5, 6), torch.tensor([1, 2, 3, 4, 0]), [2, 3]
-    found = AnswerScores.of(logits_NV, labels_N, torch.tensor(counts))
-    parts = zip(logits_NV.split(counts), labels_N.split(counts), strict=True)  # type: ignore[no-untyped-call]
-    assert torch.allclose(found.nats_B, torch.stack([cross_entropy(logits, labels) for logits, labels in parts]))
-    assert torch.equal(found.choice_N, logits_NV.argmax(1))
-
-
 def test_routers_learn_what_their_labels_say() -> None:
-    trainer = trainer_of(rule="exact", steps=24, learning_rate=3e-3)
-    judged = {layer: trainer.labels(trainer.encoded(some(8)), layer) for layer in (1, 3, 5)}
-
-    def loss() -> float:
-        routers = trainer.parts().routers
-        return sum(
-            float(cross_entropy(routers[layer](state).detach(), safe.long())) for layer, (state, safe) in judged.items()
-        )
-
-    before = loss()
-    for step in range(24):
-        assert trainer.step(some(8), step)["loss"] < 20
-    assert loss() < 0.7 * before
-    for layer, (state_BE, safe_B) in judged.items():
-        assert ((trainer.parts().exit_probability(layer, state_BE) > 0.5) == safe_B).float().mean() > 0.6
+    trainer, samples = trainer_of(rule="exact", steps=8, learning_rate=1e-2), some(6)
+    layer = trainer.layer_of(0)
+    trainer.layer_of = lambda step: layer  # type: ignore[method-assign]
+    losses = [trainer.step(samples, step)["loss"] for step in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_gradients_are_averaged_for_that_router_alone_and_one_ablation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,16 +150,3 @@ def test_samples_that_cannot_be_used_are_named_before_anything_changes() -> None
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state().items())
     own = trainer_of(targets="model")
     assert own.step([good, dataclasses.replace(other, answer=None)], 0)["loss"] > 0
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"width": 0}, {"width": 10**12}, {"steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": 2.0},
-        {"agreement": 1.0}, {"ce_ratio": 0.9}, {"ce_slack": -1.0}, {"ce_slack": float("inf")}, {"rule": "some"},
-        {"targets": "none"}, {"mean_over": "image"}, {"depth": 3},
-    ],
-)  # fmt: skip
-def test_recipes_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match=next(iter(wrong)).replace("_", "[-_]")):
-        validate(DyvteRecipe, wrong)

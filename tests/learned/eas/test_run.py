@@ -81,35 +81,28 @@ def test_skipped_layers_keep_no_keys() -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {length}
 
 
-def test_a_fold_is_made_once_and_again_when_the_weights_change() -> None:
+def test_a_fold_is_made_once_and_again_when_weights_change() -> None:
     model = random_model()
     learned, batch = adapters(model), batch_of("llava", SPECS)
-    with running(executing, model, MODES, learned):
-        text_logits(model, batch)
+
+    def run(executor: Any) -> Any:
+        with running(executor, model, MODES, learned):
+            return text_logits(model, batch)
+
+    found = run(executing)
     made = {layer: kept[1].gate_MC for layer, kept in learned.parts.derived.items()}
-    with running(executing, model, MODES, learned):
-        text_logits(model, batch)
+    run(executing)
     assert all(learned.parts.derived[layer][1].gate_MC is value for layer, value in made.items())
     assert set(made) == set(SKIPPED)
-    shuffled(learned.parts, seed=1)
-    with running(reference, model, MODES, learned):
-        expected = text_logits(model, batch)
-    with running(executing, model, MODES, learned):
-        assert_law(text_logits(model, batch), expected)
-
-
-@pytest.mark.parametrize("changed", ["mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"])
-def test_a_fold_follows_the_models_weights(changed: str) -> None:
-    model = random_model()
-    learned, batch = adapters(model), batch_of("llava", SPECS)
-    with running(executing, model, MODES, learned):
-        before = text_logits(model, batch)
-    decoder_of(model).layers[SKIPPED[0]].get_parameter(f"{changed}.weight").mul_(1.5)
-    with running(reference, model, MODES, learned):
-        expected = text_logits(model, batch)
-    with running(executing, model, MODES, learned):
-        assert_law(text_logits(model, batch), expected)
-    assert not torch.allclose(before, expected, atol=1e-2)
+    layer = decoder_of(model).layers[SKIPPED[0]]
+    for change in ("adapters", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"):
+        if change == "adapters":
+            shuffled(learned.parts, seed=1)
+        else:
+            layer.get_parameter(f"{change}.weight").mul_(1.5)
+        before, found = found, run(executing)
+        assert_law(found, run(reference))
+        assert not torch.allclose(before, found, atol=1e-2)
 
 
 def test_likelihoods_of_answers_are_those_of_decoding_them_with_a_cache() -> None:

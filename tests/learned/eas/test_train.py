@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shortv.errors import Refused, SampleError, ShortVError
+from shortv.errors import SampleError, ShortVError
 from shortv.families.supervised import supervised
-from shortv.learned.eas.parts import Adapter, Pia
 from shortv.learned.eas.recipe import EasRecipe
 from shortv.learned.eas.train import AdapterTrainer, Candidate, Search, ranked
 from shortv.learned.training import alone
 from shortv.plan import Mode
 from shortv.sample import Sample
-from shortv.spec import validate
 from tests.tiny_model import bundled, calibration
 
 LAYERS = 8
@@ -52,7 +50,7 @@ def test_known_redundant_layers_are_ranked_first(probability: Any) -> None:
             for candidate in candidates
         ]
 
-    for step in range(420):
+    for step in range(300):
         if search.is_round(step):
             search.update(search.candidates(step), evaluate(search.candidates(step)))
     assert set(search.chosen()) == redundant
@@ -113,54 +111,30 @@ def test_only_adapters_of_the_steps_modes_learn_and_the_search_ends_in_fresh_one
     assert all(weight.grad is None for weight in loaded.model.parameters())
 
 
-@pytest.mark.parametrize("stop", [2, 5, 6, 8])
-def test_a_resumed_run_is_the_same_run(stop: int) -> None:
-    whole, begun = trainer_of(), trainer_of()
+def test_a_resumed_run_is_the_same_run() -> None:
+    whole, states = trainer_of(), []
     for step in range(9):
+        states.append(whole.state())
         whole.step(some(step), step)
-    for step in range(stop):
-        begun.step(some(step), step)
-    resumed = trainer_of()
-    resumed.restore(begun.state())
-    for step in range(stop, 9):
-        resumed.step(some(step), step)
-    expected, found = whole.state(), resumed.state()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected = whole.state()
+    for stop in (5, 6, 8):
+        resumed = trainer_of()
+        resumed.restore(states[stop])
+        for step in range(stop, 9):
+            resumed.step(some(step), step)
+        found = resumed.state()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(ShortVError, match="another folder"):
-        trainer_of(RECIPE.model_copy(update={"pia_rank": 8})).restore(begun.state())
+        trainer_of(RECIPE.model_copy(update={"pia_rank": 8})).restore(expected)
 
 
 def test_training_lowers_the_loss_of_its_samples() -> None:
     """Random adapters of skipped layers start far from the model; a few steps on one batch bring it back."""
-    recipe = EasRecipe(choice="given", layers=(2, 5), steps=25, learning_rate=1e-2, **SMALL)
+    recipe = EasRecipe(choice="given", layers=(2, 5), steps=12, learning_rate=2e-2, **SMALL)
     trainer, samples = trainer_of(recipe), some()
-    losses = [trainer.step(samples, step)["loss"] for step in range(25)]
+    losses = [trainer.step(samples, step)["loss"] for step in range(12)]
     assert losses[-1] < 0.5 * losses[0]
-
-
-def test_the_answer_gives_no_information(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the adapters gather is that of the prompt, whatever answer follows it in the same forward."""
-    trainer, gathered = trainer_of(EasRecipe(choice="given", layers=(1, 2), steps=5, **SMALL)), list[Tensor]()
-    for kind in (Adapter, Pia):
-        plain = kind.summary
-
-        def noting(self: Adapter, mean_BD: Tensor, plain: Any = plain) -> Any:
-            gathered.append(mean_BD)
-            return plain(self, mean_BD)
-
-        monkeypatch.setattr(kind, "summary", noting)
-    for answer in ("red", "red red blue green"):
-        given = supervised(bundled(), [dataclasses.replace(calibration()[0], answer=answer)], padding_side="left")
-        with torch.no_grad():
-            trainer._loss(given, (1, 2))
-    for one, other in zip(*_halves(gathered), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def _halves(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    assert len(values) >= 2 * LAYERS
-    return values[: len(values) // 2], values[len(values) // 2 :]
 
 
 def test_workers_share_the_losses_of_candidates() -> None:
@@ -221,31 +195,5 @@ def test_layers_without_a_search() -> None:
     drawn = [trainer_of(EasRecipe(choice="random", skip=3, steps=2, seed=seed, **SMALL)).parts() for seed in (0, 0, 1)]
     assert drawn[0].settings == drawn[1].settings != drawn[2].settings
     assert len(drawn[0].settings.skipped) == 3 and not set(drawn[0].settings.skipped) & set(drawn[0].settings.kept)
-    assert (
-        trainer_of(EasRecipe(choice="random", steps=2, **SMALL))
-        .parts()
-        .settings.modes(LAYERS)
-        .count(Mode.SKIP_ATTENTION)
-        == LAYERS // 3
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"choice": "best"}, "choice is 'best'"),
-        ({"layers": (1, 2)}, "make it 'given'"),
-        ({"choice": "given", "layers": (1, 2), "skip": 3}, "leave skip out"),
-        ({"search_steps": 9, "steps": 9}, "fewer search steps"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"eta": float("inf")}, "--eta is inf"),
-        ({"held_out": 1.0}, "--held-out is 1"),
-        ({"skip": 8}, "no choice"),
-        ({"candidates": 1}, "--candidates is 1"),
-        ({"choice": "given", "layers": (9,)}, "layer 9 does not exist"),
-        ({"choice": "random", "skip": 9}, "of 8"),
-    ],
-)
-def test_recipes_that_cannot_be_right_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refused, match=message):
-        trainer_of(validate(EasRecipe, SMALL | changes))
+    third = trainer_of(EasRecipe(choice="random", steps=2, **SMALL)).parts().settings
+    assert third.modes(LAYERS).count(Mode.SKIP_ATTENTION) == LAYERS // 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,10 @@ import transformers as hf
 
 from shortv.errors import Refused
 from shortv.families import decoder_of
-from shortv.learned.files import load_parts
 from shortv.learned.saisa.parts import Projectors
 from shortv.learned.saisa.recipe import LanguageModel, ProjectorSettings
-from shortv.spec import validate
 from tests.architectures import architecture
-from tests.models import LAYERS, loaded, random_model
-from tests.parts import save_named
+from tests.models import LAYERS, random_model
 
 ALL = tuple(range(LAYERS))
 
@@ -57,33 +53,6 @@ def test_how_much_of_the_language_model_is_held(choice: LanguageModel, per_layer
     names = [name for name, _ in parts.language_model.named_parameters()]
     assert len(names) == LAYERS * per_layer + rest
     assert len([name for name in names if not name.startswith("layers.")]) == rest
-
-
-def test_parts_come_back_from_their_folder(tmp_path: Path) -> None:
-    model = loaded(random_model())
-    settings = ProjectorSettings(layers=(0, 2), language_model="attention")
-    parts = Projectors.build(model.decoder, settings)
-    for weight in parts.parameters():
-        weight.data += 1
-    found = load_parts(save_named(tmp_path, model, parts), model.decoder, model.architecture)
-    assert found.settings == settings
-    expected = parts.state_dict()
-    assert set(expected) == set(found.state_dict())
-    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        *(({"layers": layers, "language_model": "none"}, "layers") for layers in ([], [2, 1], [0, 0], [-1], ["0"], 3)),
-        ({"layers": [0], "language_model": "half"}, "language_model|language-model"),
-        ({"language_model": "none"}, "layers"),
-        ({"layers": [0], "width": 4}, "width"),
-    ],
-)
-def test_settings_that_cannot_be_right_are_refused(settings: dict[str, Any], name: str) -> None:
-    with pytest.raises(Refused, match=name):
-        validate(ProjectorSettings, settings)
 
 
 def test_layers_that_the_model_does_not_have_are_refused() -> None:
