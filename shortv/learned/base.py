@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shortv.architecture import Architecture
 from shortv.families.decoder import Decoder
-from shortv.layers.progress import LearnedRun
+from shortv.layers.progress import LearnedRun, Progress
 from shortv.plan import Mode, PartsKind
 
 
@@ -72,3 +74,27 @@ class PartsRun(LearnedRun, Generic[P]):
         self.decoder, self.modes, self.parts = decoder, tuple(modes), parts
         self.name: str = parts.kind
         self.identity: Hashable = (parts.kind, parts.identity, threshold)
+
+    def attach_reference(self, model: nn.Module, progress: Progress, hooks: ExitStack) -> None:
+        """Surround each dense layer with `before` and `after`."""
+
+        def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden_BTD = args[0] if args else kwargs.pop("hidden_states")
+            return self.before(progress, index, hidden_BTD, kwargs)
+
+        def leave(index: int, _: nn.Module, args: tuple[Tensor], output_BTD: Tensor) -> Tensor:
+            return self.after(progress, index, args[0], output_BTD)
+
+        for index, layer in enumerate(self.decoder.layers):
+            hooks.callback(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(partial(leave, index)).remove)
+
+    def before(
+        self, progress: Progress, index: int, hidden_BTD: Tensor, arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
+        """Return what a dense layer receives in the reference."""
+        return (hidden_BTD,), arguments
+
+    def after(self, progress: Progress, index: int, entered_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Return what comes out of a dense layer in the reference."""
+        return output_BTD

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -103,12 +102,32 @@ class ExitRun(PartsRun[ExitRouters]):
             arguments["attention_mask"] = progress.kept_columns(attention, mask, hidden.device, kept)
         return planned.own(hidden, **arguments)
 
-    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
-        """Hide visual keys from dense layers, sample by sample, behind the layer after which they leave."""
-        reference = _Reference(self, sequence, self._threshold)
-        for index, layer in enumerate(self.decoder.layers):
-            hooks.callback(layer.register_forward_pre_hook(partial(reference.enter, index), with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(partial(reference.leave, index)).remove)
+    def before(
+        self, progress: Progress, index: int, hidden_BTD: Tensor, arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
+        """Hide visual keys from a dense layer, sample by sample, behind the layer after which they leave."""
+        history = progress.history
+        if index == 0 and (progress.has_visual or not progress.past):
+            history.gathered[_EXITS] = (_never(progress.types, len(self.modes)),)
+        exits_B = cast(Tensor, _exits(history)).to(hidden_BTD.device)
+        gone_BK = progress.visual_BK.to(hidden_BTD.device) & (exits_B < index)[:, None]
+        if gone_BK.any():
+            attention = self.decoder.attention(self.decoder.layers[index])
+            mask = progress.mask_of(attention, arguments.get("attention_mask"), hidden_BTD.device)
+            arguments["attention_mask"] = hide_keys(mask, gone_BK[:, -mask.shape[3] :])
+        return (hidden_BTD,), arguments
+
+    def after(self, progress: Progress, index: int, entered_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Let the router behind a dense layer decide, sample by sample."""
+        if progress.has_visual:
+            types, mean_over = prompt_types(progress), self.parts.settings.mean_over
+            exits_B = cast(Tensor, _exits(progress.history)).clone()
+            for row in (exits_B == len(self.modes)).nonzero()[:, 0].tolist():
+                state_1E = text_state(output_BTD[row], types.visual_BT[row], types.text_BT[row], mean_over)
+                if state_1E is not None and self.parts.exit_probability(index, state_1E) >= self._threshold:
+                    exits_B[row] = index
+            progress.history.gathered[_EXITS] = (exits_B,)
+        return output_BTD
 
 
 class _Prefill:
@@ -195,41 +214,6 @@ def _prefilled(planned: PlannedLayer, prefill: _Prefill, hidden: Tensor, **argum
     # A layer's output is not overwritten: hooks may hold it.
     progress.rows_BTD = output if split is None else split.put(progress.rows_BTD.to(output.device), output)
     return progress.rows_BTD if whole else after.flat(progress.rows_BTD)
-
-
-class _Reference:
-    """Hooks that mask what the fast run leaves out."""
-
-    def __init__(self, run: ExitRun, sequence: Progress, threshold: float) -> None:
-        self._run, self._sequence, self._threshold = run, sequence, threshold
-        self._num_layers = len(run.modes)
-
-    def enter(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        sequence, history = self._sequence, self._sequence.history
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        if index == 0 and (sequence.has_visual or not sequence.past):
-            history.gathered[_EXITS] = (_never(sequence.types, self._num_layers),)
-        exits_B = cast(Tensor, _exits(history)).to(hidden_BTD.device)
-        gone_BK = sequence.visual_BK.to(hidden_BTD.device) & (exits_B < index)[:, None]
-        if not gone_BK.any():
-            return args, kwargs
-        attention = self._run.decoder.attention(layer)
-        mask = sequence.mask_of(attention, kwargs.get("attention_mask"), hidden_BTD.device)
-        return args, {**kwargs, "attention_mask": hide_keys(mask, gone_BK[:, -mask.shape[3] :])}
-
-    def leave(self, index: int, _: nn.Module, __: tuple[Any, ...], output_BTD: Tensor) -> None:
-        sequence, parts = self._sequence, self._run.parts
-        if not sequence.has_visual:
-            return
-        exits_B = cast(Tensor, _exits(sequence.history)).clone()
-        types = prompt_types(sequence)
-        for row in (exits_B == self._num_layers).nonzero()[:, 0].tolist():
-            state_1E = text_state(output_BTD[row], types.visual_BT[row], types.text_BT[row], parts.settings.mean_over)
-            if state_1E is not None and parts.exit_probability(index, state_1E) >= self._threshold:
-                exits_B[row] = index
-        sequence.history.gathered[_EXITS] = (exits_B,)
 
 
 def text_state(hidden_TD: Tensor, visual_T: Tensor, text_T: Tensor, mean_over: str) -> Tensor | None:

@@ -7,7 +7,8 @@ Shapes: B batch, T positions, N answer tokens of all samples, V vocabulary, E tw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,11 +100,12 @@ class RouterTrainer(Trainer[ExitRouters]):
 
     def _scores(self, batch: Supervised) -> AnswerScores:
         logits_NV, labels_N = answer_logits(self._loaded, batch)
-        return AnswerScores.of(logits_NV, labels_N, (batch.labels_BT[:, 1:] != IGNORED).sum(1))
+        count_B = (batch.labels_BT[:, 1:] != IGNORED).sum(1).to(logits_NV.device)
+        nats_N = cross_entropy(logits_NV.float(), labels_N, reduction="none")
+        return AnswerScores(logits_NV.argmax(-1), _mean_of_each(nats_N, count_B), count_B)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerScores:
+class AnswerScores(NamedTuple):
     """What a model predicts for given answers."""
 
     choice_N: Tensor
@@ -112,13 +114,6 @@ class AnswerScores:
     """Cross-entropy per token of each answer, in float32."""
     count_B: Tensor
     """Tokens of each answer."""
-
-    @classmethod
-    def of(cls, logits_NV: Tensor, labels_N: Tensor, count_B: Tensor) -> AnswerScores:
-        """Score answers, one after the other, from the logits that predict them."""
-        count_B = count_B.to(logits_NV.device)
-        nats_N = cross_entropy(logits_NV.float(), labels_N, reduction="none")
-        return cls(choice_N=logits_NV.argmax(-1), nats_B=_mean_of_each(nats_N, count_B), count_B=count_B)
 
 
 def _mean_of_each(values_N: Tensor, count_B: Tensor) -> Tensor:

@@ -25,19 +25,12 @@ class Eas(System):
         return (PlanSpec(f"eas-{len(settings.skipped)}", settings.modes(num_layers)),)
 
     def flops_ratio(self, plan: Plan, arch: Architecture, t: float, v: float) -> float | None:
-        """Return the ratio with the adapters, where the plan's source has `adapter_weights`."""
+        """Return the ratio with the adapters, which the full model does not have; it may be above 1.
+
+        The plan's source says how many weights of adapters meet each token, over all layers.
+        """
         weights = (plan.source or {}).get("adapter_weights")
         if not isinstance(weights, int):
             return plan.flops_ratio
-        return adapted_flops_ratio(arch, plan.modes, t, v, adapter_weights=weights)
-
-
-def adapted_flops_ratio(
-    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, adapter_weights: int
-) -> float:
-    """Return the prefill FLOPs of EAS divided by those of the full model, which has no adapters; may be above 1.
-
-    `adapter_weights` is how many weights meet each token, over all layers.
-    """
-    full = plan_flops(arch, (Mode.FULL,) * arch.num_layers, t, v)
-    return flops_ratio(arch, modes, t, v) + 2 * (t + v) * adapter_weights / full
+        full = plan_flops(arch, (Mode.FULL,) * arch.num_layers, t, v)
+        return flops_ratio(arch, plan.modes, t, v) + 2 * (t + v) * weights / full

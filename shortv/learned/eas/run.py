@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -74,32 +75,26 @@ class AdaptedRun(PartsRun[Adapters]):
         """Return the forward of a layer by its mode."""
         return self._skipped if self.modes[index] is Mode.SKIP_ATTENTION else self._kept
 
-    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
+    def attach_reference(self, model: nn.Module, progress: Progress, hooks: ExitStack) -> None:
         """Run adapters unfolded: over the norm's output in kept layers, in place of the dense layer in skipped ones."""
+        super().attach_reference(model, progress, hooks)
+
+        def adapt(index: int, _: nn.Module, __: tuple[Any, ...], normed_BTD: Tensor) -> Tensor:
+            return self._adapted(index, progress, normed_BTD)
+
         for index, layer in enumerate(self.decoder.layers):
-            if self.modes[index] is Mode.SKIP_ATTENTION:
-                handle = layer.register_forward_hook(self._unfolded(index, sequence), with_kwargs=True)
-            else:
-                norm = self.decoder.attention_norm(layer)
-                handle = norm.register_forward_hook(self._after_norm(index, sequence))
-            hooks.callback(handle.remove)
+            norm = self.decoder.attention_norm(layer)
+            hooks.callback(norm.register_forward_hook(partial(adapt, index)).remove)
 
-    def _after_norm(self, index: int, sequence: Progress) -> Callable[..., Tensor]:
-        def leave(_: nn.Module, __: tuple[Any, ...], normed_BTD: Tensor) -> Tensor:
-            return self._adapted(index, sequence, normed_BTD)
-
-        return leave
-
-    def _unfolded(self, index: int, sequence: Progress) -> Callable[..., Tensor]:
-        decoder = self.decoder
-
-        def leave(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
-            entered_BTD: Tensor = (args[0] if args else kwargs["hidden_states"]).to(decoder.device(layer))
-            adapted_BTD = self._adapted(index, sequence, decoder.attention_norm(layer)(entered_BTD))
-            output_BTD: Tensor = decoder.ffn(layer)(_norm_weight(decoder, layer) * adapted_BTD)
-            return entered_BTD + output_BTD
-
-        return leave
+    def after(self, progress: Progress, index: int, entered_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Compute a skipped layer anew, as the FFN of what its adapter returns."""
+        if self.modes[index] is not Mode.SKIP_ATTENTION:
+            return output_BTD
+        decoder, layer = self.decoder, self.decoder.layers[index]
+        entered_BTD = entered_BTD.to(decoder.device(layer))
+        adapted_BTD: Tensor = decoder.attention_norm(layer)(entered_BTD)
+        output_BTD = decoder.ffn(layer)(_norm_weight(decoder, layer) * adapted_BTD)
+        return entered_BTD + output_BTD
 
     def _adapted(self, index: int, sequence: Progress, normed_BTD: Tensor) -> Tensor:
         adapter = self._adapter(index)

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +117,6 @@ def ranked(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(range(len(scores)), key=lambda layer: (-scores[layer], -layer)))
 
 
-class _Loss(NamedTuple):
-    """Summed over answer tokens, in nats, and how many they are."""
-
-    total: Tensor
-    tokens: int
-
-
 class AdapterTrainer(Trainer[Adapters]):
     """Trains adapters; z and routing weights come from prompts alone."""
 
@@ -176,8 +168,9 @@ class AdapterTrainer(Trainer[Adapters]):
                 self._search.update(candidates, self._losses(candidates, held_out))
             skipped = self._search.drawn(step)
         # All of this worker's samples may be held out: then it has no gradients.
-        found = self._loss(given, skipped) if given is not None else self._measured(held_out, skipped)
-        loss, rate, weights = found.total / max(1, found.tokens), self._rate(step), list(self._parts.parameters())
+        with torch.set_grad_enabled(given is not None):
+            total, tokens = self._loss(given or held_out, skipped)
+        loss, rate, weights = total / max(1, tokens), self._rate(step), list(self._parts.parameters())
         self._backward(loss, weights)
         norm = self._update(weights, rate, gradient_norm=self._recipe.gradient_norm)
         value = float(loss.detach()) if math.isfinite(norm) else math.nan
@@ -198,32 +191,29 @@ class AdapterTrainer(Trainer[Adapters]):
         held = [_place(sample.sample_id, self._recipe.seed) < share for sample in samples]
         return list(compress(samples, (not found for found in held))), list(compress(samples, held))
 
+    @torch.no_grad()
     def _losses(self, candidates: Sequence[Candidate], held_out: Supervised | None) -> list[float]:
         """Return the loss of each candidate over the held-out samples of all workers."""
-        found = [self._measured(held_out, candidate) for candidate in candidates]
+        totals, tokens = zip(*(self._loss(held_out, candidate) for candidate in candidates), strict=True)
         # Workers average gradients, so all totals and one count travel as the gradient of a weight.
-        shared = nn.Parameter(torch.zeros(len(found) + 1, dtype=torch.float64, device=self._loaded.device))
-        values = [float(loss.total) for loss in found] + [float(found[0].tokens)]
-        shared.grad = torch.tensor(values, dtype=torch.float64, device=shared.device)
+        shared = nn.Parameter(torch.zeros(len(totals) + 1, dtype=torch.float64, device=self._loaded.device))
+        shared.grad = torch.tensor([*map(float, totals), tokens[0]], dtype=torch.float64, device=shared.device)
         self._reduce([shared])
-        *totals, tokens = shared.grad.tolist()
+        *means, mean_tokens = shared.grad.tolist()
         # A round without held-out samples compares nothing, and changes no score.
-        return [total / max(tokens, 1e-9) if tokens else 0.0 for total in totals]
+        return [mean / max(mean_tokens, 1e-9) if mean_tokens else 0.0 for mean in means]
 
-    @torch.no_grad()
-    def _measured(self, given: Supervised | None, skipped: Candidate) -> _Loss:
-        return _Loss(torch.zeros(()), 0) if given is None else self._loss(given, skipped)
-
-    def _loss(self, given: Supervised, skipped: Candidate) -> _Loss:
+    def _loss(self, given: Supervised | None, skipped: Candidate) -> tuple[Tensor, int]:
+        """Return the sum over answer tokens, in nats, and how many they are."""
+        if given is None:
+            return torch.zeros(()), 0
         modes = modes_of_layers(Mode.SKIP_ATTENTION, skipped, len(self._layers))
         prompt_BT = (given.labels_BT != IGNORED).int().cumsum(1) == 0
         decoder = self._loaded.decoder
-        with (
-            executing(self._loaded.model, modes, AdaptedRun(decoder, modes, self._parts)),
-            prompted(decoder, prompt_BT),
-        ):
+        run = AdaptedRun(decoder, modes, self._parts)
+        with executing(self._loaded.model, modes, run), prompted(decoder, prompt_BT):
             logits_NV, labels_N = answer_logits(self._loaded, given)
-        return _Loss(cross_entropy(logits_NV.float(), labels_N, reduction="sum"), len(labels_N))
+        return cross_entropy(logits_NV.float(), labels_N, reduction="sum"), len(labels_N)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and moments of AdamW, the scores, and whether the search is running: flat, on the CPU."""

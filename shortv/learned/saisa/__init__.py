@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shortv.architecture import Architecture
-from shortv.costs import Count, layer_flops, plan_flops
+from shortv.costs import layer_flops, plan_flops
 from shortv.errors import Refused
 from shortv.learned.saisa.recipe import ProjectorSettings, SaisaRecipe
 from shortv.learned.system import PlanSpec, System
@@ -34,21 +34,16 @@ class Saisa(System):
         return saisa_flops_ratio(arch, plan.modes, t, v, projector_weights=weights)
 
 
-def saisa_flops(arch: Architecture, modes: Sequence[Mode], t: Count, v: Count, *, projector_weights: int) -> Count:
-    """Return the prefill FLOPs of a plan whose freezing layers have projectors, these included.
+def saisa_flops_ratio(
+    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, projector_weights: int
+) -> float:
+    """Return the prefill FLOPs of SAISA divided by those of the full model and its one projector (abstract: 34 %).
 
     `projector_weights` is how many weights of one projector meet each visual token: c h + h^2 for two layers of width h
     on features of width c. The base model's projector, whose output SAISA does not need, is left out.
     """
-    projections = 2 * v * projector_weights * sum(mode is Mode.FREEZE_VISUAL for mode in modes)
-    return plan_flops(arch, modes, t, v) + projections
-
-
-def saisa_flops_ratio(
-    arch: Architecture, modes: Sequence[Mode], t: float, v: float, *, projector_weights: int
-) -> float:
-    """Return the prefill FLOPs of SAISA divided by those of the full model and its one projector (abstract: 34 %)."""
     if t + v <= 0:
         raise Refused("a FLOPs ratio needs at least one token, found none; check the samples")
-    full = arch.num_layers * layer_flops(arch, Mode.FULL, t, v) + 2 * v * projector_weights
-    return saisa_flops(arch, modes, t, v, projector_weights=projector_weights) / full
+    projector = 2 * v * projector_weights
+    full = arch.num_layers * layer_flops(arch, Mode.FULL, t, v) + projector
+    return (plan_flops(arch, modes, t, v) + projector * list(modes).count(Mode.FREEZE_VISUAL)) / full

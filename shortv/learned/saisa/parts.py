@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +28,6 @@ _ATTENTION = ("q_proj.", "k_proj.", "v_proj.", "o_proj.")
 # The released projector is a sequence: linear, GELU, linear.
 _PUBLISHED_PROJECTOR = {"linear_1": "0", "linear_2": "2"}
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-class Place(NamedTuple):
-    """Where a weight of the parts stands in the model while the parts run."""
-
-    owner: nn.Module
-    name: str
-    weight: nn.Parameter
 
 
 class Projectors(Parts):
@@ -104,13 +96,16 @@ class Projectors(Parts):
         projected: Tensor = projector(features.to(like.device, dtype))
         return projected.flatten(0, -2)
 
-    def places(self, decoder: Decoder) -> Iterator[Place]:
-        """Yield which weight of the parts replaces which of the model; tied weights are replaced together."""
+    def places(self, decoder: Decoder) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """Yield for each weight of the parts the module and the name in the model where it stands while they run.
+
+        Tied weights are replaced together.
+        """
         tied = _tied(decoder)
         for name, weight in self.language_model.named_parameters():
-            yield Place(*_owner(decoder, name), weight)
+            yield *_owner(decoder, name), weight
             if tied and name == "embed_tokens.weight":
-                yield Place(*_owner(decoder, "head.weight"), weight)
+                yield *_owner(decoder, "head.weight"), weight
 
 
 def _replaced(decoder: Decoder, choice: LanguageModel) -> Iterator[str]:

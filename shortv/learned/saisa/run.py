@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,29 +60,26 @@ class ProjectedRun(PartsRun[Projectors]):
         self._features.attach(progress, undo)
         self._replace(undo)
 
-    def attach_reference(self, model: nn.Module, sequence: Progress, hooks: ExitStack) -> None:
-        """Write the projected rows over the visual rows that enter a dense layer and over those that leave it."""
-        self._features.attach(sequence, hooks)
-        self._replace(hooks)
+    def attach_reference(self, model: nn.Module, progress: Progress, hooks: ExitStack) -> None:
+        """Run dense layers with the projected rows written over the visual rows."""
+        self.attach(model, progress, hooks)
+        super().attach_reference(model, progress, hooks)
 
-        def over(index: int, hidden_BTD: Tensor) -> Tensor:
-            visual_BT = sequence.types.visual_BT.to(hidden_BTD.device)
-            return hidden_BTD.masked_scatter(visual_BT[:, :, None], self._rows(index, hidden_BTD))
+    def before(
+        self, progress: Progress, index: int, hidden_BTD: Tensor, arguments: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
+        """Write the projected rows over the visual rows that enter a layer."""
+        return (self._over(progress, index, hidden_BTD),), arguments
 
-        def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not sequence.has_visual:
-                return None
-            if args:
-                return (over(index, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": over(index, kwargs["hidden_states"])}
+    def after(self, progress: Progress, index: int, entered_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Write them over those that leave it."""
+        return self._over(progress, index, output_BTD)
 
-        def leave(index: int, _: nn.Module, __: tuple[Any, ...], output_BTD: Tensor) -> Tensor | None:
-            return over(index, output_BTD) if sequence.has_visual else None
-
-        for index in self.parts.settings.layers:
-            layer = self.decoder.layers[index]
-            hooks.callback(layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(partial(leave, index)).remove)
+    def _over(self, progress: Progress, index: int, hidden_BTD: Tensor) -> Tensor:
+        if not progress.has_visual or index not in self.parts.settings.layers:
+            return hidden_BTD
+        visual_BT = progress.types.visual_BT.to(hidden_BTD.device)
+        return hidden_BTD.masked_scatter(visual_BT[:, :, None], self._rows(index, hidden_BTD))
 
     def _projected(self, planned: PlannedLayer, hidden: Tensor, **arguments: Any) -> Tensor:
         progress = planned.progress

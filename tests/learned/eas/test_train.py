@@ -149,11 +149,11 @@ def test_workers_share_the_losses_of_candidates() -> None:
     def meet(parameters: Iterable[nn.Parameter]) -> None:
         (shared,) = parameters
         assert shared.grad is not None
-        arriving = torch.tensor([*(float(loss.total) for loss in theirs), theirs[0].tokens], dtype=torch.float64)
+        arriving = torch.tensor([*(float(total) for total, _ in theirs), theirs[0][1]], dtype=torch.float64)
         shared.grad = (shared.grad + arriving) / 2
 
     trainer._reduce = meet
-    expected = [float(a.total + b.total) / (a.tokens + b.tokens) for a, b in zip(ours, theirs, strict=True)]
+    expected = [float(a[0] + b[0]) / (a[1] + b[1]) for a, b in zip(ours, theirs, strict=True)]
     assert trainer._losses(candidates, own) == pytest.approx(expected)
     trainer._reduce = alone
     assert trainer._losses(candidates, None) == [0.0, 0.0]
