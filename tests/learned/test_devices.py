@@ -11,20 +11,17 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 import shortv
 from shortv.families import decoder_of
-from shortv.layers.apply import executing
-from shortv.layers.reference import reference
 from shortv.learned.base import Parts
 from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
 from shortv.learned.dyvte.run import exit_layers
 from shortv.learned.eas.parts import Adapters
 from shortv.learned.eas.recipe import EasSettings
-from shortv.learned.files import load_parts
 from shortv.learned.saisa.parts import Projectors
 from shortv.learned.saisa.recipe import ProjectorSettings
 from shortv.plan import Mode, PartsKind, Plan
 from tests.models import LAYERS, Spec, batch_of, loaded, random_model
-from tests.parts import Trained, running, save_named, shuffled
+from tests.parts import save_named, shuffled
 
 SPECS: list[Spec] = [[3, "I", 2], ["I", 5, "I", 1], [1, "I", 9], [6]]
 NEAR = 2
@@ -82,16 +79,3 @@ def test_a_plan_runs_across_devices_as_on_one(kind: PartsKind, tmp_path: Path) -
     assert found[0][0] == found[1][0] and (kind is not PartsKind.DYVTE or len(set(found[0][0] or ())) == 3)
     for expected, state in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(state, expected)
-
-
-def test_adapters_are_loaded_where_their_layers_are_and_the_reference_runs_there(tmp_path: Path) -> None:
-    plan, model = plan_for(random_model(), PartsKind.EAS, tmp_path), loaded(spread(random_model()))
-    assert plan.parts is not None
-    parts: Any = load_parts(plan.parts, model.decoder, model.architecture)
-    adapters = {**parts.kept, **parts.skipped}
-    places = {layer: next(adapter.parameters()).device.type for layer, adapter in adapters.items()}
-    assert places == {"0": "cpu", "1": "cpu", "2": "meta", "3": "meta"}
-    learned, batch = Trained(parts=parts), batch_of("llava", SPECS)
-    for executor in (executing, reference):
-        with torch.inference_mode(), running(executor, model.model, plan.modes, learned):
-            assert model.model(**batch.inputs).logits.device.type == "meta"

@@ -118,25 +118,16 @@ def _replaced(decoder: Decoder, choice: LanguageModel) -> Iterator[str]:
             if choice != "attention" or name.removeprefix(attention).startswith(_ATTENTION):
                 yield f"layers.{index}.{name}"
     if choice == "all":
-        for root, module in _roots(decoder).items():
+        for root in ("embed_tokens", "norm", "head"):
+            module = decoder.head if root == "head" else decoder.text.get_submodule(root)
             if not (root == "head" and _tied(decoder)):
                 yield from (f"{root}.{name}" for name, _ in module.named_parameters())
 
 
-def _roots(decoder: Decoder) -> dict[str, nn.Module]:
-    return {"embed_tokens": decoder.text.get_submodule("embed_tokens"), "norm": decoder.norm, "head": decoder.head}
-
-
 def _owner(decoder: Decoder, name: str) -> tuple[nn.Module, str]:
     """Return the module of the model that holds a weight, and the weight's name there."""
-    root, _, rest = name.partition(".")
-    if root == "layers":
-        number, _, rest = rest.partition(".")
-        module = decoder.layers[int(number)]
-    else:
-        module = _roots(decoder)[root]
-    path, _, last = rest.rpartition(".")
-    return module.get_submodule(path), last
+    path, _, last = name.rpartition(".")
+    return decoder.head if path == "head" else decoder.text.get_submodule(path), last
 
 
 def _tied(decoder: Decoder) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from torch import Tensor
 from shortv.errors import SampleError, ShortVError
 from shortv.families.supervised import supervised
 from shortv.layers.apply import executing
-from shortv.learned.dyvte import train
 from shortv.learned.dyvte.recipe import DyvteRecipe
 from shortv.learned.dyvte.run import text_state
 from shortv.learned.dyvte.train import AnswerScores, RouterTrainer, is_safe, prompt_types, with_own_answers
@@ -119,25 +116,6 @@ def test_routers_learn_what_their_labels_say() -> None:
     trainer.layer_of = lambda step: layer  # type: ignore[method-assign]
     losses = [trainer.step(samples, step)["loss"] for step in range(8)]
     assert losses[-1] < 0.7 * losses[0]
-
-
-def test_gradients_are_averaged_for_that_router_alone_and_one_ablation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[Any] = []
-
-    @contextmanager
-    def counting(model: Any, modes: Any) -> Iterator[None]:
-        ran.append(tuple(modes))
-        with executing(model, modes):
-            yield
-
-    monkeypatch.setattr(train, "executing", counting)
-    reduced: list[int] = []
-    trainer = trainer_of(reduce=lambda parameters: reduced.extend(one.numel() for one in parameters))
-    step = next(step for step in range(99) if trainer.layer_of(step) == 2)
-    trainer.step(some(), step)
-    assert ran == [modes_of_exit(2, LAYERS)] and reduced == [2 * 128 * 16, 16 * 2]
-    last = next(step for step in range(99) if trainer.layer_of(step) == 7)
-    assert trainer.step(some(), last)["safe"] == 1 and len(ran) == 1
 
 
 def test_samples_that_cannot_be_used_are_named_before_anything_changes() -> None:

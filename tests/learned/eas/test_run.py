@@ -55,32 +55,6 @@ def test_the_fold_equals_the_unfolded_ffn_input_and_the_released_one_does_not() 
     assert not torch.allclose(normed_BTD[0] @ whole.T + whole @ bias, expected, atol=1e-2)
 
 
-def test_a_fresh_skipped_layer_is_the_ffn_of_the_normed_input() -> None:
-    model = random_model()
-    decoder, batch = decoder_of(model), batch_of("llava", SPECS)
-    settings = EasSettings(kept=(0, 2, 3), skipped=(1,))
-    learned = Trained(parts=Adapters.build(decoder, settings).requires_grad_(False))
-    with running(executing, model, skipping((1,)), learned), torch.inference_mode():
-        states = model(**batch.inputs, output_hidden_states=True).hidden_states
-    layer: Any = decoder.layers[1]
-    expected = states[1] + layer.mlp(layer.post_attention_layernorm.weight * layer.input_layernorm(states[1]))
-    assert_law(states[2], expected)
-    before = text_logits(model, batch)
-    fresh = Trained(parts=Adapters.build(decoder, EasSettings(kept=(0, 1, 2, 3), skipped=())).requires_grad_(False))
-    with running(executing, model, (Mode.FULL,) * LAYERS, fresh):
-        assert_law(text_logits(model, batch), before)
-
-
-def test_skipped_layers_keep_no_keys() -> None:
-    model = random_model()
-    batch = batch_of("llava", SPECS)
-    length = batch.types.text_BT.shape[1]
-    with torch.inference_mode(), running(executing, model, MODES, adapters(model)):
-        cache = model(**batch.inputs, use_cache=True).past_key_values
-    assert [layer.keys.shape[2] for layer in cache.layers] == [length, 0, 0, length]
-    assert {layer.get_seq_length() for layer in cache.layers} == {length}
-
-
 def test_a_fold_is_made_once_and_again_when_weights_change() -> None:
     model = random_model()
     learned, batch = adapters(model), batch_of("llava", SPECS)

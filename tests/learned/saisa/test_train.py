@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from shortv.errors import SampleError
 from shortv.families import LoadedModel, load
 from shortv.families.supervised import IGNORED, supervised
 from shortv.learned.saisa.recipe import SaisaRecipe
@@ -104,14 +102,6 @@ def test_gradients_are_averaged_over_the_same_weights_whatever_a_worker_has() ->
     assert metrics["loss"] > 0 and metrics["gradient_norm"] == 0
 
 
-def test_a_sample_without_an_answer_changes_nothing() -> None:
-    trainer = trainer_of()
-    before = trainer.state()
-    with pytest.raises(SampleError, match="'quiet' has no answer"):
-        trainer.step([samples()[0], replace(samples()[1], sample_id="quiet", answer=None)], 0)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.state().items())
-
-
 def test_a_model_in_half_precision_is_trained_in_float32() -> None:
     half = load(str(TINY / "model"), dtype="bfloat16")
     trainer = trainer_of(half)
@@ -119,15 +109,6 @@ def test_a_model_in_half_precision_is_trained_in_float32() -> None:
     assert found == pytest.approx(expected, rel=0.1)
     assert {weight.dtype for weight in trainer.parts().parameters()} == {torch.float32}
     assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
-
-
-def test_rates_warm_up_and_fall_in_each_stage() -> None:
-    recipe = SaisaRecipe(projector_steps=100, joint_steps=50, warmup_share=0.1)
-    rates = [recipe.stage(step).rate for step in range(recipe.steps)]
-    assert max(rates[:100]) == rates[9] == recipe.projector_rate and rates[0] == recipe.projector_rate / 10
-    assert max(rates[100:]) == rates[104] == recipe.joint_rate
-    assert rates[99] < 0.02 * recipe.projector_rate and rates[149] < 0.02 * recipe.joint_rate
-    assert [step for step in range(recipe.steps) if recipe.stage(step).opens] == [0, 100]
 
 
 def test_logits_are_computed_only_where_they_predict_an_answer() -> None:

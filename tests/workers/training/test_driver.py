@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from shortv.records import ErrorRecord
 from shortv.spec import ModelSpec, WorkerRange, validate
 from shortv.workers.placement import Placement
 from shortv.workers.run import one_driver
-from shortv.workers.training import checkpoint, driver, fit
+from shortv.workers.training import checkpoint, driver, fit, worker
 from shortv.workers.training.checkpoint import (
     latest_checkpoint,
     new_attempt,
@@ -100,11 +101,11 @@ def run(place: Path, recipe: ToyRecipe | None = None, system: System | None = No
     return status, text.getvalue()
 
 
-def write(place: Path, step: int, *, identity: str = "run", rows: Sequence[Row] = (), **more: Any) -> Path:
+def write(place: Path, step: int) -> Path:
     """Write a checkpoint as a worker does."""
-    place.mkdir(parents=True, exist_ok=True)
-    state = more.pop("state", {"weight/a": torch.arange(6.0).view(2, 3), "flag": torch.tensor(True)})
-    write_checkpoint(place, state, step=step, identity=identity, rows=rows or [{"step": step}], errors=[], **more)
+    place.mkdir(parents=True)
+    state = {"weight/a": torch.arange(6.0).view(2, 3), "flag": torch.tensor(True)}
+    write_checkpoint(place, state, step=step, identity="run", rows=[{"step": step}], errors=[])
     return place
 
 
@@ -309,14 +310,24 @@ def test_what_goes_wrong_between_driver_and_ray_train_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_an_error_of_the_models_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory ends."""
+
+    def training(_: Any) -> None:
+        raise MemoryError("toy\nand a traceback")
+
+    sent: list[ShortVError] = []
+    monkeypatch.setattr(worker, "_Training", training)
+    worker.train_worker({"job": SimpleNamespace(events=SimpleNamespace(put=sent.append))})
+    assert "MemoryError: toy" in str(sent[0]) and "give a smaller --batch-size" in str(sent[0])
+    assert "\n" not in str(sent[0])
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("field", ["nan_at", "raises_at"])
-def test_what_ends_a_training_is_one_line(tmp_path: Path, field: str) -> None:
-    """The loss is NaN, or the model's library raises, as it does where memory ends."""
-    with pytest.raises(ShortVError) as error:
-        run(tmp_path, ToyRecipe(**{field: 5}))
-    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
-    assert ("loss of step 6 is nan" if field == "nan_at" else "MemoryError: toy; give a smaller") in str(error.value)
+def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ShortVError, match="loss of step 6 is nan") as error:
+        run(tmp_path, ToyRecipe(nan_at=5))
+    assert "\n" not in str(error.value)
     found = latest_checkpoint(str(tmp_path / "out"), TrainingManifest.load(Folder(tmp_path / "out")).arguments_digest)
     assert found is not None and found.step == 4
 
@@ -330,6 +341,7 @@ def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_that_die_again_and_again_end_the_training(tmp_path: Path) -> None:
     recipe = ToyRecipe(dies_at=1, marker=str(tmp_path / "missing" / "marker"))

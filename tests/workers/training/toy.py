@@ -36,7 +36,6 @@ class ToyRecipe(Spec):
     learning_rate: float = 0.1
     seed: int = 0
     nan_at: int | None = None
-    raises_at: int | None = None
     dies_at: int | None = None
     marker: str = ""
 
@@ -67,8 +66,6 @@ class ToyTrainer(Trainer[ToyParts]):
         recipe = self._recipe
         for sample in samples:
             self.check(sample)
-        if step == recipe.raises_at:
-            raise MemoryError("toy")
         if step == recipe.dies_at and not Path(recipe.marker).exists():
             with suppress(OSError):
                 Path(recipe.marker).touch()
