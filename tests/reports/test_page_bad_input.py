@@ -44,6 +44,9 @@ def newer_table(folder: Folder) -> None:
     [
         (make_sweep, without("manifest.json"), "has no manifest.json; give an output folder"),
         (make_sweep, manifest(counts={"used": 4}), "counts 4 samples as used, samples.parquet has 3"),
+        (make_sweep, manifest(num_layers=6), "each of 6 layers once"),
+        (make_sweep, truncated("lc_samples/part-00001.parquet"), "part-00001.parquet is not a whole Parquet file"),
+        (make_sweep, truncated("plans/two.json"), "plans/two.json: "),
         (make_sweep, newer_table, "schema version 7, expected 1"),
         (make_sweep, first_row("lc_layers", mean=float("nan")), "an LC that is not a number"),
         (make_sweep, without("samples.parquet"), "has no samples.parquet although its run has ended"),
