@@ -124,19 +124,16 @@ def random_model(
     name: str, *, layers: int | None, dtype: torch.dtype, device: torch.device, real_tower: bool = True
 ) -> Any:
     """Build a model of MODELS with random weights, cut to `layers` decoder layers, in evaluation mode."""
+    from transformers.initialization import no_init_weights
+
     model_class, config = published(name).build(layers=layers, real_tower=real_tower)
-    with torch.device("meta"):
+    with no_init_weights(), device:
         model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    model.to_empty(device=device)
     draw = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             # Norm weights are vectors; the rest only has to keep activations in range.
-            if weight.dim() == 1:
-                weight.fill_(1.0)
-            else:
-                weight.normal_(std=0.02, generator=draw)
-        _restore_buffers(model)
+            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(std=0.02, generator=draw)
     return model.eval().requires_grad_(False)
 
 
@@ -153,17 +150,3 @@ def image_prompt(
     start = min(35, text_tokens - text_after)
     ids_BT[:, start : start + visual_tokens] = visual_id
     return {"input_ids": ids_BT.to(model.device), "attention_mask": torch.ones_like(ids_BT).to(model.device)}
-
-
-def _restore_buffers(model: Any) -> None:
-    """Give buffers (rotary frequencies, position ids) the values that an ordinary construction computes."""
-    for name, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        if "inv_freq" in own:
-            fresh = type(module)(module.config)
-            for key, value in dict(fresh.named_buffers(recurse=False)).items():
-                own[key].copy_(value)
-        elif "position_ids" in own:
-            own["position_ids"].copy_(torch.arange(own["position_ids"].shape[-1]).expand_as(own["position_ids"]))
-        elif own:
-            raise NotImplementedError(f"{name} of {type(model).__name__} has buffers {sorted(own)} without a rule")
