@@ -130,6 +130,7 @@ def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
     assert asyncio.run(client.plans()) == {"c": new.digest, "b": plan("b", 3, 4).digest}
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_loses_no_completion(handle: Any) -> None:
     sampling = SamplingParams(max_tokens=40, min_tokens=40)
     requests = [

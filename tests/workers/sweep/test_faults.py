@@ -90,7 +90,10 @@ def test_a_model_folder_reaches_a_node_without_it(tmp_path: Path, monkeypatch: p
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
     ("engine", "reason"),
-    [(FakeEngine(broken=True), "no file named"), (FakeEngine(dies_loading=True), "died while loading")],
+    [
+        (FakeEngine(broken=True), "no file named"),
+        pytest.param(FakeEngine(dies_loading=True), "died while loading", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_that_cannot_be_loaded_ends_the_sweep_in_one_line(
     tmp_path: Path, engine: FakeEngine, reason: str, monkeypatch: pytest.MonkeyPatch
