@@ -1,6 +1,5 @@
 """--print-submission-id: one id per attempt on a folder, without work; and one driver at a time."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from jobs import campaign, lc_sweep
 from reports.manifest import CampaignManifest, State, SweepManifest
 from reports.store import Folder
-from shortv.errors import Refused, ShortVError
+from shortv.errors import ShortVError
 from shortv.workers.campaign.driver import run_campaign
 from shortv.workers.campaign.spec import campaign_submission_id
 from shortv.workers.run import LOCK_NAME, one_driver
@@ -94,6 +93,10 @@ def fail(*_: Any) -> dict[str, Any]:
 
 def test_each_start_of_a_sweep_is_an_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_spec(tmp_path, samples=4)
+    # A folder that holds only a lock is new.
+    with one_driver(Folder(request.output_path)):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
     first = sweep_submission_id(request)
     assert first.endswith("-1")
     monkeypatch.setattr(driver, "run_units", fail)
@@ -123,19 +126,6 @@ def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
     assert campaign_submission_id(more).endswith("-3") and campaign_submission_id(more)[:-2] != first[:-2]
 
 
-def test_a_second_driver_on_a_live_sweep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_spec(tmp_path, samples=4)
-
-    def run_another(*arguments: Any) -> dict[str, Any]:
-        with pytest.raises(Refused, match=r"out is in use by process \d+ on .*; wait until it has ended"):
-            run_sweep(request, engine=FakeEngine())
-        return run_units_here(*arguments)
-
-    monkeypatch.setattr(driver, "run_units", run_another)
-    assert run_sweep(request, engine=FakeEngine()) == 0
-    assert SweepManifest.load(Folder(request.output_path)).attempts == 1
-
-
 def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,13 +144,3 @@ def test_a_sweep_that_another_driver_finished_meanwhile_is_shown(
     assert run_sweep(request, engine=FakeEngine()) == 0
     manifest = SweepManifest.load(Folder(request.output_path))
     assert manifest.state is State.COMPLETE and manifest.attempts == 1
-
-
-def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = make_spec(tmp_path, samples=4)
-    with one_driver(Folder(request.output_path)):
-        pass
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_NAME]
-    monkeypatch.setattr(driver, "run_units", run_units_here)
-    assert run_sweep(request, engine=FakeEngine()) == 0
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["attempts"] == 1
