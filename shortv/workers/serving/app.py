@@ -32,7 +32,7 @@ from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_env
 from shortv.workers.placement import Node, Placement, place
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
-from shortv.workers.serving.replica import Replica, ReplicaSetup, read_plans
+from shortv.workers.serving.replica import Replica, read_plans
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 from shortv.workers.shipping import offer
@@ -83,13 +83,6 @@ def replica_app(
     cpus = placement.cpus if cpus is None else cpus
     public = Environment({name: value for name, value in model.environment.items() if name != "HF_TOKEN"})
     offered = {plan.parts.path: offer(plan.parts.path) for plan in plans if plan.parts is not None}
-    setup = ReplicaSetup(
-        model=replace(model, environment=public),
-        device=placement.device,
-        threads=0 if placement.gpus else max(1, math.floor(cpus)),
-        parts={path: folder for path, folder in offered.items() if folder is not None},
-        engine=engine,
-    )
     low, high = placement.low, placement.high
     most = engine.batch_size + engine.max_queued
     autoscaling = {
@@ -117,7 +110,13 @@ def replica_app(
         logging_config=_LOGGING,
         **({"num_replicas": low} if low == high else {"autoscaling_config": autoscaling}),
     )
-    return deployment.bind(setup)
+    return deployment.bind(
+        replace(model, environment=public),
+        device=placement.device,
+        threads=0 if placement.gpus else max(1, math.floor(cpus)),
+        parts={path: folder for path, folder in offered.items() if folder is not None},
+        engine=engine,
+    )
 
 
 class Endpoint:
@@ -161,7 +160,7 @@ def endpoint(args: Mapping[str, Any]) -> Any:
     nodes = [Node(cpus=one.get("CPU", 0), gpus=one.get("GPU", 0), total_gpus=one.get("GPU", 0)) for one in totals]
     # A folder must be on every node: nobody could ship it to replicas that start after this process has ended.
     model = RemoteModel(loader=ModelLoader(), spec=spec.model_spec(), folder=None, environment=hub_environment())
-    return deployment.bind(replicas_of(spec, model, placement_of(spec, nodes)), spec, key_digests(spec))
+    return deployment.bind(replicas_of(spec, model, nodes)[0], spec, key_digests(spec))
 
 
 def reports_of(spec: EndpointSpec) -> Any:
@@ -174,16 +173,16 @@ def key_digests(spec: EndpointSpec) -> tuple[str, ...]:
     return key_digests_of(spec.api_key_file) if spec.api_key_file else ()
 
 
-def placement_of(spec: EndpointSpec, nodes: Sequence[Node]) -> Placement:
-    """Fit the replicas of an endpoint to the nodes. Raises Refused as `place_replicas`."""
-    return place_replicas(nodes, replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device)
+def replicas_of(spec: EndpointSpec, model: RemoteModel, nodes: Sequence[Node]) -> tuple[Any, str | None]:
+    """Return the replicas of an endpoint, and what to tell the user about their number.
 
-
-def replicas_of(spec: EndpointSpec, model: RemoteModel, placement: Placement) -> Any:
-    """Return the replicas of an endpoint. Raises Refused for unreadable plans."""
+    Raises:
+        Refused: plans cannot be read, or no node has enough GPUs.
+    """
+    placement = place_replicas(nodes, replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device)
     engine = EngineSettings(batch_size=spec.batch_size, max_queued=spec.max_queued, stall_s=spec.stall_timeout)
     cpus, plans = spec.cpus_per_replica, read_plans(spec.plans)
-    return replica_app(model, plans, placement, engine=engine, cpus=cpus, drain_s=spec.timeout)
+    return replica_app(model, plans, placement, engine=engine, cpus=cpus, drain_s=spec.timeout), placement.note
 
 
 def deploy(app: Any, *, name: str, timeout_s: float = STARTUP_S) -> DeploymentHandle[Any]:

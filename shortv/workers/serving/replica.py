@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ray.util.metrics import Counter, Histogram
@@ -86,39 +85,40 @@ def fit_plans(
     return found, warnings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaSetup:
-    """What a replica is started with. `threads` 0 leaves the number to torch.
-
-    `parts` are folders of learned parts by the path in their plans, for nodes that do not have them. Serve stores the
-    setup, so it contains no secret.
-    """
-
-    model: RemoteModel
-    device: str
-    threads: int = 0
-    parts: Mapping[str, ShippedFolder] = field(default_factory=dict)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-
-
 class Replica:
     """Completes requests under any plan of its `user_config`, `{"plans": [...]}` (sources as `read_plans` takes them).
 
     Its methods return failures as values: an exception means that the replica itself has failed.
     """
 
-    def __init__(self, setup: ReplicaSetup) -> None:
-        """Load the model and start the engine; the full model is served at once, plans come with `reconfigure`."""
+    def __init__(
+        self,
+        model: RemoteModel,
+        *,
+        device: str,
+        threads: int = 0,
+        parts: Mapping[str, ShippedFolder] | None = None,
+        engine: EngineSettings | None = None,
+    ) -> None:
+        """Load the model and start the engine; the full model is served at once, plans come with `reconfigure`.
+
+        Serve stores these arguments, so they contain no secret.
+
+        Args:
+            threads: 0 leaves the number to torch.
+            parts: folders of learned parts by the path in their plans, for nodes that do not have them.
+        """
         quiet_transformers()
-        self._loaded: LoadedModel = setup.model.load(device=setup.device, threads=setup.threads)
-        self._name = setup.model.spec.name
-        self._parts = PartsCache(folders={path: folder.local for path, folder in setup.parts.items()})
+        settings = engine or EngineSettings()
+        self._loaded: LoadedModel = model.load(device=device, threads=threads)
+        self._name = model.spec.name
+        self._parts = PartsCache(folders={path: folder.local for path, folder in (parts or {}).items()})
         self._plans = self._fitting({})
-        self._image_bytes, self._most_image_bytes = 0, setup.engine.image_bytes
+        self._image_bytes, self._most_image_bytes = 0, settings.image_bytes
         # A tokenizer is for one thread at a time, and the processor's own is the engine's.
         self._tokenizer = deepcopy(self._loaded.processor.tokenizer)
         self._counting = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompt-length")
-        self._engine = Engine(self._loaded, setup.engine)
+        self._engine = Engine(self._loaded, settings)
         self._engine.start()
         self._metrics = _Metrics()
 

@@ -26,15 +26,7 @@ from shortv.terminal import say
 from shortv.workers.cluster import connected, free_nodes
 from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.run import Stopped, stop_on_signal
-from shortv.workers.serving.app import (
-    application_status,
-    deploy,
-    key_digests,
-    placement_of,
-    replicas_of,
-    reports_of,
-    undeploy,
-)
+from shortv.workers.serving.app import application_status, deploy, key_digests, replicas_of, reports_of, undeploy
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.replica import fit_plans, read_plans
@@ -64,10 +56,9 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
         serve.start(proxy_location="Disabled")
         over = threading.Event()
         try:
-            placement = placement_of(spec, free_nodes())
-            if placement.note:
-                say(console, placement.note)
-            app = replicas_of(spec, remote_model(ModelLoader(), spec.model_spec()), placement)
+            app, note = replicas_of(spec, remote_model(ModelLoader(), spec.model_spec()), free_nodes())
+            if note:
+                say(console, note)
             replicas = deploy(app, name=APP, timeout_s=spec.startup_timeout)
             endpoint = make_endpoint(spec, ReplicaClient(replicas), key_digests=digests, reports=reports)
             threading.Thread(target=_watch, args=(console, over), name="shortv-watch", daemon=True).start()

@@ -66,13 +66,8 @@ class Detokenizer:
             return self.text
         # An incomplete character may become the next one of a stop.
         whole = self.text.rstrip(_INCOMPLETE)
-        final = len(whole)
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(whole)), 0, -1):
-                if whole.endswith(stop[:length]):
-                    final = min(final, len(whole) - length)
-                    break
-        return whole[:final]
+        begun = (size for stop in self._stop for size in range(1, len(stop)) if whole.endswith(stop[:size]))
+        return whole[: len(whole) - max(begun, default=0)]
 
     def _settle(self) -> None:
         """Keep the text of all but the last tokens, if decoding the two parts separately gives the same text."""

@@ -58,7 +58,7 @@ def test_a_model_is_spread_over_the_gpus_of_its_replica(device: str, gpus: float
     placement = place_replicas(nodes((16, 4), (9, 0)), replicas=ONE_TO_TWO, device=device, gpus=gpus)
     assert (placement.device, placement.gpus) == (found, used)
     bound = deployment(gpus=placement.gpus, cpus=placement.cpus)
-    assert bound.init_args[0].device == found
+    assert bound.init_kwargs["device"] == found
     assert bound.ray_actor_options == {"num_cpus": 9 if found == "cpu" else 1, "num_gpus": used}
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import json
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from shortv.plan import Mode, Plan, modes_of_layers
 from shortv.request import Completion
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
-from shortv.workers.serving.replica import Replica, ReplicaSetup, ServedPlan, fit_plans
+from shortv.workers.serving.replica import Replica, ServedPlan, fit_plans
 from shortv.workers.serving.run import check_model
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec
@@ -62,24 +60,6 @@ def routers(folder: Path) -> Plan:
 def completions(*submitted: Submitted) -> list[Completion]:
     with running(EngineSettings(batch_size=8)) as engine:
         return [one.completion() for one in submit(engine, *submitted)]
-
-
-def test_plans_that_share_parts_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch)
-    plan = plan_of(bundled(), save_shifts(tmp_path, bundled(), layers=(2,)))
-    plans = [at(plan, threshold) for threshold in (0.2, 0.5, 0.9)]
-    cache = PartsCache()
-    book = fitted(plans, runs(cache))
-    found: Any = [book[one.name].run for one in plans]
-    assert [run.times for run in found] == [0.2, 0.5, 0.9]
-    assert len({id(run.parts) for run in found}) == 1
-    # The next list of plans takes over what is loaded, and what no plan needs is let go.
-    again = fitted(plans[:1], runs(cache))["at-0.2"].run
-    assert again is not None and again.identity == found[0].identity
-    parts = weakref.ref(found[0].parts)
-    del book, found, again
-    gc.collect()
-    assert parts() is None
 
 
 def test_sequences_with_parts_run_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +147,7 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
     weights = tmp_path / "cut" / "parts.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     spec = ModelSpec(name=str(TINY / "model"), dtype="float32")
-    replica = Replica(ReplicaSetup(model=RemoteModel(loader=ModelLoader(), spec=spec, folder=None), device="cpu"))
+    replica = Replica(RemoteModel(loader=ModelLoader(), spec=spec, folder=None), device="cpu")
 
     async def change(*plans: Plan) -> dict[str, str]:
         await replica.reconfigure({"plans": [json.loads(one.to_json()) for one in plans]})

@@ -10,7 +10,7 @@ import pytest
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
-from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.replica import Replica
 from shortv.workers.serving.scheduler import EngineSettings
 from tests.tiny_model import TINY, calibration
 from tests.workers.serving.endpoint_fakes import picture
@@ -20,7 +20,7 @@ from tests.workers.serving.endpoint_fakes import picture
 def replica() -> Iterator[Replica]:
     spec = ModelSpec(name=str(TINY / "model"), dtype="float32")
     model = RemoteModel(loader=ModelLoader(), spec=spec, folder=None)
-    found = Replica(ReplicaSetup(model=model, device="cpu", engine=EngineSettings(image_bytes=100_000)))
+    found = Replica(model, device="cpu", engine=EngineSettings(image_bytes=100_000))
     yield found
     found._engine.stop()
 

@@ -26,7 +26,7 @@ from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.placement import Placement
 from shortv.workers.serving.app import REPLICA, deploy, replica_app
 from shortv.workers.serving.client import ReplicaClient
-from shortv.workers.serving.replica import Replica, ReplicaSetup
+from shortv.workers.serving.replica import Replica
 from shortv.workers.serving.scheduler import EngineSettings
 from tests.tiny_model import TINY, calibration
 
@@ -193,8 +193,8 @@ def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch:
         pass
 
     class Losing(Replica):
-        def __init__(self, setup: ReplicaSetup) -> None:
-            Replica.__init__(self, setup)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            Replica.__init__(self, *arguments, **options)
             prefill = self._engine._prefill
 
             def failing(sequences: Any) -> None:
