@@ -99,8 +99,25 @@ class _Open(_Object):
         return {name: item for name, item in value.items() if not _is_neutral(name, item)}
 
 
+def _decoded(url: object) -> bytes:
+    """Return the encoded image of a data URI; nothing is ever fetched."""
+    if not isinstance(url, str):
+        raise PydanticCustomError("string_type", "this is not a text; send data:image/png;base64,...")
+    found = _DATA_URI.match(url)
+    if found is None:
+        scheme = _SCHEME.match(url)
+        kind = f"a {scheme.group().lower()} URL" if scheme else "a text"
+        problem = "this is {kind}, not a base64 data URI of an image; URLs are never fetched"
+        raise PydanticCustomError("url", problem + "; send data:image/png;base64,...", {"kind": kind})
+    try:
+        return binascii.a2b_base64(memoryview(url.encode("ascii"))[found.end() :], strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError):
+        problem = "this is not valid base64; encode the file with the standard alphabet"
+        raise PydanticCustomError("base64", problem) from None
+
+
 class _ImageUrl(_Object):
-    url: StrictStr
+    url: Annotated[bytes, BeforeValidator(_decoded)]
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
@@ -244,47 +261,27 @@ def _messages(parsed: _Body, spec: EndpointSpec) -> Iterator[Message]:
     if characters > MAX_PROMPT_CHARS:
         problem = f"messages have {characters} characters, and {MAX_PROMPT_CHARS} are allowed; shorten them"
         raise HttpError(400, problem, param="messages", code="context_length_exceeded")
-    pixels = int(spec.max_image_megapixels * 1e6)
-    left = pixels
+    left = allowed = int(spec.max_image_megapixels * 1e6)
     for at, message in enumerate(parsed.messages):
-        content: list[str | bytes] = []
         for number, part in enumerate(message.content):
             where = f"messages.{at}.content.{number}"
-            if part.image_url is None:
-                content.append(part.text or "")
-            elif message.role != "user":
+            if part.image_url is not None and message.role != "user":
                 problem = f"{where} is an image of role {message.role}; only users send images"
                 raise HttpError(400, problem, param=where)
-            else:
-                data, used = _image(part.image_url.url, f"{where}.image_url.url", left=left, allowed=pixels)
-                content.append(data)
-                left -= used
+            if part.image_url is not None:
+                left -= _pixels(part.image_url.url, f"{where}.image_url.url", left=left, allowed=allowed)
+        content = (part.text or "" if part.image_url is None else part.image_url.url for part in message.content)
         yield Message(role="system" if message.role == "developer" else message.role, parts=tuple(content))
 
 
-def _image(url: str, param: str, *, left: int, allowed: int) -> tuple[bytes, int]:
-    """Return the encoded image of a data URI and its pixels; nothing is ever fetched. Raises HttpError."""
-    data = _data(url, param)
+def _pixels(image: bytes, param: str, *, left: int, allowed: int) -> int:
+    """Return the number of pixels of an image. Raises HttpError for more than are left."""
     try:
-        width, height = image_size(data, formats=WEB_FORMATS, max_pixels=allowed)
+        width, height = image_size(image, formats=WEB_FORMATS, max_pixels=allowed)
     except SampleError as error:
         code = "image_too_large" if error.error in ("too-large", "too-elongated") else "invalid_image"
         raise HttpError(400, f"{param}: {error.message}", param=param, code=code) from None
     if width * height > left:
         problem = f"with {width} x {height} pixels the images exceed the {allowed} allowed for all together"
         raise HttpError(400, f"{param}: {problem}; scale them down", param=param, code="image_too_large")
-    return data, width * height
-
-
-def _data(url: str, param: str) -> bytes:
-    found = _DATA_URI.match(url)
-    if found is None:
-        scheme = _SCHEME.match(url)
-        kind = f"a {scheme.group().lower()} URL" if scheme else "a text"
-        problem = f"{param} is {kind}, not a base64 data URI of an image; URLs are never fetched"
-        raise HttpError(400, f"{problem}; send data:image/png;base64,...", param=param)
-    try:
-        return binascii.a2b_base64(memoryview(url.encode("ascii"))[found.end() :], strict_mode=True)
-    except (binascii.Error, UnicodeEncodeError):
-        problem = f"{param} is not valid base64; encode the file with the standard alphabet"
-        raise HttpError(400, problem, param=param) from None
+    return width * height

@@ -29,11 +29,10 @@ class Submitted:
     """A sequence and the events it has emitted."""
 
     sequence: Sequence
-    events: queue.Queue[Event] = field(default_factory=queue.Queue)
+    events: queue.Queue[Event]
     chunks: list[Chunk] = field(default_factory=list)
 
     def next_chunk(self) -> Chunk:
-        """Wait for the next chunk."""
         event = self.events.get(timeout=GUARD_S)
         assert isinstance(event, Chunk), event
         self.chunks.append(event)
@@ -41,20 +40,16 @@ class Submitted:
 
     def last(self) -> Completion | Failure | Likelihood:
         """Wait for the event that ends it."""
-        while True:
-            event = self.events.get(timeout=GUARD_S)
-            if not isinstance(event, Chunk):
-                return event
+        while isinstance(event := self.events.get(timeout=GUARD_S), Chunk):
             self.chunks.append(event)
+        return event
 
     def completion(self) -> Completion:
-        """Wait for the completion; fails the test if there is none."""
         found = self.last()
         assert isinstance(found, Completion), found
         return found
 
     def failure(self) -> Failure:
-        """Wait for the failure; fails the test if there is none."""
         found = self.last()
         assert isinstance(found, Failure), found
         return found
@@ -78,15 +73,10 @@ def sequence_of(
 ) -> Submitted:
     """A sequence for a sample or a conversation, under the full model unless modes are given."""
     messages = (message_of(content),) if isinstance(content, Sample) else tuple(content)
+    parameters, more = SamplingParams(**sampling), {"continuation": continuation, "timeout_s": timeout_s}
     events: queue.Queue[Event] = queue.Queue()
     sequence = Sequence(
-        request=Request(
-            request_id="test",
-            messages=messages,
-            sampling=SamplingParams(**sampling),
-            continuation=continuation,
-            timeout_s=timeout_s,
-        ),
+        request=Request(request_id="test", messages=messages, sampling=parameters, **more),  # type: ignore[arg-type]
         prompt=prompt_of(loaded, messages),
         modes=tuple(modes or (Mode.FULL,) * len(loaded.decoder.layers)),
         run=run,
@@ -98,7 +88,6 @@ def sequence_of(
 
 
 def submit(engine: Engine, *submitted: Submitted) -> list[Submitted]:
-    """Submit all sequences at once."""
     for one in submitted:
         engine.submit(one.sequence)
     return list(submitted)

@@ -71,7 +71,7 @@ def test_a_wrong_field_is_named() -> None:
         (message(content=[]), "messages.0.content"),
         (message(content=[{"type": "video_url"}]), "messages.0.content.0.type"),
         (message(content=[{"type": "text"}]), "messages.0.content.0"),
-        (message(content=[{"type": "text", "text": "x", "image_url": {"url": "y"}}]), "messages.0.content.0"),
+        (message(content=[{**image, "text": "x"}]), "messages.0.content.0"),
         (message(content=[{"type": "image_url", "image_url": "x"}]), "messages.0.content.0.image_url"),
         (message(content="x", role="tool"), "messages.0.role"),
         (message(content="x", tool_calls=[{}]), "messages.0.tool_calls"),
@@ -102,32 +102,19 @@ def test_a_field_of_vllm_is_told_its_place_and_values_are_not_repeated() -> None
     assert len(json.dumps(refused(body(**{"x" * 10**6: 1})))) < 1000
 
 
-def test_harmless_fields_are_ignored() -> None:
+def test_harmless_fields_are_ignored_and_every_setting_reaches_the_request() -> None:
     ignored = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "n": 1, "tools": []}
     neutral = {"presence_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "temperature": None}
-    # lmms-eval's own OpenAI backend passes on the penalties and n of a task.
-    assert read(body(**ignored, **neutral, frequency_penalty=0)).sampling == SamplingParams()
-
-
-def test_every_setting_reaches_the_request() -> None:
-    settings = {"max_completion_tokens": 9, "temperature": 1, "top_p": 0.5, "seed": -3, "stop": "end"}
-    vendor = {"top_k": 4, "min_tokens": 2, "repetition_penalty": 1.5}
-    data = body(**settings, shortv=vendor, logprobs=True, top_logprobs=3, stream=True)
-    call = read_bytes(json.dumps(data).encode(), timeout=7)
-    assert call.request.sampling == SamplingParams(
-        max_tokens=9,
-        min_tokens=2,
-        temperature=1.0,
-        top_p=0.5,
-        top_k=4,
-        repetition_penalty=1.5,
-        seed=-3,
-        stop=("end",),
-        top_logprobs=3,
-    )
+    # lmms-eval's own OpenAI backend passes on the penalties and n of a task, and such a limit.
+    found = read(body(**ignored, **neutral, frequency_penalty=0, max_tokens=49152)).sampling
+    assert found == SamplingParams(max_tokens=49152)
+    settings: dict[str, Any] = {"temperature": 1.0, "top_p": 0.5, "seed": -3}
+    vendor: dict[str, Any] = {"top_k": 4, "min_tokens": 2, "repetition_penalty": 1.5}
+    more = {"max_completion_tokens": 9, "stop": "end", "logprobs": True, "top_logprobs": 3, "stream": True}
+    call = read_bytes(json.dumps(body(**settings, **more, shortv=vendor)).encode(), timeout=7)
+    wanted = SamplingParams(**settings, **vendor, max_tokens=9, stop=("end",), top_logprobs=3)
+    assert call.request.sampling == wanted
     assert call.stream and not call.include_usage and call.request.timeout_s == 7
-    # As tasks of lmms-eval ask.
-    assert read(body(max_tokens=49152)).sampling.max_tokens == 49152
 
 
 def test_messages_keep_the_order_of_texts_and_images() -> None:

@@ -16,13 +16,17 @@ from shortv.evals.generation import generate, likelihoods
 from shortv.families import LoadedModel
 from shortv.layers.apply import executing
 from shortv.plan import Mode, modes_of_layers
-from shortv.request import Completion, Likelihood, Message, Reason
+from shortv.request import Completion, Likelihood, Message, Reason, TokenLogprob
 from shortv.workers.serving import batch as batch_module
 from shortv.workers.serving import engine as engine_module
 from shortv.workers.serving.batch import RunningBatch
 from shortv.workers.serving.engine import Engine
 from shortv.workers.serving.sampling import Chosen
 from shortv.workers.serving.scheduler import EngineSettings
+from shortv.workers.serving.sequence import Detokenizer
+from tests.families.test_processors import BATCHES
+from tests.models import LAYERS
+from tests.processors import CHECKPOINTS, build_tokenizer, loaded_checkpoint
 from tests.tiny_model import bundled, calibration
 from tests.workers.serving.sequences import GUARD_S, Submitted, running, sequence_of, submit
 
@@ -81,6 +85,31 @@ def test_completions_equal_generate_for_every_plan_at_once() -> None:
         assert completion.visual_tokens == 36 * len(one.sequence.prompt.images)
         assert completion.finish_reason == ("length" if completion.completion_tokens == 12 else "stop")
     assert engine.vision.misses == 3  # six plans, three images
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """A random checkpoint of each family."""
+    return loaded_checkpoint(request.param)
+
+
+def test_interleaved_batches_of_different_plans_equal_generate(loaded: LoadedModel) -> None:
+    plans = [
+        (Mode.FULL,) * LAYERS,
+        modes_of_layers(Mode.FREEZE_VISUAL, range(1, LAYERS), LAYERS),
+        modes_of_layers(Mode.DROP_VISUAL, range(2, LAYERS), LAYERS),
+    ]
+    submitted = [
+        sequence_of(loaded, sample, modes, max_tokens=3 + 2 * at)
+        for modes in plans
+        for at, sample in enumerate(BATCHES["text-first"])
+    ]
+    with running(EngineSettings(batch_size=8, max_batches=6), loaded) as engine:
+        completions = [one.completion() for one in submit(engine, *submitted)]
+    for one, completion in zip(submitted, completions, strict=True):
+        wanted = generated(one, loaded)
+        assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.completion_tokens)
+        assert completion.prompt_tokens == wanted.prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -394,3 +423,33 @@ def test_an_engine_is_stuck_when_a_layer_is_not_when_a_step_is_long(
             hook.remove()
     assert len(troubles) >= 8
     assert all((trouble is not None) == stuck for trouble in troubles)
+
+
+def test_a_stop_whose_characters_are_several_tokens_is_never_shown() -> None:
+    tokenizer = build_tokenizer(CHECKPOINTS["Qwen2VLProcessor"])
+    output = Detokenizer(tokenizer, stop=("b漢",), ends=(), limit=100)
+    shown = ""
+    for token in tokenizer("see b漢 x")["input_ids"]:
+        if output.finish_reason is None:
+            output.add(token)
+            shown = max(shown, output.final_text(), key=len)
+    assert (shown, output.text, output.finish_reason) == ("see ", "see ", "stop")
+
+
+def test_tokens_without_text_are_streamed_with_their_log_probabilities() -> None:
+    tokenizer = bundled().processor.tokenizer
+    one = sequence_of(bundled(), calibration()[0], streams=True, max_tokens=2)
+    one.sequence.begin(bundled(), (), started=0.0)
+    logprob = TokenLogprob("a", -1.0, ())
+    one.sequence.add(Chosen(tokenizer("a", add_special_tokens=False)["input_ids"][0], logprob))
+    one.sequence.add(Chosen(tokenizer.pad_token_id, logprob))
+    assert len(one.completion().logprobs) == 2 == sum(len(chunk.logprobs) for chunk in one.chunks)
+
+
+def test_every_token_that_decodes_to_no_text_can_be_a_stop() -> None:
+    tokenizer = build_tokenizer(CHECKPOINTS["Qwen2VLProcessor"])
+    assert "<|im_start|>" not in tokenizer.all_special_tokens
+    processor = type("Processor", (), {"tokenizer": tokenizer})
+    ends, texts = replace(bundled(), processor=processor).end_tokens(("<|im_start|>", "\n", "<|im_end|>"))
+    assert texts == ("\n",)
+    assert ends[-2:] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])

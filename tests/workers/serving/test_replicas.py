@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +67,10 @@ def serve_deploy(*plans: Plan) -> None:
         time.sleep(0.1)
 
 
-def app_of_one() -> Any:
-    return replica_app(
-        RemoteModel(loader=ModelLoader(), spec=ModelSpec(name=MODEL), folder=None),
-        (),
-        Placement(low=1, high=1, cpus=0, gpus=0),
-        engine=EngineSettings(batch_size=4, max_queued=64),
-    )
-
-
 def plan(name: str, *layers: int) -> Plan:
     found = load_architecture(MODEL)
-    return Plan.of_layers(
-        Mode.FREEZE_VISUAL,
-        layers,
-        num_layers=found.num_layers,
-        name=name,
-        model=MODEL,
-        config_digest=found.config_digest,
-    )
+    sizes: Any = {"num_layers": found.num_layers, "config_digest": found.config_digest}
+    return Plan.of_layers(Mode.FREEZE_VISUAL, layers, name=name, model=MODEL, **sizes)
 
 
 def processes(app: str) -> dict[int, psutil.Process]:
@@ -134,12 +120,7 @@ def test_plans_come_and_go_without_a_new_process(handle: Any) -> None:
 def test_a_replica_that_is_killed_loses_no_completion(handle: Any) -> None:
     sampling = SamplingParams(max_tokens=40, min_tokens=40)
     requests = [
-        Request(
-            request_id=sample.sample_id,
-            plan="b" if number % 2 else "",
-            messages=(message_of(sample),),
-            sampling=sampling,
-        )
+        replace(request_of("b" if number % 2 else ""), messages=(message_of(sample),), sampling=sampling)
         for number, sample in enumerate(calibration()[:60])
     ]
     wanted = complete(handle, requests)
@@ -169,9 +150,9 @@ def test_a_request_that_kills_every_replica_is_given_up_and_takes_no_other_with_
             await asyncio.sleep(0.1)
             if request.request_id == "deadly":
                 os._exit(1)
-            counts = {"prompt_tokens": 1, "visual_tokens": 0, "completion_tokens": 1}
-            times = {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
-            return Completion(text=request.request_id, finish_reason="stop", plan_digest=None, **counts, **times)
+            zero = dict.fromkeys(("prompt_tokens", "visual_tokens", "completion_tokens"), 0)
+            times = dict.fromkeys(("queue_ms", "prefill_ms", "decode_ms"), 0.0)
+            return Completion(text=request.request_id, finish_reason="stop", plan_digest=None, **zero, **times)
 
     deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
     handle = deploy(deployment.bind(), name="deadly")
@@ -206,7 +187,9 @@ def test_a_replica_that_lost_its_device_is_replaced(tmp_path: Path, monkeypatch:
             self._engine._prefill = failing  # type: ignore[method-assign]
 
     monkeypatch.setattr("shortv.workers.serving.app.Replica", Losing)
-    handle = deploy(app_of_one(), name="losing")
+    model = RemoteModel(loader=ModelLoader(), spec=ModelSpec(name=MODEL), folder=None)
+    place = Placement(low=1, high=1, cpus=0, gpus=0)
+    handle = deploy(replica_app(model, (), place, engine=EngineSettings(batch_size=4)), name="losing")
     before = processes("losing")
     found = complete(handle, [request_of(text=text) for text in ("how many?", "what is red?")])
     assert lost.exists() and all(isinstance(one, Completion) and one.text for one in found)
