@@ -157,16 +157,12 @@ class Replica:
 
     async def complete(self, request: Request) -> Completion | Likelihood | Failure:
         """Complete a request, or score its continuation."""
-        last = [event async for event in self._events(request, streams=False)][-1]
+        last = [event async for event in self.stream(request, in_chunks=False)][-1]
         assert not isinstance(last, Chunk)
         return last
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def stream(self, request: Request, *, in_chunks: bool = True) -> AsyncIterator[Event]:
         """Complete a request in chunks; the whole completion or a failure comes last."""
-        async for event in self._events(request, streams=True):
-            yield event
-
-    async def _events(self, request: Request, *, streams: bool) -> AsyncIterator[Event]:
         started = time.monotonic()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -179,7 +175,7 @@ class Replica:
         with self._image_memory(request.messages) as fits:
             problem = "the images of other requests fill the memory; try again later"
             full = Failure(reason=Reason.OVERLOADED, message=problem)
-            found = await self._sequence(request, emit, streams=streams) if fits else full
+            found = await self._sequence(request, emit, streams=in_chunks) if fits else full
             if isinstance(found, Failure):
                 emit(found)
             else:
