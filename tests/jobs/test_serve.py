@@ -193,6 +193,8 @@ def test_overload_is_turned_away_and_nobody_hangs(endpoint: Endpoint) -> None:
     assert 2 <= found[200] < 40
     assert endpoint.ask(max_tokens=2).choices
 
+
+def test_what_cannot_be_right_is_refused_before_work_starts(job: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for arguments, message in (
