@@ -33,7 +33,6 @@ from shortv.workers.serving.replica import fit_plans, read_plans
 from shortv.workers.serving.spec import EndpointSpec
 
 APP = "shortv"
-_GONE = "gone"
 
 
 def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Console) -> int:
@@ -65,7 +64,10 @@ def run_endpoint(spec: EndpointSpec, *, host: str | None, port: int, console: Co
             serve_app(endpoint, listening, announce=partial(_announce, spec, address_of(listening), console))
         finally:
             over.set()
-            _end(alone=not others)
+            undeploy(APP)
+            # Serve stays where it has other applications. A Ray of this process ends with it, more quietly.
+            if not others and os.environ.get("RAY_ADDRESS"):
+                serve.shutdown()  # type: ignore[no-untyped-call]
     say(console, "stopped")
     return 0
 
@@ -100,27 +102,15 @@ def _announce(spec: EndpointSpec, address: str, console: Console) -> None:
     say(console, f"{address}/v1 is ready; Ctrl-C stops it")
 
 
-def _status() -> str:
-    try:
-        status = application_status(APP)
-    except (RayError, RayServeException):
-        return "out of reach"
-    return status.value.lower().replace("_", " ") if status else _GONE
-
-
 def _watch(console: Console, over: threading.Event) -> None:
     """Say when the application changes its state."""
     last = "running"
     while not over.wait(1):
-        status = _status()
+        try:
+            found = application_status(APP)
+            status = found.value.lower().replace("_", " ") if found else "gone"
+        except (RayError, RayServeException):
+            status = "out of reach"
         if status != last and not over.is_set():
             say(console, f"the application is {status}")
             last = status
-
-
-def _end(*, alone: bool) -> None:
-    """End the application. Those of others on the cluster go on, and so does Serve where it has any."""
-    undeploy(APP)
-    # A Ray of this process ends with it, more quietly.
-    if alone and os.environ.get("RAY_ADDRESS"):
-        serve.shutdown()  # type: ignore[no-untyped-call]

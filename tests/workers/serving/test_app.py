@@ -14,7 +14,6 @@ from shortv.spec import ModelSpec, WorkerRange
 from shortv.workers.models import ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement
 from shortv.workers.serving import app as module
-from shortv.workers.serving import run
 from shortv.workers.serving.app import deploy, place_replicas, replica_app
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
@@ -122,11 +121,13 @@ def test_arguments_are_read_from_text_and_refused_by_name() -> None:
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("status", ["gone", "DELETING"])
-def test_the_end_does_not_wait_for_a_replica_that_never_ends(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("applications", [{}, {"it": SimpleNamespace(status=ApplicationStatus.DELETING)}])
+def test_the_end_does_not_wait_for_a_replica_that_never_ends(
+    applications: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     deleted = []
-    monkeypatch.setattr(run.serve, "delete", lambda name, _blocking: deleted.append((name, _blocking)))
-    monkeypatch.setattr(run, "_status", lambda: status)
-    monkeypatch.setattr(run, "_DELETION_S", 0.3)
-    run._end(alone=False)
-    assert deleted == [(run.APP, False)]
+    monkeypatch.setattr(module.serve, "delete", lambda name, _blocking: deleted.append((name, _blocking)))
+    monkeypatch.setattr(module.serve, "status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr(module, "_DELETION_S", 0.3)
+    module.undeploy("it")
+    assert deleted == [("it", False)]
