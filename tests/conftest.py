@@ -1,5 +1,6 @@
 """Rules for every test (no network, no hub), the Ray that tests share, and an order of tests drawn from a seed."""
 
+import gc
 import os
 import random
 import socket
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for group in groups for item in group]
 
 
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's rounds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """Ray on this machine with four CPUs, started by the first test that needs it and shared by all of them.
@@ -55,6 +62,7 @@ def local_ray() -> Iterator[None]:
 
 def pytest_sessionfinish() -> None:
     """Stop the shared Ray."""
+    gc.unfreeze()
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
 

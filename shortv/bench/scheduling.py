@@ -64,7 +64,7 @@ class SleepEngine(SweepEngine):
             used=tuple(map(used, samples)),
         )
 
-    def noise_floor(self, loaded: Any, inputs: bytes) -> float:
+    def noise_floor(self, loaded: Any, inputs: bytes, full_BV: Any = None) -> float:
         """Return a floor that grows with the batch."""
         return 1e-9 * len(inputs.split())
 

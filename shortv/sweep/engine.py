@@ -116,21 +116,22 @@ def measure(
 
 
 @torch.inference_mode()
-def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch) -> float:
+def noise_floor(loaded: LoadedModel, alone: Sequence[Batch], batch: Batch, full_BV: Tensor | None = None) -> float:
     """Largest KL divergence in nats between a sample's clean pass alone and in its batch, over samples and directions.
 
     A batch of one sample is compared with itself under a few padding tokens.
 
     Args:
         alone: each sample of the batch as a batch of its own, on the model's device.
+        full_BV: log-probabilities of the batch's clean pass, where it has been run.
     """
 
     def clean(one: Batch) -> Tensor:
         return log_probabilities(run_clean(loaded.decoder, one).logits_BV)
 
     if len(alone) == 1:
-        batch = _padded(batch, loaded.processor.tokenizer.pad_token_id or 0)
-    full_BV = clean(batch)
+        batch, full_BV = _padded(batch, loaded.processor.tokenizer.pad_token_id or 0), None
+    full_BV = clean(batch) if full_BV is None else full_BV
     alone_BV = torch.cat([clean(one) for one in alone]).to(full_BV.device)
     return float(torch.maximum(kl_divergence(alone_BV, full_BV), kl_divergence(full_BV, alone_BV)).max())
 

@@ -37,10 +37,10 @@ def bench(output: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_has_half_the_layer_passes_without_ray(tmp_path: Path) -> None:
-    rows = bench(tmp_path, "sweep", "--limit", "3", "--repeats", "1", "--batch-size", "2")
+    rows = bench(tmp_path, "sweep", "--limit", "2", "--repeats", "1", "--batch-size", "2")
     passes = [row["figures"]["layer_passes"] for row in rows]
-    assert passes == [3 * 8 * 9] * 2 + [3 * 8 * 9 // 2] * 3
-    assert all(row["case"].startswith("3 samples, 8 layers") and row["ratio"] > 0 for row in rows)
+    assert passes == [2 * 8 * 9] * 2 + [2 * 8 * 9 // 2] * 3
+    assert all(row["case"].startswith("2 samples, 8 layers") and row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_half_precision_is_as_near_to_the_truth_as_the_reference(kind: str, dtyp
         assert fast <= 2 * slow
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(list(KINDS)),
     specs=some_specs,

@@ -85,10 +85,10 @@ class FakeEngine(SleepEngine):
         )
         return replace(super().measure(loaded, good, inputs, **options), errors=errors)
 
-    def noise_floor(self, loaded: Any, inputs: bytes) -> float:
+    def noise_floor(self, loaded: Any, inputs: bytes, full_BV: Any = None) -> float:
         if len(inputs.split()) > self.most_samples:
             raise MemoryError
-        return super().noise_floor(loaded, inputs)
+        return super().noise_floor(loaded, inputs, full_BV)
 
     def record(self, sample: Sample, mode: Mode, layer: int) -> LcRecord:
         return record(sample, mode, layer)

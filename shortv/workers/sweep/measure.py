@@ -24,6 +24,8 @@ class Measured:
     records: tuple[LcRecord, ...] = ()
     used: tuple[UsedSample, ...] = ()
     errors: tuple[ErrorRecord, ...] = ()
+    full_BV: Any = None
+    """Log-probabilities of the clean pass, where all samples were measured together."""
 
     def __add__(self, other: Measured) -> Measured:
         return Measured(
@@ -122,14 +124,18 @@ class SweepEngine(ModelLoader):
             else:
                 problem = "the model gives logits that are NaN or infinite for this sample; try --dtype float32"
                 errors.append(ErrorRecord(sample_id=sample_id, stage="measure", error="non-finite", message=problem))
-        return Measured(records=tuple(found.records(header["used"])), used=tuple(used), errors=tuple(errors))
+        records = tuple(found.records(header["used"]))
+        return Measured(records=records, used=tuple(used), errors=tuple(errors), full_BV=found.full_BV)
 
-    def noise_floor(self, loaded: Any, inputs: bytes) -> float:
-        """Return the noise floor of a batch in nats; `inputs` holds each of its samples alone as well."""
+    def noise_floor(self, loaded: Any, inputs: bytes, full_BV: Any = None) -> float:
+        """Return the noise floor of a batch in nats; `inputs` holds each of its samples alone as well.
+
+        With `full_BV`, what `measure` found for the same inputs, the clean pass is not run again.
+        """
         from shortv.sweep.engine import noise_floor
 
         batch, *alone = (one.on(loaded) for one in _batches(inputs)[1])
-        return noise_floor(loaded, alone, batch)
+        return noise_floor(loaded, alone, batch, full_BV)
 
 
 def _batches(inputs: bytes) -> tuple[dict[str, Any], list[Any]]:

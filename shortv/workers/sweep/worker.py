@@ -166,7 +166,8 @@ class MeasuringStage:
                 attempts.enter(unit_id, NOISE)
                 good = {row.sample_id for row in measured.used}
                 used = [sample for sample in samples if sample.sample_id in good]
-                floor = self._floor(used, inputs if len(used) == len(samples) else None)
+                whole = len(used) == len(samples)
+                floor = self._floor(used, inputs if whole else None, measured.full_BV if whole else None)
             result = unit_table(unit_id, measured, noise_floor=floor)
         attempts.enter(unit_id, None)
         return result
@@ -222,7 +223,7 @@ class MeasuringStage:
         parts = (self._measure(samples[start : start + step], layers) for start in range(0, len(samples), step))
         return sum(parts, Measured())
 
-    def _floor(self, samples: Sequence[Sample], inputs: bytes | None = None) -> float | None:
+    def _floor(self, samples: Sequence[Sample], inputs: bytes | None = None, full_BV: Any = None) -> float | None:
         """Return the noise floor of the samples that could be used, as one batch.
 
         It is the same whether they were measured together or, after deaths and failures, apart. A batch that does not
@@ -232,7 +233,7 @@ class MeasuringStage:
             return None
         try:
             inputs = inputs or self._setup.engine.preprocess(self._loaded, samples, alone=True)
-            return self._setup.engine.noise_floor(self._loaded, inputs)
+            return self._setup.engine.noise_floor(self._loaded, inputs, full_BV)
         except Exception as error:  # a run without a noise floor is complete: only equal layers are ties
             _die_if_poisoned(error)
             if not is_out_of_memory(error) or len(samples) == 1:

@@ -324,6 +324,7 @@ def test_an_error_of_the_models_library_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ShortVError, match="loss of step 6 is nan") as error:
         run(tmp_path, ToyRecipe(nan_at=5))
@@ -333,6 +334,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_keeps_the_last_checkpoint(tmp
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "place", lambda *_, **__: Placement(low=1, high=1, cpus=999, gpus=0))
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
