@@ -20,7 +20,7 @@ from shortv.sample import Sample
 from shortv.sweep import engine
 from shortv.sweep.ablations import Ablation, ablate, run_clean
 from shortv.sweep.engine import Divergence, divergence, kl_divergence, log_probabilities
-from tests.law import SPECS, some_specs
+from tests.law import SPECS, assert_law, some_specs
 from tests.models import KINDS, LAYERS, Spec, batch_of, loaded, make_batch, prompts_of, random_model
 from tests.tiny_model import TINY, bundled, calibration
 
@@ -78,7 +78,7 @@ def test_engine_equals_naive_forwards(kind: str, attn: str) -> None:
     measured = engine.measure(model, batch, layers=range(len(model.decoder.layers)), modes=MODES)
     for ablation, ablated_BV in ablated(model, batch, MODES).items():
         naive_BV = naive(model, batch, ablation.mode, ablation.layer)
-        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
+        assert_law(ablated_BV, naive_BV)
         expected, found = divergence(measured.full_BV, naive_BV), measured.values[ablation]
         assert_close(found, expected)
         assert found[2].tolist() == expected[2].tolist()
@@ -120,7 +120,7 @@ def test_any_image_place_and_padding_equals_naive(specs: list[Spec], padding: st
     batch = batch_of("llava", specs, padding=padding, seed=seed)
     for ablation, ablated_BV in ablated(model, batch, [mode]).items():
         naive_BV = naive(model, batch, mode, ablation.layer)
-        torch.testing.assert_close(ablated_BV, naive_BV, atol=1e-5, rtol=0)
+        assert_law(ablated_BV, naive_BV)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
