@@ -48,7 +48,7 @@ def address(root: Path) -> Iterator[str]:
         assert f"http://127.0.0.1:{PORT}/" in service.stdout.readline()
         yield f"http://127.0.0.1:{PORT}/"
         service.terminate()
-        assert service.wait(20) == 0
+        assert service.wait(300) == 0
 
 
 class Visit:

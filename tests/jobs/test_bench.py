@@ -29,7 +29,7 @@ runpy.run_path("jobs/bench.py", run_name="__main__")
 def bench(output: Path, *arguments: str) -> list[dict[str, Any]]:
     """Run a benchmark as a script without Ray and return its rows."""
     command = [sys.executable, "-c", WITHOUT_RAY, *arguments, "--output-path", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads((output / "results.json").read_text())["rows"]
     assert all(row["case"] in done.stdout for row in rows)

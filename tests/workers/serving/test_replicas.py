@@ -61,7 +61,7 @@ def serve_deploy(*plans: Plan) -> None:
     }
     config = ServeDeploySchema.parse_obj({"proxy_location": "Disabled", "applications": [application]})
     _get_global_client().deploy_apps(config)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while (found := serve.status().applications[APP]).status != "RUNNING":
         assert found.status != "DEPLOY_FAILED" and time.monotonic() < deadline, found
         time.sleep(0.1)
