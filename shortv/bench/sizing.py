@@ -6,6 +6,7 @@ the process as Linux counts it; on a GPU, what torch's allocator hands out.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +121,11 @@ def _random_batch(loaded: LoadedModel, spec: SizingBench) -> Batch:
 
 
 def _occupied(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    # What was freed goes back to the system; otherwise the model may reuse it and seem smaller than it is.
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
