@@ -343,7 +343,7 @@ def serve_app(
     """
     config = uvicorn.Config(
         app,
-        # The parser of uvicorn's default has no limit on headers.
+        # uvicorn's default parser does not limit headers.
         http="h11",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_level="warning",

@@ -29,7 +29,7 @@ _COUNT: Final = re.compile(r"\d{1,9}", re.ASCII)
 
 
 class Location(NamedTuple):
-    """A place in a file system; `local` is set when that is a local path, `shown` has no secrets."""
+    """A place in a file system; `local` is set when that is a local path, `shown` contains no secrets."""
 
     filesystem: pafs.FileSystem
     path: str

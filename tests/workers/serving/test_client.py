@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Generator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,17 +49,18 @@ class FakeHandle:
 
     async def _outcome(self) -> Any:
         self.calls += 1
-        await asyncio.sleep(0.01 if self.outcome is not None else 60)
+        await asyncio.sleep(0 if self.outcome is not None else 60)
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
 
 
-@pytest.fixture(autouse=True)
-def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PLANS_S", 0.2)
-    monkeypatch.setattr(module, "_PLANS_FRESH_S", 0.05)
-    monkeypatch.setattr(module, "_PLANS_KEPT_S", 0.4)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock by which plans age; tests move it."""
+    found = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
 
 
 def client_of(handle: Any, **options: Any) -> ReplicaClient:
@@ -66,33 +68,37 @@ def client_of(handle: Any, **options: Any) -> ReplicaClient:
 
 
 @pytest.mark.parametrize("outcome", [ActorDiedError(), None])
-def test_plans_outlive_their_replica_for_a_while(outcome: Exception | None) -> None:
+def test_plans_outlive_their_replica_for_a_while(
+    outcome: Exception | None, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def go() -> None:
         handle = FakeHandle(PLANS)
         client = client_of(handle)
         assert await client.plans() == PLANS
         handle.outcome = outcome
-        await asyncio.sleep(0.1)
+        monkeypatch.setattr(module, "_PLANS_S", 0.05)
+        clock.now = 5.0
         assert await client.plans() == PLANS
         with pytest.raises(TimeoutError):
             await client.plans(fresh=True)
-        await asyncio.sleep(0.4)
+        clock.now = 15.0
         with pytest.raises(TimeoutError):
             await client.plans()
+        monkeypatch.setattr(module, "_PLANS_S", 60.0)
         handle.outcome = {"half": "d5"}
         assert await client.plans(fresh=True) == {"half": "d5"}
 
     asyncio.run(go())
 
 
-def test_all_requests_share_one_look() -> None:
+def test_all_requests_share_one_look(clock: SimpleNamespace) -> None:
     async def go() -> None:
         handle = FakeHandle(PLANS)
         client = client_of(handle)
         assert await asyncio.gather(*(client.plans() for _ in range(50))) == [PLANS] * 50
         assert handle.calls == 1
         # A caller who goes away leaves the look to the others.
-        await asyncio.sleep(0.5)
+        clock.now = 15.0
         hurried, patient = asyncio.create_task(client.plans()), asyncio.create_task(client.plans())
         await asyncio.sleep(0)
         hurried.cancel()
@@ -102,7 +108,10 @@ def test_all_requests_share_one_look() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/healthz"])
-def test_without_replicas_the_endpoint_says_when_to_ask_again(path: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_replicas_the_endpoint_says_when_to_ask_again(
+    path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PLANS_S", 0.05)
     caplog.set_level(logging.WARNING)
     for outcome in (BackPressureError(1, 1), None):
         response = get(path, client_of(FakeHandle(outcome)))
