@@ -18,11 +18,11 @@ _ROUND_BYTES: Final = 64 * 2**20
 class Side:
     """The scores of one plan on one task by one metric.
 
-    `sample_ids` are distinct, `values` are NaN for samples without a score, and `answers` are numbers that are equal
-    for equal answers. All three have the same order.
+    `docs` are distinct positions of documents in the task, `values` are NaN for documents without a score, and
+    `answers` are numbers that are equal for equal answers. All three have the same order.
     """
 
-    sample_ids: NDArray[np.str_]
+    docs: NDArray[np.int32]
     values: NDArray[np.float64]
     answers: NDArray[np.int64]
 
@@ -51,11 +51,11 @@ def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: in
     The order of the samples does not matter. Returns None when no sample has a score on every side.
     """
     sides = (plan, *against)
-    scored = (side.sample_ids[~np.isnan(side.values)] for side in sides)
+    scored = [side.docs[~np.isnan(side.values)] for side in sides]
     common_S = reduce(lambda first, second: np.intersect1d(first, second, assume_unique=True), scored)
     if not len(common_S):
         return None
-    places = [_places(side.sample_ids, common_S) for side in sides]
+    places = [_places(side.docs, common_S) for side in sides]
     values, *others = (side.values[at] for side, at in zip(sides, places, strict=True))
     answers, *changed = (side.answers[at] for side, at in zip(sides, places, strict=True))
     mean_S = np.mean(others, axis=0)
@@ -100,6 +100,6 @@ def _resampled_means(values_S: NDArray[np.float64], random: np.random.Generator,
     return np.concatenate([values_S[random.integers(size, size=(count, size))].mean(axis=1) for count in rounds])
 
 
-def _places(sample_ids: NDArray[np.str_], wanted: NDArray[np.str_]) -> NDArray[np.intp]:
-    order = np.argsort(sample_ids)
-    return order[np.searchsorted(sample_ids, wanted, sorter=order)]
+def _places(docs: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.intp]:
+    order = np.argsort(docs)
+    return order[np.searchsorted(docs, wanted, sorter=order)]

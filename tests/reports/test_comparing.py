@@ -10,28 +10,28 @@ from hypothesis import strategies as st
 from reports.comparing import Side, bootstrap_interval, compare
 
 
-def side(values: dict[str, float], answers: dict[str, int] | None = None) -> Side:
+def side(values: dict[int, float], answers: dict[int, int] | None = None) -> Side:
     return Side(
-        sample_ids=np.array(list(values), dtype=np.str_),
+        docs=np.array(list(values), dtype=np.int32),
         values=np.array(list(values.values()), dtype=np.float64),
-        answers=np.array([(answers or {}).get(name, 0) for name in values], dtype=np.int64),
+        answers=np.array([(answers or {}).get(doc, 0) for doc in values], dtype=np.int64),
     )
 
 
 def test_only_samples_with_a_score_on_both_sides_count() -> None:
-    plan = side({"c": 1, "a": 0, "b": 1, "only": 1, "nan": float("nan")}, {"c": 5})
-    full = side({"a": 1, "b": 1, "c": 1, "nan": 1, "other": 0})
+    plan = side({7: 1, 1: 0, 4: 1, 5: 1, 9: float("nan")}, {7: 5})
+    full = side({1: 1, 4: 1, 7: 1, 9: 1, 6: 0})
     found = compare(plan, [full])
     assert found is not None
     assert (found.n, found.value, found.against_value) == (3, pytest.approx(2 / 3), 1.0)
     assert found.difference == pytest.approx(-1 / 3) and found.share_changed == pytest.approx(1 / 3)
     assert found.ci_low == -1 and found.ci_high == 0
-    assert compare(plan, [side({"z": 1})]) is None and compare(side({}), [full]) is None
+    assert compare(plan, [side({8: 1})]) is None and compare(side({}), [full]) is None
 
 
 def test_against_the_mean_of_several() -> None:
-    plan = side({"a": 1, "b": 1}, {"a": 1})
-    controls = [side({"a": 1, "b": 0}, {"a": 1}), side({"b": 0, "a": 0}), side({"a": 1, "b": 1, "c": 0}, {"a": 1})]
+    plan = side({0: 1, 1: 1}, {0: 1})
+    controls = [side({0: 1, 1: 0}, {0: 1}), side({1: 0, 0: 0}), side({0: 1, 1: 1, 2: 0}, {0: 1})]
     found = compare(plan, controls)
     assert found is not None and found.n == 2
     assert found.against_value == pytest.approx(0.5) and found.difference == pytest.approx(0.5)
@@ -41,9 +41,9 @@ def test_against_the_mean_of_several() -> None:
 @given(st.permutations(range(30)), st.integers(0, 3))
 def test_the_order_of_samples_does_not_matter(order: list[int], seed: int) -> None:
     values = np.random.default_rng(1).normal(size=30)
-    full = side({f"s{index}": 0.0 for index in range(30)})
-    plan = side({f"s{index}": values[index] for index in range(30)})
-    shuffled = side({f"s{index}": values[index] for index in order})
+    full = side(dict.fromkeys(range(30), 0.0))
+    plan = side(dict(enumerate(values)))
+    shuffled = side({index: values[index] for index in order})
     assert compare(plan, [full], seed=seed, resamples=50) == compare(shuffled, [full], seed=seed, resamples=50)
 
 

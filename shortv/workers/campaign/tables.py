@@ -34,10 +34,12 @@ class TableBuilder:
         """Take the cells, the folder with their answers, and the seed of the bootstrap resamples."""
         self._cells = cells
 
+        positions: dict[str, int] = {}
+
         # A record is named by its key and the digest of its answers.
         @cache
         def sides(key: str, digest: str) -> dict[str, Side]:
-            return sides_of(folder.read_answers(key))
+            return sides_of(folder.read_answers(key), positions)
 
         @cache
         def compared(metric: str, *names: tuple[str, str]) -> Comparison | None:
@@ -102,9 +104,10 @@ def _metric_rows(cell: Cell, record: CellRecord) -> Iterator[Row]:
         yield cell.names | {"plan_digest": cell.entry.plan.digest} | asdict(metric)
 
 
-def sides_of(answers: pa.Table) -> dict[str, Side]:
-    """Return one side of a comparison for every metric in an answers table."""
-    sample_ids = np.array(answers["sample_id"].to_pylist(), dtype=np.str_)
+def sides_of(answers: pa.Table, positions: dict[str, int]) -> dict[str, Side]:
+    """Return one side of a comparison for every metric in an answers table; new sample ids get a position."""
+    ids = answers["sample_id"].to_pylist()
+    docs = np.array([positions.setdefault(sample_id, len(positions)) for sample_id in ids], dtype=np.int32)
     # Only equality matters, and texts may be long.
     numbers = np.array([hash(text) for text in answers["prediction"].to_pylist()], dtype=np.int64)
     scores = answers["scores"].combine_chunks()
@@ -113,7 +116,7 @@ def sides_of(answers: pa.Table) -> dict[str, Side]:
     found = {}
     for metric in flat["metric"].unique().to_pylist():
         own = flat.filter(pc.equal(flat["metric"], metric))
-        column = np.full(len(sample_ids), np.nan)
+        column = np.full(len(docs), np.nan)
         column[own["row"].to_numpy()] = own["value"].to_numpy()
-        found[metric] = Side(sample_ids=sample_ids, values=column, answers=numbers)
+        found[metric] = Side(docs=docs, values=column, answers=numbers)
     return found
