@@ -1,13 +1,13 @@
 """Every result table and column, documented once; the Arrow schemas and TABLES.md are made from this text."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from shortv.errors import ShortVError
-from shortv.untrusted import read_parquet
+from shortv.untrusted import open_parquet, read_parquet
 
 SCHEMA_VERSION: Final = 1
 DOCUMENTATION: Final = Path(__file__).with_name("TABLES.md")
@@ -93,10 +93,13 @@ cells | cells.parquet | One finished cell of a campaign: a model under a plan on
     started string ISO 8601 in UTC.
     finished string ISO 8601 in UTC.
     wall_seconds double How long the cell took.
-answers | answers/*.parquet | One sample's answer in one cell.
-    cell sample_id model
+answers | answers/*.parquet | One document's answer in one cell; a later part's row replaces an earlier one of the \
+    same cell and document.
+    cell model
     plan string Name under which the cell ran; a plan `same_as` it has no answers of its own.
     task
+    doc int32 Position of the document in the task, counted from 0.
+    sample_id
     prediction string? The model's answer as text; null after an error.
     target string? The task's reference.
     kind string? Kind of the question, where the task's documents have a `kind`.
@@ -104,13 +107,20 @@ answers | answers/*.parquet | One sample's answer in one cell.
     error string? Why the sample has no answer; null where it has one.
     latency_ms double? From the question to the whole answer.
     queue_ms double? Of that, waiting for a replica and a batch.
-    prefill_ms double? Of that, the batch's prefill.
-    decode_ms double? Of that, the batch's decoding.
+    preprocess_ms double? Image processing and tokenisation, done once for all plans of the document.
+    vision_ms double? Vision tower and projector, run once for all plans of the document.
+    prefill_ms double? Of the latency, the language model's prefill of the batch that the prompt was part of.
+    prefill_batch int32? Sequences in that batch.
+    decode_ms double? Of the latency, the decoding after the first token.
+    busy_ms double? Time of the model's thread that the answer took, its share of the batches that it was part of.
     prompt_tokens int32? Tokens of the prompt, visual ones included.
     visual_tokens int32? Visual tokens of the prompt.
     completion_tokens int32? Tokens of the answer.
     exit_layer int32? Layer after which the visual tokens left, where the plan decides that for each sample (DyVTE); \
         the number of layers is never.
+    doc_digest int64? Digest of the document's content, which tells an edited task from the one that was answered.
+    responses string? What the model returned to each request, as JSON; null after an error.
+    values string? What the task's own scoring returned, as JSON, for the task's aggregation; null after an error.
 metrics | metrics.parquet | One metric of one cell, under one filter, as lmms-eval aggregates it.
     cell model plan plan_digest task metric
     filter string lmms-eval's filter of the answers.
@@ -234,25 +244,30 @@ def difference(found: pa.Schema, name: str) -> str | None:
     return None
 
 
-def read_result(source: Any, name: str, *, what: str, **bounds: Any) -> pa.Table:
+def read_result(source: Any, name: str, *, what: str, columns: Sequence[str] | None = None, **bounds: Any) -> pa.Table:
     """Read a file of a table; nullable columns that an older release did not write hold nulls.
 
     Args:
         source: a file object or pyarrow file.
         what: the file, for messages.
+        columns: the columns to read, all of them by default; no others are decoded.
         bounds: `max_rows` and `max_bytes` of `read_parquet`.
 
     Raises:
         Refused: the file is not a whole Parquet file, or exceeds a bound.
         ShortVError: it has another schema.
     """
-    found, schema = read_parquet(source, what=what, **bounds), schema_of(name)
-    reason = difference(found.schema, name)
+    file, schema = open_parquet(source, what=what), schema_of(name)
+    there = file.schema_arrow
+    reason = difference(there, name)
     if reason is not None:
         raise ShortVError(f"{what} {reason}")
+    if columns is not None:
+        schema = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
+    found = read_parquet(file, what=what, columns=[name for name in schema.names if name in there.names], **bounds)
     names = found.column_names
-    columns = [found[field.name] if field.name in names else pa.nulls(len(found), field.type) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    arrays = [found[field.name] if field.name in names else pa.nulls(len(found), field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def table_of(name: str, rows: Iterable[Any]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,11 @@ class Folder:
         with self._failing("read", name), self._filesystem.open_input_file(self._path(name)) as stream:
             return read_parquet(stream, what=self._shown(name))
 
-    def read_table(self, name: str) -> pa.Table:
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one table or part as `read_result` does. Raises ShortVError when it is missing, damaged or foreign."""
         file = _parquet(name)
         with self._failing("read", file), self._filesystem.open_input_file(self._path(file)) as stream:
-            return read_result(stream, name, what=self._shown(file))
+            return read_result(stream, name, what=self._shown(file), columns=columns)
 
     def read_tables(self, name: str) -> pa.Table:
         """Read all parts of a table in name order as one; no part at all is the empty table."""

@@ -27,6 +27,7 @@ from shortv.errors import Refused, SampleError, one_line
 if TYPE_CHECKING:
     import pyarrow as pa
     from PIL import Image
+    from pyarrow import parquet as pq
 
 MAX_TEXT_BYTES = 16 << 20
 """Largest JSON or TOML document, in bytes."""
@@ -140,6 +141,23 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
+def open_parquet(source: Any, *, what: str) -> pq.ParquetFile:
+    """Open a Parquet file and read its footer. Raises Refused if it is not a whole Parquet file."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    try:
+        opened = pa.BufferReader(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        # Arrow's reader threads may outlive the interpreter, which then aborts (apache/arrow#34314).
+        return pq.ParquetFile(opened, pre_buffer=False)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise _not_parquet(what, error) from error
+
+
+def _not_parquet(what: str, error: Exception) -> Refused:
+    return Refused(f"{what} is not a whole Parquet file: {one_line(error)}; give a Parquet file")
+
+
 def read_parquet(
     source: Any,
     *,
@@ -154,7 +172,7 @@ def read_parquet(
     the size of each batch follows from the largest value that its column chunks can hold.
 
     Args:
-        source: a path, a file object, a pyarrow file, or the bytes of a file.
+        source: a path, a file object, a pyarrow file, the bytes of a file, or what `open_parquet` returned.
         columns: the columns to read; all of them by default.
 
     Raises:
@@ -163,14 +181,12 @@ def read_parquet(
     import pyarrow as pa
     from pyarrow import parquet as pq
 
+    file = source if isinstance(source, pq.ParquetFile) else open_parquet(source, what=what)
+    schema = file.schema_arrow
+    missing = sorted(set(columns or ()) - set(schema.names))
+    if missing:
+        raise Refused(f"{what} lacks the columns {missing}, it has {schema.names}; give the right file")
     try:
-        opened = pa.BufferReader(source) if isinstance(source, bytes | bytearray | memoryview) else source
-        # Arrow's reader threads may outlive the interpreter, which then aborts (apache/arrow#34314).
-        file = pq.ParquetFile(opened, pre_buffer=False)
-        schema = file.schema_arrow
-        missing = sorted(set(columns or ()) - set(schema.names))
-        if missing:
-            raise Refused(f"{what} lacks the columns {missing}, it has {schema.names}; give the right file")
         if file.metadata.num_rows > max_rows:
             raise Refused(f"{what} has {file.metadata.num_rows} rows, more than {max_rows}; give a smaller file")
         rows_per_batch = max(1, min(65536, max_bytes // max(_largest_chunk(file.metadata), 1)))
@@ -181,7 +197,7 @@ def read_parquet(
                 raise Refused(f"{what} decodes to more than {max_bytes} bytes or {max_rows} rows; give a smaller file")
             batches.append(batch)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise Refused(f"{what} is not a whole Parquet file: {one_line(error)}; give a Parquet file") from error
+        raise _not_parquet(what, error) from error
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in columns], metadata=schema.metadata)
     return pa.Table.from_batches(batches, schema=batches[0].schema if batches else schema)

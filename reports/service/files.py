@@ -103,7 +103,7 @@ class Files:
         """Read a small table. Raises Missing, or ShortVError if it is too large or damaged; damage is remembered."""
         with self._opened(names) as opened:
             try:
-                bounds = {"max_rows": MAX_ROWS, "max_bytes": MAX_TABLE_BYTES}
+                bounds: dict[str, Any] = {"max_rows": MAX_ROWS, "max_bytes": MAX_TABLE_BYTES}
                 rows: list[dict[str, Any]] = read_result(opened.stream, table, what=shown(names), **bounds).to_pylist()
                 return rows
             except ShortVError as error:

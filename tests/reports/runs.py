@@ -141,7 +141,7 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
 def _answer(names: dict[str, str], place: int, lost: int) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCHEMAS["answers"].names) | names
     row |= {"error": "the prompt is too long"} if place < lost else {"prediction": "red"}
-    return row | {"sample_id": f"s{place}", "scores": []}
+    return row | {"doc": place, "sample_id": f"s{place}", "scores": []}
 
 
 def campaign_manifest(*, errors: int = 0, **changes: Any) -> CampaignManifest:

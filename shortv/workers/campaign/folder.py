@@ -57,7 +57,8 @@ class CampaignFolder:
     def commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample]) -> CellRecord:
         """Write the answers of a cell, if it has any, then its record with their digest; returns that record."""
         if samples:
-            self.folder.write_table(f"answers/{cell.key}", [_answer(cell, sample) for sample in samples])
+            rows = [_answer(cell, sample) | {"doc": doc} for doc, sample in enumerate(samples)]
+            self.folder.write_table(f"answers/{cell.key}", rows)
             record = record.model_copy(update={"answers_digest": self._digest(cell.key)})
         else:
             # A killed run may have left answers without a record.
@@ -83,7 +84,7 @@ class CampaignFolder:
 
 
 def _answer(cell: Cell, sample: ScoredSample) -> dict[str, Any]:
-    own = {name: getattr(sample, name) for name in SCHEMAS["answers"].names if hasattr(sample, name)}
+    own = {name: getattr(sample, name, None) for name in SCHEMAS["answers"].names}
     # A sample that failed has no scores; NaN is stored as null.
     scores = sample.scores if sample.error is None else {}
     pairs = [{"metric": metric, "value": value if value == value else None} for metric, value in scores.items()]

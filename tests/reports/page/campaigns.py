@@ -53,5 +53,11 @@ def _answer(cell: dict[str, Any], place: int, exits: bool) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCHEMAS["answers"].names)
     row |= {name: cell[name] for name in ("cell", "model", "plan", "task")}
     kind = ("count", "colour")[place % 2]
-    row |= {"sample_id": f"s{place}", "scores": [], "kind": kind, "exit_layer": place % LAYERS if exits else None}
+    row |= {
+        "doc": place,
+        "sample_id": f"s{place}",
+        "scores": [],
+        "kind": kind,
+        "exit_layer": place % LAYERS if exits else None,
+    }
     return row | {"error": "the prompt is too long"} if place < cell["errors"] else row
