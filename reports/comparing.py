@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reports.significance import p_value
+
 RESAMPLES: Final = 4_000
 # With fewer distinct values, drawing a count for each of them is a cheaper form of the same resampling.
 _FEW_DISTINCT: Final = 256
@@ -32,7 +34,9 @@ class Comparison:
     """One plan compared with another on the `n` samples that both have.
 
     `value` and `against_value` are means of per-sample scores, `difference` is the first less the second, with its
-    95 % interval. `share_changed` is the share of answers that differ as text.
+    95 % interval and two-sided paired `p_value`. `sd` is the standard deviation of the paired differences (None for a
+    single sample), `discordant` the share of samples whose scores differ. `share_changed` is the share of answers that
+    differ as text.
     """
 
     n: int
@@ -41,17 +45,32 @@ class Comparison:
     difference: float
     ci_low: float
     ci_high: float
+    p_value: float
+    sd: float | None
+    discordant: float
     share_changed: float
 
 
-def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison | None:
+def compare(
+    plan: Side,
+    against: Sequence[Side],
+    *,
+    among: NDArray[np.int32] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Comparison | None:
     """Compare a plan with another one, or with the mean of several, on the samples that all of them have.
 
     Against several, a sample's score is their mean score, and `share_changed` the mean of their shares.
     The order of the samples does not matter. Returns None when no sample has a score on every side.
+
+    Args:
+        among: distinct positions of the documents that count; None for all.
+        seed: of the resamples that the interval is made from.
+        resamples: their number.
     """
     sides = (plan, *against)
-    scored = [side.docs[~np.isnan(side.values)] for side in sides]
+    scored = [side.docs[~np.isnan(side.values)] for side in sides] + ([] if among is None else [among])
     common_S = reduce(lambda first, second: np.intersect1d(first, second, assume_unique=True), scored)
     if not len(common_S):
         return None
@@ -59,16 +78,29 @@ def compare(plan: Side, against: Sequence[Side], *, seed: int = 0, resamples: in
     values, *others = (side.values[at] for side, at in zip(sides, places, strict=True))
     answers, *changed = (side.answers[at] for side, at in zip(sides, places, strict=True))
     mean_S = np.mean(others, axis=0)
-    low, high = bootstrap_interval(values - mean_S, seed=seed, resamples=resamples)
+    differences_S = values - mean_S
+    low, high = bootstrap_interval(differences_S, seed=seed, resamples=resamples)
     return Comparison(
         n=len(common_S),
         value=float(values.mean()),
         against_value=float(mean_S.mean()),
-        difference=float((values - mean_S).mean()),
+        difference=float(differences_S.mean()),
         ci_low=low,
         ci_high=high,
+        p_value=p_value(differences_S),
+        sd=float(differences_S.std(ddof=1)) if len(common_S) > 1 else None,
+        discordant=float(np.mean(differences_S != 0)),
         share_changed=float(np.mean([np.mean(answers != other) for other in changed])),
     )
+
+
+def hard_docs(control: Side, best: float) -> NDArray[np.int32]:
+    """Return the documents that a control with less of the image does not get right: those scored below the best value.
+
+    The hard subset of VTC-Bench (arXiv 2510.07143): questions that need what the smaller image lost.
+    """
+    # NaN, a document without a score, is not below anything.
+    return control.docs[control.values < best]
 
 
 def bootstrap_interval(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.comparing import Side, bootstrap_interval, compare
+from reports.comparing import Side, bootstrap_interval, compare, hard_docs
 
 
 def side(values: dict[int, float], answers: dict[int, int] | None = None) -> Side:
@@ -26,6 +26,7 @@ def test_only_samples_with_a_score_on_both_sides_count() -> None:
     assert (found.n, found.value, found.against_value) == (3, pytest.approx(2 / 3), 1.0)
     assert found.difference == pytest.approx(-1 / 3) and found.share_changed == pytest.approx(1 / 3)
     assert found.ci_low == -1 and found.ci_high == 0
+    assert found.p_value == 1 and found.discordant == pytest.approx(1 / 3) and found.sd == pytest.approx(3**-0.5)
     assert compare(plan, [side({8: 1})]) is None and compare(side({}), [full]) is None
 
 
@@ -36,6 +37,16 @@ def test_against_the_mean_of_several() -> None:
     assert found is not None and found.n == 2
     assert found.against_value == pytest.approx(0.5) and found.difference == pytest.approx(0.5)
     assert found.share_changed == pytest.approx((0 + 0.5 + 0) / 3)
+
+
+def test_the_hard_subset_holds_what_the_control_gets_wrong() -> None:
+    control = side({0: 1, 3: 0, 2: 0.5, 4: float("nan"), 6: 0})
+    hard = hard_docs(control, best=1.0)
+    assert sorted(hard) == [2, 3, 6]
+    plan, full = side({0: 1, 2: 0, 3: 1, 4: 1}), side({0: 0, 2: 0, 3: 0, 4: 0})
+    found = compare(plan, [full], among=hard)
+    assert found is not None and (found.n, found.difference) == (2, 0.5)
+    assert compare(plan, [full], among=hard_docs(control, best=0.0)) is None
 
 
 @given(st.permutations(range(30)), st.integers(0, 3))
