@@ -121,6 +121,11 @@ answers | answers/*.parquet | One document's answer in one cell; a later part's 
     doc_digest int64? Digest of the document's content, which tells an edited task from the one that was answered.
     responses string? What the model returned to each request, as JSON; null after an error.
     values string? What the task's own scoring returned, as JSON, for the task's aggregation; null after an error.
+judge | judge/*.parquet | One reply of an LLM judge that a task's scoring called; the same call is not made again.
+    digest string SHA-256 of the call's path and body, and of how often the document made the same call before.
+    task
+    doc int32? Position of the document in the task; null for a call of the task's aggregation.
+    body string The reply as the judge sent it.
 metrics | metrics.parquet | One metric of one cell, under one filter, as lmms-eval aggregates it.
     cell model plan plan_digest task metric
     filter string lmms-eval's filter of the answers.
