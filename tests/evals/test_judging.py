@@ -190,7 +190,8 @@ def test_a_judge_without_key_or_address_is_a_failure(
     server.script = [401]
     with pytest.raises(JudgeFailed), Judge().scoring():
         ask("red")
-    with pytest.raises(JudgeFailed, match="cannot ask: MissingSchema"), Judge().scoring(), contextlib.suppress(Exception):
+    hidden = contextlib.suppress(Exception)
+    with pytest.raises(JudgeFailed, match="cannot ask: MissingSchema"), Judge().scoring(), hidden:
         requests.post("YOUR_API_URL", json={"messages": []}, timeout=60)
     judge = Judge(policy=JudgePolicy(tries=1))
     with pytest.raises(JudgeFailed, match=r"cannot be reached \(ConnectionError\)"), judge.scoring():
