@@ -69,7 +69,7 @@ class Answers:
             if table is None:
                 continue
             latest_R = np.zeros(len(table), dtype=bool)
-            for cell, rows in _rows_by_cell(table):
+            for cell, rows in rows_by_cell(table):
                 if cell in wanted:
                     latest_R[rows] = self._latest[cell][table["doc"].to_numpy()[rows]] == rows + self._first_row[name]
             if latest_R.any():
@@ -84,7 +84,7 @@ class Answers:
         if len(strange):
             self.damaged[name] = f"{self._shown(name)} has the document {strange[0]}, which no task has; remove it"
             return
-        found = dict(_rows_by_cell(table))
+        found = dict(rows_by_cell(table))
         for cell, rows in found.items():
             latest, docs = self._latest.get(cell, np.empty(0, dtype=np.int32)), doc_R[rows]
             if (missing := int(docs.max()) + 1 - len(latest)) > 0:
@@ -116,7 +116,7 @@ class Answers:
         return f"{self.folder.shown}/{name}"
 
 
-def _rows_by_cell(table: pa.Table) -> Iterator[tuple[str, NDArray[np.intp]]]:
+def rows_by_cell(table: pa.Table) -> Iterator[tuple[str, NDArray[np.intp]]]:
     """Yield the cells of a part, and the rows of each."""
     encoded = pc.dictionary_encode(table["cell"]).combine_chunks()
     codes_R, cells = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()

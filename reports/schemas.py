@@ -16,7 +16,7 @@ _HEAD: Final = f"""# Result tables
 
 Made from `reports/schemas.py` by `python -m reports.schemas`, as are the Arrow schemas.
 Every file is Parquet with schema version {SCHEMA_VERSION} in its metadata (`schema_version`, `shortv_table`).
-A type with `?` may be null. No result table contains images.
+A type with `?` may be null. Only the table `thumbnails` contains images.
 """
 # A table begins with its name, files and what a row is. A column is a name, a kind and a meaning. The kind is an Arrow
 # type's name, or one of _NESTED, with `?` where nulls are allowed. A line of names alone stands for shared columns.
@@ -35,6 +35,10 @@ _SHARED = """
     flops_ratio double? FLOPs of the prefill, as a share of the full model's: predicted at (t, v), or as the exit \
         layers tell.
     metric string Metric, as lmms-eval names it.
+    doc int32 Position of the document in the task, counted from 0.
+    kind string? Kind of the question, where the task's documents have a `kind`.
+    target string? The task's reference.
+    question string? What the document asks.
 """
 
 _TABLES = """
@@ -97,12 +101,9 @@ answers | answers/*.parquet | One document's answer in one cell; a later part's 
     same cell and document.
     cell model
     plan string Name under which the cell ran; a plan `same_as` it has no answers of its own.
-    task
-    doc int32 Position of the document in the task, counted from 0.
-    sample_id
+    task doc sample_id
     prediction string? The model's answer as text; null after an error.
-    target string? The task's reference.
-    kind string? Kind of the question, where the task's documents have a `kind`.
+    target kind
     scores scores Per-sample scores, a list of metric and value; empty after an error.
     error string? Why the sample has no answer; null where it has one.
     latency_ms double? From the question to the whole answer.
@@ -145,6 +146,19 @@ comparisons | comparisons.parquet | A plan against the full model, or against it
     ci_low double Lower end of the difference's 95 % paired bootstrap interval.
     ci_high double Upper end of the difference's 95 % paired bootstrap interval.
     share_changed double Share of answers that differ as text.
+changes | changes.parquet | One question to which a plan gave another answer than the full model: some of each \
+    plan, worse ones first.
+    model task plan doc sample_id kind target
+    question
+    full_prediction string? The full model's answer as text.
+    prediction string? The plan's answer as text.
+    full_score double? The full model's score by the task's main metric.
+    score double? The plan's score.
+    change string worse or better by that score; other where both score the same or one has none.
+    total int64 All answers of this plan on this task that changed in this way.
+thumbnails | thumbnails.parquet | One document among the changes.
+    task doc sample_id question
+    image binary? Its images as one small JPEG picture; null for a document without an image.
 speed | speed.parquet | How fast one cell was answered; medians and means over the samples that were.
     cell model plan task
     n int32 Samples that were answered.
