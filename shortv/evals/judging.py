@@ -69,6 +69,13 @@ class JudgePolicy:
     failures_in_a_row: int = 3
 
 
+class JudgeReply(NamedTuple):
+    """The body of a judge's reply, and the document that was scored (None for a task's aggregation)."""
+
+    doc: int | None
+    body: str
+
+
 class _Abandoned(BaseException):
     """Leaves a task's code after a failed call: tasks catch every `Exception` and retry, some for minutes."""
 
@@ -107,17 +114,18 @@ class Judge:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`known` holds the bodies of earlier replies by digest."""
-        self.new: dict[str, str] = {}
-        """Bodies of the replies that are not in `known`, by digest."""
+        self.new: dict[str, JudgeReply] = {}
+        """The replies that are not in `known`, by digest."""
         self._known, self._policy, self._sleep = known or {}, policy or JudgePolicy(), sleep
         self._failed_in_a_row = 0
         self._failure: str | None = None
+        self._doc: int | None = None
         self._repeats: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """Answer the judge calls of what runs inside, one document's scoring.
+    def scoring(self, doc: int | None = None) -> Iterator[None]:
+        """Answer the judge calls of what runs inside: the scoring of one document, or a task's aggregation.
 
         Only POST requests whose JSON body has `messages` are intercepted, in `requests`, `httpx` and `httpx2`, of any
         thread. Everything is undone at the end.
@@ -125,7 +133,7 @@ class Judge:
         Raises:
             JudgeFailed: a call failed, also where the task hides that; no secret is in its message.
         """
-        self._failure = None
+        self._failure, self._doc = None, doc
         self._repeats.clear()
         with ExitStack() as undo:
             for owner, name, replacement in self._hooks():
@@ -270,9 +278,10 @@ class Judge:
         policy = self._policy
         if self._failure is not None:
             raise _Abandoned
-        body = self._known.get(call.digest) or self.new.get(call.digest)
-        if body is not None:
-            return body
+        if (known := self._known.get(call.digest)) is not None:
+            return known
+        if (new := self.new.get(call.digest)) is not None:
+            return new.body
         if self._failed_in_a_row >= policy.failures_in_a_row:
             self._fail(f"{call.shown} is not called again after {self._failed_in_a_row} failed calls in a row")
         end, pause, why = time.monotonic() + policy.total_s, 0.0, ""
@@ -281,7 +290,7 @@ class Judge:
             why, temporary, wanted = _judged(outcome)
             if not why and isinstance(outcome, _Reply):
                 self._failed_in_a_row = 0
-                self.new[call.digest] = outcome.text
+                self.new[call.digest] = JudgeReply(self._doc, outcome.text)
                 return outcome.text
             pause = min(max(policy.first_pause_s * 2 ** (tried - 1), wanted), policy.longest_pause_s)
             if not temporary or time.monotonic() + pause >= end:

@@ -147,11 +147,11 @@ def test_a_call_is_retried_then_cached_for_every_plan_and_run(server: FlakyJudge
         assert ask("red") == "red"
     assert len(server.asked) == 6 and len(judge.new) == 2 and KEY not in str(judge.new)
     # A run that resumes knows what was answered; the same question twice in a document is another call.
-    resumed = Judge(judge.new, policy=QUICK, sleep=pauses.append)
-    with resumed.scoring():
+    resumed = Judge({digest: reply.body for digest, reply in judge.new.items()}, policy=QUICK, sleep=pauses.append)
+    with resumed.scoring(doc=3):
         assert ask("blue") == "blue" and len(server.asked) == 6
         assert ask("blue") == "blue" and len(server.asked) == 7
-    assert len(resumed.new) == 1 and not set(resumed.new) & set(judge.new)
+    assert [reply.doc for reply in resumed.new.values()] == [3] and not set(resumed.new) & set(judge.new)
 
 
 def test_a_failed_call_is_an_error_though_the_task_hides_it(server: FlakyJudge, ask: Callable[[str], Any]) -> None:
