@@ -113,6 +113,19 @@ class SchedulingBench(Bench):
     unit_seconds: Annotated[float, Field(ge=0.01, le=10**6)] = Field(1.0, description="Length of a unit.")
 
 
+class KillsBench(Bench):
+    """A campaign whose replicas, producers and driver are killed, against the same campaign undisturbed."""
+
+    documents: Count = Field(10_000, description="Questions, each asked under every plan.")
+    plans: tuple[str, ...] = Field(("last@4",), description="Plans beside the full model.")
+    replicas: Count = Field(2, description="Replicas.")
+    replica_seconds: Annotated[float, Field(gt=0, le=10**6)] = Field(
+        20.0, description="Time between kills of replicas."
+    )
+    producer_seconds: Annotated[float, Field(gt=0, le=10**6)] = Field(30.0, description="The same of producers.")
+    drivers: Annotated[int, Field(ge=0, le=100)] = Field(2, description="Times that the driver is killed.")
+
+
 class GpuBench(Bench):
     """Run every GPU benchmark in bfloat16 and write one table; exit status 3 when some of them failed."""
 
@@ -127,6 +140,7 @@ BENCHMARKS: Mapping[str, type[Bench]] = {
     "training": TrainingBench,
     "campaign": CampaignBench,
     "scheduling": SchedulingBench,
+    "kills": KillsBench,
     "gpu": GpuBench,
 }
 """Each benchmark by its module, whose function `bench` gives rows for such settings."""
