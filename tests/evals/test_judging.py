@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import openai
@@ -14,70 +11,15 @@ import requests
 from lmms_eval.llm_judge import ServerConfig, get_server
 
 from shortv.evals.judging import Judge, JudgeFailed, JudgePolicy
+from tests.evals.flaky_judge import KEY, FlakyJudge, flaky_judge
 
-KEY = "sk-very-secret"
 QUICK = JudgePolicy(tries=3, timeout_s=60, failures_in_a_row=99)
-Says = int | str | tuple[int, dict[str, str]]
-
-
-class FlakyJudge(ThreadingHTTPServer):
-    """Echoes the question, except for calls that `script` says something else for; `asked` holds all calls."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.script: list[Says] = []
-        self.asked: list[Any] = []
-        self.closing = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FlakyJudge
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(asked)
-        says = self.server.script.pop(0) if self.server.script else 200
-        if says == "drip":
-            self.send_response(200)
-            self.end_headers()
-            while not self.server.closing.wait(0.05):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-            return
-        status, headers = says if isinstance(says, tuple) else (says, {}) if isinstance(says, int) else (200, {})
-        body = says if isinstance(says, str) else json.dumps(_reply(asked) if status == 200 else {"error": KEY})
-        self.send_response(status)
-        for name, value in {"content-length": str(len(body)), "content-type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def do_GET(self) -> None:
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def _reply(asked: Any) -> Any:
-    message = {"role": "assistant", "content": asked["messages"][-1]["content"]}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    return {"id": "1", "object": "chat.completion", "created": 1, "model": asked["model"], "choices": [choice]}
 
 
 @pytest.fixture
 def server() -> Iterator[FlakyJudge]:
-    with FlakyJudge() as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.02,))
-        thread.start()
+    with flaky_judge() as found:
         yield found
-        found.closing.set()
-        found.shutdown()
-        thread.join(60)
 
 
 @pytest.fixture(params=["llm_judge", "async llm_judge", "openai", "async openai", "requests"])
