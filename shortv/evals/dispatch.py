@@ -6,14 +6,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from shortv.errors import ShortVError, one_line
-from shortv.evals.requests import Conversation, Documents
-from shortv.request import FULL_MODEL, Completion, Failure, Likelihood, Reason, Request
+from shortv.evals.requests import Conversation, Documents, as_array
+from shortv.request import FULL_MODEL, Completion, Failure, Likelihood, Reason, Replies, Request, Work
 
 
 class Client(Protocol):
@@ -39,13 +39,18 @@ class Response:
     likelihood: Likelihood | None = None
     failure: Failure | None = None
     latency_ms: float = 0.0
-    """From the start of the first round to the end of the last, image encoding included."""
+    """From the start of the first round to the end of the last, reading the document included."""
 
     @classmethod
     def of(cls, conversation: Conversation, **more: Any) -> Response:
         """Return what a conversation has come to."""
         texts, completions = tuple(conversation.texts), tuple(conversation.completions)
         return cls(texts=texts, completions=completions, likelihood=conversation.likelihood, **more)
+
+    @property
+    def results(self) -> tuple[Completion | Likelihood, ...]:
+        """What the model was asked for, in order."""
+        return self.completions if self.likelihood is None else (self.likelihood,)
 
 
 async def send_all(
@@ -105,19 +110,117 @@ async def _converse(
     client: Client, conversation: Conversation, make: Callable[[], Request], pool: ThreadPoolExecutor
 ) -> Failure | None:
     """Complete a conversation in place; returns the failure that ended it, if any."""
-    loop = asyncio.get_running_loop()
-    try:
-        while not conversation.over:
-            request = await loop.run_in_executor(pool, make)
+    while not conversation.over:
+        try:
+            request = await asyncio.get_running_loop().run_in_executor(pool, make)
             found = await (client.score(request) if conversation.scored else client.complete(request))
-            if isinstance(found, Failure):
-                return found
-            if conversation.multi_round:
-                await loop.run_in_executor(pool, conversation.add, found)
-            else:
-                conversation.add(found)
-    except ShortVError as error:
-        return Failure(reason=Reason.INVALID, message=one_line(error, limit=1000))
-    except Exception as error:  # one request's failure must not end the others
-        return Failure(reason=Reason.INTERNAL, message=f"{type(error).__name__}: {one_line(error)}")
+        except Exception as error:  # one request's failure must not end the others
+            return _failure(error)
+        failure = await _added(conversation, found, pool)
+        if failure is not None:
+            return failure
     return None
+
+
+class WorkClient(Protocol):
+    """Sends works to replicas. What goes wrong with one request is a Failure, never an exception."""
+
+    async def complete_all(self, works: Sequence[Work]) -> Replies:
+        """Complete each work's request under each of its plans."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A conversation whose next request goes out under some plans; `at` is the position of its instance."""
+
+    at: int
+    repeat: int
+    conversation: Conversation
+    plans: tuple[str, ...]
+
+
+async def respond_under_plans(
+    client: WorkClient,
+    instances: Sequence[Any],
+    documents: Documents,
+    *,
+    plans: Sequence[str],
+    seed: int,
+    timeout_s: float,
+    pool: Executor,
+) -> dict[str, list[Response]]:
+    """Send the requests of instances under several plans at once; returns the responses by plan, in their order.
+
+    Each document is read and its images are decoded once, for all plans. From the second round of a task with several
+    rounds on, the conversations of the plans go their own ways.
+
+    Args:
+        pool: has one thread, since tasks are third-party code that was written to be called by one.
+    """
+    loop, started = asyncio.get_running_loop(), time.perf_counter()
+    repeats: Counter[int] = Counter()
+    turns = []
+    for at, instance in enumerate(instances):
+        conversation = Conversation(instance, documents)
+        turns.append(_Turn(at=at, repeat=repeats[id(instance)], conversation=conversation, plans=tuple(plans)))
+        repeats[id(instance)] += 1
+    found: dict[tuple[str, int], Response] = {}
+
+    def end(turn: _Turn, failure: Failure | None) -> None:
+        latency_ms = 1e3 * (time.perf_counter() - started)
+        for plan in turn.plans:
+            found[plan, turn.at] = Response.of(turn.conversation, failure=failure, latency_ms=latency_ms)
+
+    while turns:
+        works, failures = await loop.run_in_executor(pool, _works, turns, seed, timeout_s)
+        for turn, failure in failures:
+            end(turn, failure)
+        replies = await client.complete_all([work for _, work in works])
+        following = []
+        for (turn, _), results in zip(works, replies.results, strict=True):
+            for plan, result in results.items():
+                own = replace(turn, conversation=turn.conversation.branch(), plans=(plan,))
+                failure = await _added(own.conversation, result, pool)
+                if failure is not None or own.conversation.over:
+                    end(own, failure)
+                else:
+                    following.append(own)
+        turns = following
+    return {plan: [found[plan, at] for at in range(len(instances))] for plan in plans}
+
+
+def _works(
+    turns: Sequence[_Turn], seed: int, timeout_s: float
+) -> tuple[list[tuple[_Turn, Work]], list[tuple[_Turn, Failure]]]:
+    """Return the works of conversations, and why others have none."""
+    works, failures, messages = [], [], dict[Any, Any]()
+    for turn in turns:
+        try:
+            request = turn.conversation.request(
+                timeout_s=timeout_s, seed=seed, repeat=turn.repeat, form=as_array, messages=messages
+            )
+        except Exception as error:  # tasks run third-party code; one request's failure must not end the others
+            failures.append((turn, _failure(error)))
+        else:
+            works.append((turn, Work(request=request, plans=turn.plans)))
+    return works, failures
+
+
+async def _added(conversation: Conversation, result: Any, pool: Executor) -> Failure | None:
+    """Add a result to a conversation; returns the failure that ends it, if any."""
+    if isinstance(result, Failure):
+        return result
+    try:
+        if conversation.multi_round:
+            await asyncio.get_running_loop().run_in_executor(pool, conversation.add, result)
+        else:
+            conversation.add(result)
+    except Exception as error:  # tasks run third-party code
+        return _failure(error)
+    return None
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, ShortVError):
+        return Failure(reason=Reason.INVALID, message=one_line(error, limit=1000))
+    return Failure(reason=Reason.INTERNAL, message=f"{type(error).__name__}: {one_line(error)}")

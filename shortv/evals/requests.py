@@ -7,11 +7,12 @@ import io
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import numpy as np
 from PIL import Image
 from pydantic import BeforeValidator, Field
 
@@ -132,7 +133,8 @@ class Conversation:
         self._documents = documents
         self._info: Any = None
         self._rounds = 0
-        self._messages: Callable[[], Any] = partial(self._first, render, context)
+        self._following: Any = None
+        self._render, self._context = render, context
         self.index: int = instance.idx
         self.name = "a request without a document"
         """The document and its task, for messages."""
@@ -149,10 +151,13 @@ class Conversation:
         self.completions: list[Completion] = []
         self.likelihood: Likelihood | None = None
 
-    def _first(self, render: Any, context: str) -> Any:
+    def _next(self) -> Any:
+        """Return the messages of this round in the task's form."""
+        if self._rounds:
+            return self._following
         if self._chat:
-            return render(self._document())
-        return _user_message(render(self._document()) if render else (), context)
+            return self._render(self._document())
+        return _user_message(self._render(self._document()) if self._render else (), self._context)
 
     def continuation(self) -> str | None:
         """Return the text whose log-likelihood the task wants, or None. Raises as `messages`."""
@@ -171,7 +176,7 @@ class Conversation:
         with self._naming():
             return tuple(
                 Message(role=message["role"], parts=tuple(map(self._part, _parts(message["content"]))))
-                for message in self._messages()
+                for message in self._next()
             )
 
     def _part(self, part: Mapping[str, Any]) -> str | Image.Image:
@@ -184,12 +189,31 @@ class Conversation:
             raise Refused(f"{self.name} has a {type(source).__name__} as image; supported are Pillow images and files")
         return open_image(source)
 
-    def request(self, *, plan: str = FULL_MODEL, timeout_s: float = 600.0, seed: int = 0, repeat: int = 0) -> Request:
-        """Return this round's request to replicas, its images encoded.
+    def branch(self) -> Conversation:
+        """Return a conversation that stands where this one stands, and goes on by itself."""
+        own = copy(self)
+        own.texts, own.completions = list(self.texts), list(self.completions)
+        own._info = deepcopy(self._info)
+        return own
+
+    def request(
+        self,
+        *,
+        plan: str = FULL_MODEL,
+        timeout_s: float = 600.0,
+        seed: int = 0,
+        repeat: int = 0,
+        form: Callable[[object], object] | None = None,
+        messages: dict[Any, tuple[Message, ...]] | None = None,
+    ) -> Request:
+        """Return this round's request to replicas.
 
         Args:
             seed: with the document and `repeat`, decides what a sampled completion draws.
             repeat: which of the repeats this is, for tasks that repeat their requests.
+            form: of an image, by default an encoded file (`as_png`).
+            messages: messages of requests before this one, to be used again where a document has several requests
+                with the same messages; those of this request are added.
 
         Raises:
             Refused: a generation setting that is not supported, or as `messages`.
@@ -200,11 +224,15 @@ class Conversation:
             key = repr((seed, self.name, self.index, repeat))
             digest = hashlib.sha256(key.encode()).digest()
             sampling = replace(sampling, seed=int.from_bytes(digest[:4]) >> 1)
-        messages = self.messages()
+        key = (self.name, self._rounds, self._render, self._context) if self.scored else object()
+        known = {} if messages is None else messages
+        if key not in known:
+            form = form or as_png
+            known[key] = tuple(replace(one, parts=tuple(map(form, one.parts))) for one in self.messages())
         return Request(
             request_id=uuid.uuid4().hex,
             plan=plan,
-            messages=tuple(replace(message, parts=tuple(map(_encoded, message.parts))) for message in messages),
+            messages=known[key],
             sampling=sampling,
             continuation=self.continuation(),
             timeout_s=timeout_s,
@@ -238,7 +266,7 @@ class Conversation:
         *content, over, texts, self._info = answer
         self.texts = self.texts if texts is None else list(texts)
         following = None if over else content[0] if self._chat else _user_message(*content)
-        self._messages = lambda: following
+        self._following = following
         self.over = following is None
         if not self.over and self._rounds == _MAX_ROUNDS:
             raise ShortVError(f"{self.name} has not ended after {_MAX_ROUNDS} rounds; correct the task")
@@ -285,7 +313,7 @@ def _without_added_stop(gen_kwargs: Mapping[str, Any], function: Any) -> Mapping
     return {**gen_kwargs, "until": []} if added else gen_kwargs
 
 
-def _encoded(part: object) -> object:
+def as_png(part: object) -> object:
     """Return an image as a PNG file, which loses nothing that a model sees; other parts stay as they are."""
     if not isinstance(part, Image.Image):
         return part
@@ -293,3 +321,8 @@ def _encoded(part: object) -> object:
     # Level 1: the file travels once, mostly inside a machine; stronger compression takes longer than it saves.
     part.save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
+
+
+def as_array(part: object) -> object:
+    """Return an image as its pixels, uint8 (H, W, 3); encoding takes longer than sending them."""
+    return np.asarray(part) if isinstance(part, Image.Image) else part

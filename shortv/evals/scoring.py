@@ -1,4 +1,8 @@
-"""Scores of a task's documents and its metrics, by lmms-eval's own functions, without the documents that failed."""
+"""Scores of a task's documents and its metrics, by lmms-eval's own functions, without the documents that failed.
+
+Documents are scored as their answers come (`score`). What a task's functions return for a document is kept as text
+(`ScoredSample.values`), from which the metrics are computed when all documents are there (`aggregate`).
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,30 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from shortv.errors import one_line
 from shortv.evals.dispatch import Response
+from shortv.request import Likelihood
 
 # What `python -m lmms_eval` takes out of answers before it scores them, unless a task says otherwise.
 _REASONING_TAGS: Final = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 # What lmms-eval adds per metric for tasks that repeat their requests.
 _OF_REPEATS: Final = ("expected_accuracy", "consensus_accuracy", "internal_variance", "consistency_rate")
-_COSTS: Final = ("queue_ms", "prefill_ms", "decode_ms", "prompt_tokens", "visual_tokens", "completion_tokens")
+_COSTS: Final = (
+    *("queue_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_ms", "busy_ms"),
+    *("prompt_tokens", "visual_tokens", "completion_tokens"),
+)
+# Marks a JSON object that stands for a value JSON does not have; no task has such a key.
+_TAG: Final = "!python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,8 @@ class MetricRow:
 class ScoredSample:
     """One document: its answer with its scores, or why it has none. Costs are sums over its requests."""
 
+    doc: int
+    """Position of the document in the task."""
     sample_id: str
     prediction: str | None
     """The completion, one line per round or repeat; of a multiple choice, the most likely one."""
@@ -59,24 +71,28 @@ class ScoredSample:
     """`answer: ...` where a request failed, `score: ...` where the task's own code failed."""
     latency_ms: float | None = None
     queue_ms: float | None = None
+    preprocess_ms: float | None = None
+    vision_ms: float | None = None
     prefill_ms: float | None = None
+    prefill_batch: int | None = None
+    """The smallest batch in which one of its prompts was prefilled."""
     decode_ms: float | None = None
+    busy_ms: float | None = None
     prompt_tokens: int | None = None
     visual_tokens: int | None = None
     completion_tokens: int | None = None
     exit_layer: int | None = None
     """After which layer its visual tokens left, if its completions agree on one."""
+    responses: str | None = None
+    """The responses as JSON where they are there and scoring them failed, so that they can be scored again."""
+    values: str | None = None
+    """What the task's functions returned for it, as JSON, for `aggregate`; None after an error."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """All documents of a run, each once and in order, and the metrics over those without an error.
+class Metrics(NamedTuple):
+    """The metrics over the documents without an error; where a task's own aggregation fails, `problem` says why."""
 
-    Where the task's own aggregation fails there are no metrics, and `problem` says why.
-    """
-
-    samples: tuple[ScoredSample, ...]
-    metrics: tuple[MetricRow, ...]
+    rows: tuple[MetricRow, ...]
     problem: str | None = None
 
 
@@ -95,30 +111,54 @@ class _Document:
     error: str | None = None
 
 
+class Label(NamedTuple):
+    """What is the same for a document under every plan: its id, its reference, and the kind of its question."""
+
+    sample_id: str
+    target: str | None
+    kind: str | None
+
+
+def label_of(task: Any, doc_id: int, sample_id: str) -> Label:
+    """Return the label of a document; columns that only people read are None where the task's code fails."""
+    try:
+        doc = task.eval_docs_no_media[doc_id]
+    except Exception:  # third-party data
+        return Label(sample_id, None, None)
+    kind = doc.get("kind") if isinstance(doc, Mapping) else None
+    return Label(sample_id, _target(task, doc), kind if isinstance(kind, str) else None)
+
+
 def score(
-    name: str,
     task: Any,
     *,
     instances: Sequence[Any],
     responses: Sequence[Response],
-    names: Sequence[str],
+    label: Callable[[int], Label],
     seed: int,
-    folder: str | None,
-) -> Scored:
-    """Score the responses to lmms-eval's instances, given in the same order; `names` are the ids of all documents.
+) -> list[ScoredSample]:
+    """Score the responses to lmms-eval's instances, given in the same order; returns the documents in their order.
+
+    A document's scores do not depend on which others are scored with it.
+
+    Args:
+        label: from the position of a document to its label.
+    """
+    documents = _by_document(task, instances, responses)
+    _process_all(task, {at: document for at, document in documents.items() if document.error is None}, seed)
+    return [_sample(task, at, label(at), document) for at, document in documents.items()]
+
+
+def aggregate(name: str, task: Any, values: Iterable[str], *, folder: str | None = None) -> Metrics:
+    """Compute a task's metrics from the `values` of its documents without an error, in their order.
 
     Args:
         folder: where tasks that write files (submissions) write them; None throws them away.
     """
-    documents = _by_document(task, instances, responses)
-    _process_all(task, {at: document for at, document in documents.items() if document.error is None}, seed)
-    samples = tuple(_sample(task, at, names[at], document) for at, document in documents.items())
     try:
-        metrics = _aggregate(name, task, [one for one in documents.values() if one.error is None], folder)
+        return Metrics(_aggregate(name, task, map(_loaded, values), folder))
     except Exception as error:  # tasks run third-party code
-        problem = f"the metrics of task {name!r} cannot be computed: {_line(error)}"
-        return Scored(samples=samples, metrics=(), problem=problem)
-    return Scored(samples=samples, metrics=metrics)
+        return Metrics((), f"the metrics of task {name!r} cannot be computed: {_line(error)}")
 
 
 def _by_document(task: Any, instances: Sequence[Any], responses: Sequence[Response]) -> dict[int, _Document]:
@@ -143,7 +183,7 @@ def _by_document(task: Any, instances: Sequence[Any], responses: Sequence[Respon
 
 def _in_lmms_form(task: Any, instance: Any, response: Response) -> Any:
     if response.likelihood is not None:
-        log_probability, is_greedy = response.likelihood
+        log_probability, is_greedy = response.likelihood.log_probability, response.likelihood.is_greedy
         # lmms-eval's multiple choice takes the smallest number for the best: its models return losses.
         return (-log_probability if task.OUTPUT_TYPE == "multiple_choice" else log_probability, is_greedy)
     return list(response.texts) if instance.request_type == "generate_until_multi_round" else response.texts[0]
@@ -224,18 +264,70 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _sample(task: Any, doc_id: int, name: str, document: _Document) -> ScoredSample:
+def _sample(task: Any, doc_id: int, label: Label, document: _Document) -> ScoredSample:
     answered = all(response.failure is None for response in document.responses)
+    values = None
+    if document.error is None:
+        try:
+            values = json.dumps(_storable({"values": document.values, "repeated": document.repeated}))
+        except TypeError as error:
+            document.error = f"score: {one_line(error)}"
     return ScoredSample(
-        sample_id=name,
+        doc=doc_id,
+        **label._asdict(),
         prediction=_prediction(document) if answered else None,
-        target=_target(task, doc_id),
-        kind=_kind(task, doc_id),
         scores={} if document.error else dict(_scores(task, document)),
         error=document.error,
         latency_ms=sum(response.latency_ms for response in document.responses),
+        responses=_dumped(document.responses) if answered and document.error else None,
+        values=values,
         **(_costs(document) if answered else {}),
     )
+
+
+def _storable(value: Any) -> Any:
+    """Return a value as JSON has it, with tags where reading has to give back another type. Raises TypeError."""
+    if isinstance(value, np.ndarray | np.generic):
+        return _storable(value.tolist())
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {str(key): _storable(item) for key, item in value.items()}
+        return {_TAG: "dict", "items": [[_storable(key), _storable(item)] for key, item in value.items()]}
+    if isinstance(value, tuple | set | frozenset):
+        kind = "tuple" if isinstance(value, tuple) else "set"
+        return {_TAG: kind, "items": [_storable(item) for item in value]}
+    raise TypeError(f"the task returns a {type(value).__name__}, which cannot be stored")
+
+
+def _loaded(text: str) -> Any:
+    def restored(value: dict[str, Any]) -> Any:
+        kind = value.get(_TAG)
+        return {"tuple": tuple, "set": set, "dict": dict}[kind](value["items"]) if kind else value
+
+    return json.loads(text, object_hook=restored)
+
+
+def _dumped(responses: Sequence[Response]) -> str:
+    found = [
+        [list(one.texts), one.likelihood and [one.likelihood.log_probability, one.likelihood.is_greedy]]
+        for one in responses
+    ]
+    return json.dumps(found)
+
+
+def stored_responses(text: str) -> list[Response]:
+    """Return the responses of `ScoredSample.responses`: their texts and likelihoods, without times."""
+    return [
+        Response(
+            texts=tuple(texts),
+            likelihood=likelihood and Likelihood(log_probability=likelihood[0], is_greedy=likelihood[1]),
+        )
+        for texts, likelihood in json.loads(text)
+    ]
 
 
 def _scores(task: Any, document: _Document) -> Iterator[tuple[str, float]]:
@@ -257,9 +349,8 @@ def _prediction(document: _Document) -> str:
     return str(document.instances[best].args[1]).strip()
 
 
-def _target(task: Any, doc_id: int) -> str | None:
+def _target(task: Any, doc: Any) -> str | None:
     try:
-        doc = task.eval_docs_no_media[doc_id]
         target = task.doc_to_target(doc)
         if task.config.doc_to_choice is not None and isinstance(target, int):
             target = task.doc_to_choice(doc)[target]
@@ -268,32 +359,25 @@ def _target(task: Any, doc_id: int) -> str | None:
     return target if isinstance(target, str) else json.dumps(target, default=str)
 
 
-def _kind(task: Any, doc_id: int) -> str | None:
-    try:
-        kind = task.eval_docs_no_media[doc_id].get("kind")
-    except Exception:  # third-party data, for a column that groups documents
-        return None
-    return kind if isinstance(kind, str) else None
-
-
 def _costs(document: _Document) -> dict[str, Any]:
-    completions = [completion for response in document.responses for completion in response.completions]
-    if not completions:
+    results = [result for response in document.responses for result in response.results]
+    if not results:
         return {}
-    exits = {completion.exit_layer for completion in completions}
-    sums = {name: sum(getattr(completion, name) for completion in completions) for name in _COSTS}
-    return sums | {"exit_layer": exits.pop() if len(exits) == 1 else None}
+    exits = {result.exit_layer for result in results}
+    sums = {name: sum(getattr(result, name, 0) for result in results) for name in _COSTS}
+    batch = min(result.prefill_batch for result in results)
+    return sums | {"prefill_batch": batch, "exit_layer": exits.pop() if len(exits) == 1 else None}
 
 
-def _aggregate(name: str, task: Any, documents: Sequence[_Document], folder: str | None) -> tuple[MetricRow, ...]:
-    """Compute the metrics of documents in their order; without documents there are none."""
+def _aggregate(name: str, task: Any, documents: Iterable[Any], folder: str | None) -> tuple[MetricRow, ...]:
+    """Compute the metrics from what was kept of documents, in their order; without documents there are none."""
     # The module takes seconds to import.
     from lmms_eval.evaluator_utils import TaskOutput
 
     output = TaskOutput.from_taskdict(name, task)
     for document in documents:
-        for kept, found in ((output.sample_metrics, document.values), (output.per_sample_metrics, document.repeated)):
-            for chosen, values in found.items():
+        for kept, found in ((output.sample_metrics, "values"), (output.per_sample_metrics, "repeated")):
+            for chosen, values in document[found].items():
                 for metric, value in values.items():
                     kept[metric, chosen].append(value)
     before = getattr(task, "args", None)

@@ -175,19 +175,21 @@ def _png(name: str, visual: Any) -> bytes:
     return stream.getvalue()
 
 
-def task_digest(config: Mapping[str, Any], documents: Iterable[Any], **more: Any) -> str:
-    """Digest a task's dumped configuration, the files with its functions, and documents without media, in order.
+def task_digest(config: Mapping[str, Any], **more: Any) -> str:
+    """Digest a task's dumped configuration and the files with its functions.
 
     Nothing of it depends on where files are, so that a copy of a task in another folder has the same digest.
     """
+    return hashlib.sha256(_text({"config": config, **more})).hexdigest()
 
-    def text(value: Any) -> bytes:
-        return json.dumps(_plain(value), sort_keys=True).encode()
 
-    found = hashlib.sha256(text({"config": config, **more}))
-    for document in documents:
-        found.update(hashlib.sha256(text(document)).digest())
-    return found.hexdigest()
+def document_digest(document: Any) -> int:
+    """Digest a document without its media, in 64 bits."""
+    return int.from_bytes(hashlib.sha256(_text(document)).digest()[:8], signed=True)
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(_plain(value), sort_keys=True).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -1,91 +1,93 @@
-"""The folder of a campaign: a part with the answers and a commit record for each cell, and the tables of all cells."""
+"""The folder of a campaign: append-only parts with answers and measured speeds, and what of them is there."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydantic import ValidationError
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from reports.schemas import SCHEMAS
+from reports.answers import Answers
 from reports.store import Folder
-from shortv.errors import ShortVError, one_line
-from shortv.evals.scoring import ScoredSample
-from shortv.workers.campaign.cells import Cell, CellRecord
+from shortv.workers.campaign.cells import Group
+from shortv.workers.campaign.producer import UnitResult
 
 TABLES: Final = ("cells", "metrics", "comparisons", "speed")
+_PART: Final = re.compile(r"\w+/part-(\d{6,9})\.parquet")
 
 
-@dataclass(frozen=True, slots=True)
 class CampaignFolder:
-    """Reads and writes the cells of a campaign.
+    """Reads and writes the parts and tables of a campaign.
 
-    A cell has one part, `answers/KEY.parquet`, and a record, `cells/KEY.json`, which is written after the part and
-    commits it by its digest. The tables are made from the parts and records of all cells.
+    A unit has one part, `answers/part-NNNNNN.parquet`; the speed of a group's plans is one part of `measured/`. Parts
+    are numbered in the order in which they are committed, and a later row replaces an earlier one. Tables are made
+    from parts.
     """
 
-    folder: Folder
+    def __init__(self, folder: Folder) -> None:
+        """Find the parts that are there. Raises ShortVError when the folder cannot be read."""
+        self.folder = folder
+        self.answers = Answers(folder)
+        self._next = {name: 1 + max([0, *self._numbers(name)]) for name in ("answers", "measured")}
 
-    def read_records(self, keys: Iterable[str]) -> tuple[dict[str, CellRecord], list[str]]:
-        """Return the records of cells by key, and why others that are there cannot be used, a line each."""
-        names = set(self.folder.list("cells"))
-        records: dict[str, CellRecord] = {}
-        damaged: list[str] = []
-        for key in keys:
-            if f"cells/{key}.json" in names:
-                try:
-                    records[key] = self._read(key)
-                except ShortVError as error:
-                    damaged.append(str(error))
-        return records, damaged
+    def _numbers(self, name: str) -> list[int]:
+        found = map(_PART.fullmatch, self.folder.list(name))
+        return [int(match[1]) for match in found if match]
 
-    def _read(self, key: str) -> CellRecord:
-        shown, value = f"{self.folder.shown}/cells/{key}.json", self.folder.read_json(f"cells/{key}.json")
-        try:
-            record = CellRecord.model_validate(value)
-        except ValidationError as error:
-            raise ShortVError(f"{shown} is damaged or from another release: {one_line(error)}") from error
-        if record.key != key:
-            raise ShortVError(f"{shown} is the record of another cell, {record.key[:12]}")
-        if record.answers_digest is not None and record.answers_digest != self._digest(key):
-            # A retry that was killed between its two writes leaves new answers beside the old record.
-            raise ShortVError(f"{self.folder.shown}/answers/{key} does not have the digest in cells/{key}.json")
-        return record
+    def remove_damaged(self) -> None:
+        """Remove the parts that cannot be read, after the user was told; what they held is asked again."""
+        for name in self.answers.damaged:
+            self.folder.delete(name)
 
-    def commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample]) -> CellRecord:
-        """Write the answers of a cell, if it has any, then its record with their digest; returns that record."""
-        if samples:
-            rows = [_answer(cell, sample) | {"doc": doc} for doc, sample in enumerate(samples)]
-            self.folder.write_table(f"answers/{cell.key}", rows)
-            record = record.model_copy(update={"answers_digest": self._digest(cell.key)})
-        else:
-            # A killed run may have left answers without a record.
-            self.folder.delete(f"answers/{cell.key}.parquet")
-        self.folder.write_json(f"cells/{cell.key}.json", record.model_dump(mode="json"))
-        return record
+    def missing(self, group: Group, *, retry_failed: bool) -> dict[str, NDArray[np.bool_]]:
+        """Return which documents each cell of a group lacks, by key, and those that failed if they are to be retried.
 
-    def read_answers(self, key: str) -> Any:
-        """Return a cell's answers as an Arrow table."""
-        return self.folder.read_table(f"answers/{key}")
+        An answer to a document that has changed since is missing.
+        """
+        keys, count = group.distinct.keys(), group.task.num_docs
+        missing = {key: np.ones(count, bool) for key in keys}
+        if not keys & set(self.answers.cells):
+            return missing
+        digests = group.task.document_digests
+        for part in self.answers.scan(("cell", "doc", "doc_digest", "error"), cells=keys):
+            failed_R = part["error"].is_valid().to_numpy(zero_copy_only=False)
+            doc_R, digest_R = part["doc"].to_numpy(), part["doc_digest"].to_numpy()
+            for key in keys:
+                own_R = pc.equal(part["cell"], key).to_numpy(zero_copy_only=False) & (doc_R < count)
+                own_R &= ~(failed_R & retry_failed)
+                doc = doc_R[own_R]
+                missing[key][doc[digests[doc] == digest_R[own_R]]] = False
+        return missing
+
+    def commit(self, result: UnitResult) -> None:
+        """Write a finished unit."""
+        self.folder.write_bytes(f"{self._name('answers')}.parquet", result.part)
+
+    def commit_measured(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the measured speeds of a group."""
+        self.folder.write_table(self._name("measured"), rows)
+
+    def _name(self, table: str) -> str:
+        number = self._next[table]
+        self._next[table] = number + 1
+        return f"{table}/part-{number:06d}"
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """Return the last measured speed of each cell, by key."""
+        return {row["cell"]: row for row in self.folder.read_tables("measured").to_pylist()}
 
     def write_tables(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Replace all tables of the campaign, one after the other."""
         for name in TABLES:
             self.folder.write_table(name, tables[name])
 
+    def read_tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of all tables."""
+        return {name: self.folder.read_table(name).to_pylist() for name in TABLES}
+
     def has_tables(self) -> bool:
         """Whether all tables are there."""
         return all(self.folder.exists(f"{name}.parquet") for name in TABLES)
-
-    def _digest(self, key: str) -> str:
-        return hashlib.sha256(self.folder.read_bytes(f"answers/{key}.parquet", limit_bytes=None)).hexdigest()
-
-
-def _answer(cell: Cell, sample: ScoredSample) -> dict[str, Any]:
-    own = {name: getattr(sample, name, None) for name in SCHEMAS["answers"].names}
-    # A sample that failed has no scores; NaN is stored as null.
-    scores = sample.scores if sample.error is None else {}
-    pairs = [{"metric": metric, "value": value if value == value else None} for metric, value in scores.items()]
-    return {**own, **cell.names, "scores": pairs}

@@ -1,120 +1,218 @@
-"""The tables of a campaign, made from the records and answers of its finished cells, in the order of its settings."""
+"""The tables of a campaign, made from the parts of its answers, a group (model and task) at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from reports.comparing import Comparison, Side, compare
-from shortv.workers.campaign.cells import Cell, CellRecord
+from shortv.errors import one_line
+from shortv.evals.scoring import MetricRow
+from shortv.learned.dyvte import measured_exit_ratio
+from shortv.learned.registry import plan_flops_ratio
+from shortv.plan import PartsKind
+from shortv.workers.campaign.cells import Cell, CellState, Group
 from shortv.workers.campaign.folder import CampaignFolder
 from shortv.workers.campaign.plans import FULL, PlanKind, Training
 
 Row = Mapping[str, Any]
-Tables = Mapping[str, Sequence[Row]]
-Records = Mapping[str, CellRecord]
+Rows = dict[str, list[dict[str, Any]]]
+
+_TIMES = ("queue_ms", "preprocess_ms", "vision_ms", "prefill_ms", "latency_ms")
+_TOKENS = ("prompt_tokens", "visual_tokens", "completion_tokens", "exit_layer")
+_COLUMNS = (
+    *("cell", "doc", "sample_id", "error", "prediction", "scores", "values", "decode_ms", "busy_ms", "prefill_batch"),
+    *_TIMES,
+    *_TOKENS,
+)
+_MEASURED = ("batch", "rounds", "batch_prefill_ms", "prefill_ratio", "prefill_ratio_stderr", "step_ms", "ttft_ms")
+_MEASURED += ("kv_bytes", "peak_bytes", "idle_share", "replicas")
 
 
-def same_group(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """Return all cells of the same model and task in order, including the cell itself; the first is the full model."""
-    return [other for other in cells if other.model.name == cell.model.name and other.task.name == cell.task.name]
+def group_tables(
+    group: Group, folder: CampaignFolder, *, limit: float | None, seed: int, problem: str | None = None
+) -> Rows:
+    """Return the rows of every table for a group, from the answers that are there.
+
+    Their order and values do not depend on the order in which units were committed.
+
+    Args:
+        limit: documents that the recipe asks for.
+        seed: of the resamples.
+        problem: why documents of the group lack answers, if something kept them from being asked.
+    """
+    answers = cell_answers(folder, group)
+    measured = folder.measured()
+    found: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {}
+    for key, cell in group.distinct.items():
+        found[key] = _cell(cell, answers[key], measured.get(key, {}), problem)
+    rows: Rows = {"cells": [], "metrics": [], "speed": [], "comparisons": []}
+    for cell in group.cells:
+        summary, metrics, speed = found[cell.key]
+        training = cell.entry.training or Training()
+        rows["cells"].append(
+            cell.names
+            | summary
+            | {
+                "revision": cell.model.revision,
+                "plan_digest": cell.entry.plan.digest,
+                "same_as": cell.entry.same_as,
+                "task_digest": cell.task.digest,
+                "limit": limit,
+                "seed": seed,
+                "flops_ratio": speed["flops_ratio"],
+                "learned_parameters": training.parameters,
+                "train_seconds": training.seconds,
+            }
+        )
+        rows["metrics"] += [cell.names | {"plan_digest": cell.entry.plan.digest} | metric for metric in metrics]
+        rows["speed"].append(cell.names | speed)
+    rows["comparisons"] = comparisons(group, {key: sides_of(answers[key]) for key in group.distinct}, seed=seed)
+    return rows
 
 
-class TableBuilder:
-    """Makes the tables of a campaign; answers are read, and cells compared, again only when the answers change."""
-
-    def __init__(self, cells: Sequence[Cell], folder: CampaignFolder, *, seed: int) -> None:
-        """Take the cells, the folder with their answers, and the seed of the bootstrap resamples."""
-        self._cells = cells
-
-        positions: dict[str, int] = {}
-
-        # A record is named by its key and the digest of its answers.
-        @cache
-        def sides(key: str, digest: str) -> dict[str, Side]:
-            return sides_of(folder.read_answers(key), positions)
-
-        @cache
-        def compared(metric: str, *names: tuple[str, str]) -> Comparison | None:
-            found = [sides(*name).get(metric) for name in names]
-            known = [side for side in found if side is not None]
-            return compare(known[0], known[1:], seed=seed) if len(known) == len(found) else None
-
-        self._sides, self._compared = sides, compared
-
-    def build(self, records: Records) -> dict[str, list[Row]]:
-        """Return the rows of every table. They do not depend on the order in which cells finished."""
-        finished = [(cell, records[cell.key]) for cell in self._cells if cell.key in records]
-        return {
-            "cells": [_cell_row(cell, record) for cell, record in finished],
-            "metrics": [row for cell, record in finished for row in _metric_rows(cell, record)],
-            "comparisons": [row for cell, _ in finished for row in self._comparison_rows(cell, records)],
-            "speed": [cell.names | record.speed.model_dump() for cell, record in finished],
-        }
-
-    def _comparison_rows(self, cell: Cell, records: Records) -> Iterator[Row]:
-        """Compare with the full model, and a plan that is not a control with the mean of its random controls too."""
-        own, group = _answers(cell, records), same_group(cell, self._cells)
-        if cell.entry.kind is PlanKind.FULL or own is None:
-            return
-        controls = [other for other in group if other.entry.is_control_of(cell.entry)]
-        full, random = ([one for other in some if (one := _answers(other, records))] for some in (group[:1], controls))
-        mean = f"mean of {len(random)} random control{'s' * (len(random) != 1)}"
-        names = {name: value for name, value in cell.names.items() if name != "cell"}
-        for found, against in ((full, FULL), (random, mean)):
-            for metric in sorted(self._sides(*own)) if found else ():
-                comparison = self._compared(metric, own, *found)
-                if comparison is not None and math.isfinite(comparison.difference):
-                    yield names | {"metric": metric, "against": against} | asdict(comparison)
+def cell_answers(folder: CampaignFolder, group: Group) -> dict[str, pa.Table]:
+    """Return the answers of each cell of a group, by key, in the order of the documents."""
+    keys, count = list(group.distinct), group.task.num_docs
+    parts: dict[str, list[pa.Table]] = {key: [] for key in keys}
+    for part in folder.answers.scan(_COLUMNS, cells=keys):
+        part = part.filter(pc.less(part["doc"], count))
+        for key in keys:
+            own = part.filter(pc.equal(part["cell"], key))
+            if len(own):
+                parts[key].append(own)
+    empty = next((some[0].slice(0, 0) for some in parts.values() if some), None)
+    found = {}
+    for key in keys:
+        table = pa.concat_tables(parts.pop(key) or ([empty] if empty is not None else [_empty()]))
+        found[key] = table.take(pc.sort_indices(table["doc"]))
+    return found
 
 
-def _answers(cell: Cell, records: Records) -> tuple[str, str] | None:
-    """Return the name of a cell's answers, None where it has none."""
-    record = records.get(cell.key)
-    return None if record is None or record.answers_digest is None else (cell.key, record.answers_digest)
+def _empty() -> pa.Table:
+    from reports.schemas import schema_of
+
+    return schema_of("answers").empty_table().select(_COLUMNS)
 
 
-def _cell_row(cell: Cell, record: CellRecord) -> Row:
-    training = cell.entry.training or Training()
-    same = ("state", "n", "errors", "message", "started", "finished", "wall_seconds")
+def _cell(
+    cell: Cell, answers: pa.Table, measured: Row, problem: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Return the state, the metrics and the speed of a cell."""
+    good = answers.filter(pc.is_null(answers["error"]))
+    metrics, failure = cell.task.aggregate(good["values"].to_pylist()) if len(answers) else ((), None)
+    n, errors, missing = len(answers), len(answers) - len(good), cell.task.num_docs - len(answers)
+    message = failure or _message(cell, answers, missing, problem)
+    failed = failure is not None or not len(good)
+    state = CellState.FAILED if failed else CellState.PARTIAL if errors or missing else CellState.COMPLETE
+    busy = _known(good, "busy_ms")
+    summary = {"state": state, "n": n, "errors": errors, "message": message, "busy_seconds": float(busy.sum() / 1e3)}
+    return summary, [_finite(metric) for metric in metrics], _speed(cell, good, measured)
+
+
+def _message(cell: Cell, answers: pa.Table, missing: int, problem: str | None) -> str | None:
+    """Return why a cell lacks answers, None where it lacks none."""
+    if not cell.task.num_docs:
+        return "the task has no samples; raise the limit, or check the data of the task"
+    if missing:
+        return f"{missing} of {cell.task.num_docs} samples have no answer: {problem or 'they were not asked'}"
+    errors = answers.filter(pc.is_valid(answers["error"]))
+    if not len(errors):
+        return None
+    first = errors.slice(0, 1).to_pylist()[0]
+    reason = one_line(Exception(first["error"]))
+    return f"{len(errors)} of {len(answers)} samples failed; the first, {first['sample_id']!r}: {reason}"
+
+
+def _finite(metric: MetricRow) -> dict[str, Any]:
+    """Replace NaN and infinity by None."""
     return {
-        **cell.names,
-        **{name: getattr(record, name) for name in same},
-        "revision": cell.model.revision,
-        "plan_digest": cell.entry.plan.digest,
-        "same_as": cell.entry.same_as,
-        "task_digest": cell.task.digest,
-        "limit": cell.identity["limit"],
-        "seed": cell.identity["seed"],
-        "flops_ratio": record.speed.flops_ratio,
-        "learned_parameters": training.parameters,
-        "train_seconds": training.seconds,
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(metric).items()
     }
 
 
-def _metric_rows(cell: Cell, record: CellRecord) -> Iterator[Row]:
-    for metric in record.metrics:
-        yield cell.names | {"plan_digest": cell.entry.plan.digest} | asdict(metric)
+def _known(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Return the values of a column that are known."""
+    return np.asarray(table[name].drop_null().cast(pa.float64()).to_numpy())
 
 
-def sides_of(answers: pa.Table, positions: dict[str, int]) -> dict[str, Side]:
-    """Return one side of a comparison for every metric in an answers table; new sample ids get a position."""
-    ids = answers["sample_id"].to_pylist()
-    docs = np.array([positions.setdefault(sample_id, len(positions)) for sample_id in ids], dtype=np.int32)
+def _median(values: NDArray[np.float64]) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def _speed(cell: Cell, good: pa.Table, measured: Row) -> dict[str, Any]:
+    """Summarise the times and token counts of the answers, beside what was measured of the plan."""
+    counted = good.filter(pc.is_valid(good["prompt_tokens"]))
+    visual = counted["visual_tokens"].fill_null(0).to_numpy()
+    text = counted["prompt_tokens"].to_numpy() - visual
+    decoded = good.filter(pc.fill_null(pc.greater(good["completion_tokens"], 0), False))
+    per_token = _known(decoded, "decode_ms") / _known(decoded, "completion_tokens") if len(decoded) else np.empty(0)
+    busy = _known(good, "busy_ms").sum()
+    return {
+        "n": len(good),
+        **{f"{name}_median": _median(_known(good, name)) for name in (*_TIMES, "prefill_batch")},
+        "decode_ms_per_token_median": _median(per_token),
+        "samples_per_second": float(1e3 * len(good) / busy) if busy > 0 else None,
+        "t": float(text.mean()) if len(text) else None,
+        "v": float(visual.mean()) if len(visual) else None,
+        "flops_ratio": _flops_ratio(cell, counted, text, visual),
+        **{name: measured.get(name) for name in _MEASURED},
+    }
+
+
+def _flops_ratio(cell: Cell, counted: pa.Table, text: NDArray[Any], visual: NDArray[Any]) -> float | None:
+    """Return the measured ratio if each sample has its own exit layer, else the ratio that the plan predicts."""
+    sizes, plan = cell.model.architecture, cell.entry.plan
+    if text.sum() + visual.sum() <= 0:
+        return None
+    if plan.parts is None or plan.parts.kind is not PartsKind.DYVTE:
+        return plan_flops_ratio(plan, sizes, float(text.mean()), float(visual.mean()))
+    # A prompt without visual tokens costs the same with any exit layer.
+    layers = counted["exit_layer"].to_pylist()
+    rows = zip(layers, text.tolist(), visual.tolist(), strict=True)
+    exits = [(sizes.num_layers if not v else layer, t, v) for layer, t, v in rows]
+    return measured_exit_ratio(sizes, [(layer, t, v) for layer, t, v in exits if layer is not None])
+
+
+def comparisons(group: Group, sides: Mapping[str, Mapping[str, Side]], *, seed: int) -> list[dict[str, Any]]:
+    """Compare plans with the full model, and those that are not controls with the mean of their random controls too."""
+    return [row for cell in group.cells for row in _comparisons_of(cell, group, sides, seed)]
+
+
+def _comparisons_of(
+    cell: Cell, group: Group, sides: Mapping[str, Mapping[str, Side]], seed: int
+) -> Iterator[dict[str, Any]]:
+    if cell.entry.kind is PlanKind.FULL:
+        return
+    controls = [other for other in group.cells if other.entry.is_control_of(cell.entry)]
+    mean = f"mean of {len(controls)} random control{'s' * (len(controls) != 1)}"
+    names = {name: value for name, value in cell.names.items() if name != "cell"}
+    for others, against in ((group.cells[:1], FULL), (controls, mean)):
+        for metric, own in sorted(sides[cell.key].items()) if others else ():
+            found = [side for other in others if (side := sides[other.key].get(metric)) is not None]
+            comparison: Comparison | None = compare(own, found, seed=seed) if len(found) == len(others) else None
+            if comparison is not None and math.isfinite(comparison.difference):
+                yield names | {"metric": metric, "against": against} | asdict(comparison)
+
+
+def sides_of(answers: pa.Table, only: Callable[[str], bool] = bool) -> dict[str, Side]:
+    """Return one side of a comparison for every metric in an answers table."""
+    docs = answers["doc"].to_numpy()
     # Only equality matters, and texts may be long.
     numbers = np.array([hash(text) for text in answers["prediction"].to_pylist()], dtype=np.int64)
     scores = answers["scores"].combine_chunks()
     rows, pairs = pc.list_parent_indices(scores), pc.list_flatten(scores)
     flat = pa.table({"row": rows, "metric": pairs.field("metric"), "value": pairs.field("value")})
     found = {}
-    for metric in flat["metric"].unique().to_pylist():
+    for metric in filter(only, flat["metric"].unique().to_pylist()):
         own = flat.filter(pc.equal(flat["metric"], metric))
         column = np.full(len(docs), np.nan)
         column[own["row"].to_numpy()] = own["value"].to_numpy()

@@ -1,0 +1,243 @@
+"""The actor that turns documents into requests and answers into rows: one or two on each node, without a model.
+
+It loads a task once, decodes each document's images once, sends a few documents with all of their plans in one call to
+a replica, and scores the answers by the task's own functions. A unit comes back as one Parquet file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from reports.schemas import table_of
+from shortv.errors import ShortVError
+from shortv.evals.benchmark import Benchmark
+from shortv.evals.dispatch import Response, WorkClient, respond_under_plans
+from shortv.evals.scoring import ScoredSample
+from shortv.request import EngineClock, Failure, PlanSpeed, Reason, Replies, Work
+from shortv.workers.campaign.units import TaskSource, Unit, UnitCell
+from shortv.workers.shipping import ShippedFolder
+
+REQUEST_SECONDS: Final = 600.0
+"""How long one request may take, including the time until a lost replica is back."""
+MEASURED_DOCUMENTS: Final = 16
+"""Documents on which the speed of plans is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitResult:
+    """A finished unit: its rows of the table `answers` as a Parquet file, and what the driver counts."""
+
+    part: bytes
+    rows: int
+    errors: Mapping[str, int] = field(default_factory=dict)
+    """Rows with an error, by cell."""
+    clocks: Mapping[str, EngineClock] = field(default_factory=dict)
+    """The last clock of each replica that answered."""
+
+
+def result_of(rows: Sequence[Mapping[str, Any]], clocks: Mapping[str, EngineClock] | None = None) -> UnitResult:
+    """Return rows of the table `answers` as the result of a unit."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table_of("answers", rows), sink, compression="zstd")
+    errors: dict[str, int] = {}
+    for row in rows:
+        if row["error"] is not None:
+            errors[row["cell"]] = errors.get(row["cell"], 0) + 1
+    return UnitResult(part=sink.getvalue().to_pybytes(), rows=len(rows), errors=errors, clocks=clocks or {})
+
+
+def answer_row(cell: UnitCell, digest: int, sample: ScoredSample) -> dict[str, Any]:
+    """Return a row of the table `answers`."""
+    # A sample that failed has no scores; NaN is stored as null.
+    scores = sample.scores if sample.error is None else {}
+    pairs = [{"metric": metric, "value": value if value == value else None} for metric, value in scores.items()]
+    names = {"cell": cell.cell, "model": cell.model, "plan": cell.plan, "task": cell.task}
+    return {**asdict(sample), **names, "doc_digest": digest, "scores": pairs}
+
+
+def lost_rows(unit: Unit, names: Callable[[int], str], message: str) -> UnitResult:
+    """Return a unit whose documents have no answers, because whatever works on them dies."""
+    rows = []
+    for doc, digest in zip(unit.docs, unit.digests, strict=True):
+        sample = ScoredSample(doc=doc, sample_id=names(doc), prediction=None, target=None, error=message)
+        rows += [answer_row(cell, digest, sample) for cell in unit.cells]
+    return result_of(rows)
+
+
+class Window:
+    """Bounds the documents that are on their way to replicas, across the units of a producer."""
+
+    def __init__(self) -> None:
+        self.size = 1
+        self._taken = 0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def places(self, count: int) -> AsyncIterator[None]:
+        """Take places for the block, waiting for them; however many are wanted, an empty window has them."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._taken or self._taken + count <= self.size)
+            self._taken += count
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._taken -= count
+                self._changed.notify_all()
+
+
+class Producer:
+    """Runs units; many at a time, so that replicas have the next documents while rows of the last ones are made."""
+
+    def __init__(self, client_of: Callable[[str], WorkClient]) -> None:
+        """Take what connects to an application of replicas, by its name."""
+        self._client_of = client_of
+        self._clients: dict[str, WorkClient] = {}
+        self._benchmarks: dict[TaskSource, Benchmark] = {}
+        # One thread: tasks are third-party code that was written to be called by one.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shortv-task")
+        self._window = Window()
+
+    async def prepare(self, task: TaskSource) -> None:
+        """Load a task. Raises ShortVError when it cannot be loaded here, or differs from the driver's."""
+        await self._in_pool(self._benchmark, task)
+
+    async def run(self, unit: Unit, *, window: int, pack: int) -> UnitResult:
+        """Answer and score the documents of a unit under its plans.
+
+        Args:
+            window: the most documents that all units of this producer may have on their way.
+            pack: documents of a call, at most.
+
+        Raises:
+            ShortVError: the task cannot be loaded here, or its documents are not those of the driver.
+        """
+        self._window.size = window
+        benchmark = await self._in_pool(self._benchmark, unit.task)
+        await self._in_pool(_check_documents, unit, benchmark)
+        starts = range(0, len(unit.docs), pack)
+        packs = [slice(start, start + pack) for start in starts]
+        clocks: dict[str, EngineClock] = {}
+        tasks = [asyncio.create_task(self._run_pack(unit, benchmark, some, clocks)) for some in packs]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        rows = [row for rows in found for row in rows]
+        return await self._in_pool(result_of, rows, clocks)
+
+    async def _run_pack(
+        self, unit: Unit, benchmark: Benchmark, some: slice, clocks: dict[str, EngineClock]
+    ) -> list[dict[str, Any]]:
+        docs = unit.docs[some]
+        async with self._window.places(len(docs)):
+            instances = await self._in_pool(benchmark.instances, docs)
+            responses = await respond_under_plans(
+                _Timed(self._client(unit.app), clocks),
+                instances,
+                benchmark.documents,
+                plans=[cell.served for cell in unit.cells],
+                seed=benchmark.seed,
+                timeout_s=REQUEST_SECONDS,
+                pool=self._pool,
+            )
+        return await self._in_pool(_rows, unit, benchmark, some, responses)
+
+    async def measure(self, unit: Unit, *, seconds: float) -> list[PlanSpeed]:
+        """Have one replica measure the speed of a unit's plans on its documents, for about so many seconds."""
+        benchmark = await self._in_pool(self._benchmark, unit.task)
+        plans = tuple(cell.served for cell in unit.cells)
+        works = await self._in_pool(_first_works, benchmark, unit.docs, plans)
+        client: Any = self._client(unit.app)
+        return list(await client.measure(works, seconds=seconds)) if works else []
+
+    async def pictures(self, task: TaskSource, docs: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the question and a thumbnail of documents, as rows of the table `thumbnails`."""
+        return await self._in_pool(_pictures, await self._in_pool(self._benchmark, task), docs)
+
+    def _client(self, app: str) -> WorkClient:
+        if app not in self._clients:
+            self._clients[app] = self._client_of(app)
+        return self._clients[app]
+
+    def _benchmark(self, task: TaskSource) -> Benchmark:
+        if task not in self._benchmarks:
+            folders = [one.local() if isinstance(one, ShippedFolder) else one for one in task.folders]
+            found = Benchmark(task.name, include_path=folders, **task.settings)
+            if found.digest != task.digest:
+                problem = f"task {task.name!r} on this node is not the driver's: its configuration or code differs"
+                raise ShortVError(f"{problem}; install the same release of the task on every node")
+            found.instances(())
+            self._benchmarks[task] = found
+        return self._benchmarks[task]
+
+    async def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A client that keeps the last clock of each replica."""
+
+    client: WorkClient
+    clocks: dict[str, EngineClock]
+
+    async def complete_all(self, works: Sequence[Work]) -> Replies:
+        if not works:
+            return Replies(results=(), clock=None)
+        replies = await self.client.complete_all(works)
+        if replies.clock is not None:
+            self.clocks[replies.clock.replica] = replies.clock
+        return replies
+
+
+def _check_documents(unit: Unit, benchmark: Benchmark) -> None:
+    for doc, wanted in zip(unit.docs, unit.digests, strict=True):
+        if doc >= benchmark.num_docs or benchmark.digest_of(doc) != wanted:
+            problem = f"document {doc} of task {benchmark.name!r} on this node is not the driver's"
+            raise ShortVError(f"{problem}; make the same version of the data set available on every node")
+
+
+def _rows(
+    unit: Unit, benchmark: Benchmark, some: slice, responses: Mapping[str, list[Response]]
+) -> list[dict[str, Any]]:
+    """Score the answers under each plan and return their rows."""
+    docs = unit.docs[some]
+    digests = dict(zip(docs, unit.digests[some], strict=True))
+    rows = []
+    for cell in unit.cells:
+        checked = [_checked(cell, response) for response in responses[cell.served]]
+        rows += [answer_row(cell, digests[sample.doc], sample) for sample in benchmark.score(docs, checked)]
+        for doc in docs:
+            if (reason := benchmark.unusable.get(doc)) is not None:
+                sample = ScoredSample(**benchmark.label(doc)._asdict(), doc=doc, prediction=None, error=f"answer: {reason}")
+                rows.append(answer_row(cell, digests[doc], sample))
+    return rows
+
+
+def _checked(cell: UnitCell, response: Response) -> Response:
+    """Return a response, as a failure if its answers came under another plan than the cell's."""
+    other = {result.plan_digest for result in response.results} - {cell.plan_digest}
+    if not other:
+        return response
+    message = f"the answer came under plan digest {other.pop()}, not {cell.plan_digest}; ask again (--retry-failed)"
+    return Response(failure=Failure(reason=Reason.INTERNAL, message=message), latency_ms=response.latency_ms)
+
+
+def _first_works(benchmark: Benchmark, docs: Sequence[int], plans: tuple[str, ...]) -> list[Work]:
+    """Return the first request of each document that has one, under all plans."""
+    works = []
+    for doc in docs:
+        request = benchmark.first_request(doc, timeout_s=REQUEST_SECONDS)
+        if request is not None:
+            works.append(Work(request=request, plans=plans))
+    return works

@@ -1,0 +1,236 @@
+"""The Ray side of a campaign: replicas of each model on Serve, producers on every node, and units on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from shortv.errors import ShortVError
+from shortv.evals.benchmark import Benchmark
+from shortv.families import quiet_transformers
+from shortv.plan import Plan
+from shortv.request import PlanSpeed
+from shortv.spec import ModelSpec
+from shortv.terminal import say
+from shortv.workers.campaign.producer import Producer, UnitResult
+from shortv.workers.campaign.spec import CampaignSpec
+from shortv.workers.campaign.units import SHARD, TaskSource, Unit
+from shortv.workers.cluster import connected, free_nodes, living_nodes
+from shortv.workers.models import ModelLoader, remote_model
+from shortv.workers.placement import Placement
+from shortv.workers.run import stop_on_signal
+from shortv.workers.serving.app import REPLICA, deploy, place_replicas, replica_app, running_replicas, undeploy
+from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.scheduler import EngineSettings
+from shortv.workers.shipping import offer
+
+WINDOW: Final = 48
+"""Documents on their way per replica: its running batches, and enough behind them that it never waits."""
+_PACK: Final = (4, 16)
+"""Documents of a call: few while few replicas share the last ones, many where calls are many."""
+_MEASURE_S: Final = 2.0
+_REFRESH_S: Final = 2.0
+# Losses of Ray that another producer can make good.
+_LOSSES: Final = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError)
+
+
+class ProducerLost(Exception):
+    """The producer died with the unit; another one may finish it."""
+
+
+class CampaignWorkers:
+    """What a campaign runs on. Tests replace it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Print notes to the console."""
+        quiet_transformers()
+        self.loader = ModelLoader()
+        self._console = console or Console()
+
+    def task(self, name: str, spec: CampaignSpec) -> Benchmark:
+        """Load a task. Raises Refused for an unknown task, ShortVError when its data cannot be loaded."""
+        return Benchmark(name, **spec.model_dump(include={"limit", "include_path", "gen_kwargs", "seed"}))
+
+    @contextmanager
+    def open(self, spec: CampaignSpec, tasks: Sequence[Benchmark]) -> Iterator[Pool]:
+        """Start producers that load these tasks; end them, and all replicas, when the block ends."""
+        # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
+        with connected(), stop_on_signal():
+            serve.start(proxy_location="Disabled")
+            placement = place_replicas(
+                free_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device
+            )
+            if placement.note:
+                say(self._console, placement.note)
+            pool = Pool(spec, self.loader, placement, {task.name: source_of(task, spec) for task in tasks})
+            try:
+                yield pool
+            finally:
+                pool.close()
+
+
+class Pool:
+    """Producers, the applications of replicas, and the units on their way between them.
+
+    All but `close` is for one event loop.
+    """
+
+    def __init__(
+        self, spec: CampaignSpec, loader: ModelLoader, placement: Placement, sources: Mapping[str, TaskSource]
+    ) -> None:
+        self.sources = sources
+        """How producers load the tasks, by name."""
+        self._spec, self._loader, self._placement = spec, loader, placement
+        self._apps: dict[str, int] = {}
+        self._producers: dict[Any, str] = {}
+        self._busy: Counter[Any] = Counter()
+        self._in_flight = 0
+        self._changed = asyncio.Condition()
+        self._refreshed = -math.inf
+        self._lock = threading.Lock()
+        self._add_producers()
+
+    async def start(self, model: ModelSpec, plans: Sequence[Plan]) -> str:
+        """Start replicas of a model that serve it under these plans; returns the name of their application.
+
+        Raises ShortVError when they do not start.
+        """
+        name = f"shortv-campaign-{secrets.token_hex(4)}"
+        batch = self._spec.batch_size
+        # Routing is not exact: now and then a replica has the documents of two.
+        queued = 2 * self._window_of_replica * (len(plans) + 1)
+        engine = EngineSettings(batch_size=batch, max_queued=queued)
+        app = replica_app(remote_model(self._loader, model), plans, self._placement, engine=engine)
+        self._apps[name] = self._placement.low
+        await asyncio.to_thread(deploy, app, name=name)
+        return name
+
+    async def stop(self, app: str) -> None:
+        """End the replicas of an application."""
+        self._apps.pop(app, None)
+        await asyncio.to_thread(undeploy, app)
+
+    @property
+    def _window_of_replica(self) -> int:
+        wanted = self._spec.num_concurrent
+        return WINDOW if wanted is None else math.ceil(wanted / self._placement.high)
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that run, of all applications."""
+        return max(1, sum(self._apps.values()))
+
+    async def enter(self) -> None:
+        """Wait until the units on their way leave some of the replicas' windows empty, and count one more."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._in_flight < self._capacity)
+            self._in_flight += 1
+        await self._refresh()
+
+    async def leave(self) -> None:
+        """Count a unit less."""
+        async with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    @property
+    def _capacity(self) -> int:
+        """Units that fill all windows, and one more for each producer, so that none waits for the next."""
+        return math.ceil(self.replicas * self._window_of_replica / SHARD) + max(1, len(self._producers))
+
+    async def run(self, unit: Unit) -> UnitResult:
+        """Answer a unit on the producer with the fewest. Raises ProducerLost, or ShortVError as `Producer.run`."""
+        window = math.ceil(self.replicas * self._window_of_replica / max(1, len(self._producers)))
+        low, high = _PACK
+        pack = max(low, min(high, self.replicas // 8))
+        result: UnitResult = await self._called(lambda one: one.run.remote(unit, window=window, pack=pack))
+        return result
+
+    async def measure(self, unit: Unit) -> list[PlanSpeed]:
+        """Measure the speed of a unit's plans on its first documents. Raises as `run`."""
+        seconds = _MEASURE_S + 0.5 * len(unit.cells)
+        found: list[PlanSpeed] = await self._called(lambda one: one.measure.remote(unit, seconds=seconds))
+        return found
+
+    async def pictures(self, task: TaskSource, docs: Sequence[int]) -> list[dict[str, Any]]:
+        """Return rows of the table `thumbnails`. Raises as `run`."""
+        found: list[dict[str, Any]] = await self._called(lambda one: one.pictures.remote(task, docs))
+        return found
+
+    async def _called(self, call: Any) -> Any:
+        if not self._producers:
+            self._add_producers()
+        producer = min(self._producers, key=lambda one: self._busy[one])
+        self._busy[producer] += 1
+        try:
+            return await call(producer)
+        except _LOSSES as error:
+            self._producers.pop(producer, None)
+            await self._refresh(now=True)
+            raise ProducerLost(type(error).__name__) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        finally:
+            self._busy[producer] -= 1
+
+    async def _refresh(self, *, now: bool = False) -> None:
+        """Use replicas and nodes that have come, and forget those that have gone."""
+        if not now and time.monotonic() - self._refreshed < _REFRESH_S:
+            return
+        self._refreshed = time.monotonic()
+        await asyncio.to_thread(self._look)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _look(self) -> None:
+        with self._lock, suppress(ray.exceptions.RayError, ShortVError):
+            for app in list(self._apps):
+                found = running_replicas(app)
+                if app in self._apps:
+                    self._apps[app] = found
+            self._add_producers()
+
+    def _add_producers(self) -> None:
+        """Start a producer on every node without one, two where a node's replicas can be many."""
+        have = Counter(self._producers.values())
+        for node in living_nodes():
+            wanted = 2 if node["Resources"].get("CPU", 0) >= 16 else 1
+            for _ in range(wanted - have[node["NodeID"]]):
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+                # Many calls at once: each is a unit that mostly waits.
+                kind: Any = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=there)(Producer)
+                producer = kind.remote(client_of)
+                self._producers[producer] = node["NodeID"]
+                for source in self.sources.values():
+                    producer.prepare.remote(source)
+
+    def close(self) -> None:
+        """End producers and replicas."""
+        for producer in self._producers:
+            ray.kill(producer)
+        for app in list(self._apps):
+            undeploy(app)
+
+
+def client_of(app: str) -> ReplicaClient:
+    """Connect to an application of replicas, from a producer."""
+    return ReplicaClient(serve.get_deployment_handle(REPLICA, app_name=app), patient=True)
+
+
+def source_of(task: Benchmark, spec: CampaignSpec) -> TaskSource:
+    """Return how producers load a task; its folders are shipped."""
+    settings = spec.model_dump(include={"limit", "gen_kwargs", "seed"})
+    folders = tuple(offer(folder) or folder for folder in spec.include_path)
+    return TaskSource(name=task.name, digest=task.digest, settings=settings, folders=folders)
