@@ -46,9 +46,9 @@ def main(config: str | None, print_submission_id: bool, **flags: Any) -> int:
 
     # Torch and Ray take seconds to import, and --help needs neither.
     from shortv.workers.campaign.driver import run_campaign
-    from shortv.workers.campaign.runner import ReplicaRunner
+    from shortv.workers.campaign.workers import CampaignWorkers
 
-    return run_campaign(spec, runner=ReplicaRunner())
+    return run_campaign(spec, workers=CampaignWorkers())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,17 @@ _SHARED = """
     kind string? Kind of the question, where the task's documents have a `kind`.
     target string? The task's reference.
     question string? What the document asks.
+    batch int32? Documents of the measured batch.
+    rounds int32? Rounds in which every plan was measured once.
+    batch_prefill_ms double? Median time of the language model's prefill of that batch.
+    prefill_ratio double? Median over the rounds of that time as a share of the full model's in the same round.
+    prefill_ratio_stderr double? Its standard error.
+    step_ms double? Median time of a decoding step of that batch.
+    ttft_ms double? Time to the first token of that batch: preprocessing, vision tower and prefill.
+    kv_bytes double? KV cache of a document after its prefill.
+    peak_bytes int64? Most memory allocated on the device, weights included; null on CPUs.
+    idle_share double? Share of the time in which the model's thread had nothing to do while the task was answered.
+    replicas int32? Replicas that answered the task.
 """
 
 _TABLES = """
@@ -87,16 +98,14 @@ cells | cells.parquet | One finished cell of a campaign: a model under a plan on
     task_digest string SHA-256 of the task's configuration, code and documents.
     limit double? Samples asked for; below 1 a share of the task.
     seed int64 Seed of sampled answers and of the intervals.
-    state string complete, partial (some samples failed) or failed (all did).
-    n int32 Samples of the cell.
+    state string complete, partial (some samples failed or were not asked) or failed (no sample was scored).
+    n int32 Samples that were answered or failed.
     errors int32 Samples that failed; they are never scored.
     message string? Why the cell or its samples failed.
     flops_ratio
     learned_parameters int64? Parameters of the plan's learned parts; null for a plan without.
     train_seconds double? How long their training took; null for a plan without.
-    started string ISO 8601 in UTC.
-    finished string ISO 8601 in UTC.
-    wall_seconds double How long the cell took.
+    busy_seconds double Time of the models' threads that the answers took, over all replicas.
 answers | answers/*.parquet | One document's answer in one cell; a later part's row replaces an earlier one of the \
     same cell and document.
     cell model
@@ -120,7 +129,7 @@ answers | answers/*.parquet | One document's answer in one cell; a later part's 
     exit_layer int32? Layer after which the visual tokens left, where the plan decides that for each sample (DyVTE); \
         the number of layers is never.
     doc_digest int64? Digest of the document's content, which tells an edited task from the one that was answered.
-    responses string? What the model returned to each request, as JSON; null after an error.
+    responses string? Where scoring failed, what the model returned to each request, as JSON, to be scored again.
     values string? What the task's own scoring returned, as JSON, for the task's aggregation; null after an error.
 judge | judge/*.parquet | One reply of an LLM judge that a task's scoring called; the same call is not made again.
     digest string SHA-256 of the call's path and body, and of how often the document made the same call before.
@@ -160,16 +169,25 @@ thumbnails | thumbnails.parquet | One document among the changes.
     task doc sample_id question
     image binary? Its images as one small JPEG picture; null for a document without an image.
 speed | speed.parquet | How fast one cell was answered; medians and means over the samples that were.
+measured | measured/*.parquet | The speed of one plan on a few documents of a task, measured by one replica beside all \
+    other plans; a later part's row replaces an earlier one of the same cell.
+    cell model plan task batch rounds batch_prefill_ms prefill_ratio prefill_ratio_stderr step_ms ttft_ms kv_bytes
+    peak_bytes idle_share replicas
+speed | speed.parquet | How fast one cell was answered: medians over the samples that were, and what was measured apart.
     cell model plan task
     n int32 Samples that were answered.
-    prefill_ms_median double? Median time of the prefill.
+    queue_ms_median double? Median time in the queue.
+    preprocess_ms_median double? Median time of image processing and tokenisation.
+    vision_ms_median double? Median time of the vision tower.
+    prefill_ms_median double? Median time of the prefill, of the whole batch.
+    prefill_batch_median double? Median number of sequences in that batch.
     decode_ms_per_token_median double? Median decoding time per token of the answer.
     latency_ms_median double? Median time from the question to the whole answer.
-    samples_per_second double? Throughput of the cell.
+    samples_per_second double? Samples by the time of the model's thread that they took: the rate of one busy replica.
     t double? Mean text tokens of a prompt.
     v double? Mean visual tokens of a prompt.
-    flops_ratio
-    replicas int32? Replicas that answered.
+    flops_ratio batch rounds batch_prefill_ms prefill_ratio prefill_ratio_stderr step_ms ttft_ms kv_bytes peak_bytes
+    idle_share replicas
 """
 
 _NESTED: Final = {

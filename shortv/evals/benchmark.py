@@ -147,7 +147,9 @@ class Benchmark:
         """Return the request of a document's first round, None where the task's code gives none."""
         try:
             instances = self.instances([doc])
-            return Conversation(instances[0], self.documents).request(timeout_s=timeout_s, seed=self.seed, form=as_array)
+            return Conversation(instances[0], self.documents).request(
+                timeout_s=timeout_s, seed=self.seed, form=as_array
+            )
         except (ShortVError, IndexError):
             return None
 

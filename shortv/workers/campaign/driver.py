@@ -1,29 +1,34 @@
-"""The driver of a campaign: checks the spec, runs the cells that are missing, commits each, and prints the tables."""
+"""The driver of a campaign: checks the spec, streams the units that are missing, commits each, and makes the tables."""
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from reports.manifest import CampaignManifest, State, plain, utc_now, versions
 from reports.store import Folder
-from shortv.errors import Refused
-from shortv.evals.scoring import ScoredSample
+from shortv.errors import Refused, ShortVError, one_line
+from shortv.evals.benchmark import Benchmark
+from shortv.request import EngineClock, PlanSpeed
 from shortv.terminal import console as default_console
 from shortv.terminal import say
-from shortv.workers.campaign.cells import Cell, CellRecord, CellResult, CellState, RunCell
-from shortv.workers.campaign.folder import CampaignFolder
+from shortv.workers.campaign.cells import CellState, Group, groups_of
+from shortv.workers.campaign.folder import TABLES, CampaignFolder
 from shortv.workers.campaign.plans import ModelFacts, PlanEntry, resolve_plans
+from shortv.workers.campaign.producer import MEASURED_DOCUMENTS, ProducerLost, lost_rows
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import print_summary, result_line
-from shortv.workers.campaign.tables import TableBuilder
+from shortv.workers.campaign.tables import Rows, group_tables
+from shortv.workers.campaign.units import Unit, shards
+from shortv.workers.progress import SampleProgress
 from shortv.workers.run import (
     Stopped,
     attempt,
@@ -31,16 +36,20 @@ from shortv.workers.run import (
     exit_status,
     find_manifest,
     one_driver,
+    run_async,
     stop_on_signal,
     write_report,
 )
 from shortv.workers.shipping import folder_digest
 
 if TYPE_CHECKING:
-    from shortv.workers.campaign.runner import ReplicaRunner
+    from shortv.workers.campaign.workers import CampaignWorkers, Pool
+
+_DEATHS: Final = 3
+"""Producers that may die with a document before it counts as the cause."""
 
 
-def run_campaign(spec: CampaignSpec, *, runner: ReplicaRunner, console: Console | None = None) -> int:
+def run_campaign(spec: CampaignSpec, *, workers: CampaignWorkers, console: Console | None = None) -> int:
     """Run, continue or repeat a campaign, print its tables, and return the exit status (0, or 3 with failures).
 
     Raises:
@@ -53,127 +62,93 @@ def run_campaign(spec: CampaignSpec, *, runner: ReplicaRunner, console: Console 
         folder = Folder(spec.output_path)
         # A folder of another run is refused before models and tasks are read.
         find_manifest(folder, CampaignManifest)
-        campaign = _Campaign(spec, runner, CampaignFolder(folder), console)
+        campaign = _Campaign(spec, workers, console)
         with one_driver(folder):
-            worked = campaign.run()
-            campaign.report()
+            worked = campaign.run(folder)
             write_report(folder, console, anew=worked)
             return campaign.exit_status()
 
 
 class _Campaign:
-    """The cells of a spec, ordered by model, then by task, then by plan; and the records of those that are finished.
+    """The groups of a spec, what they lack, and the rows of their tables."""
 
-    `distinct` holds a cell for each key: cells that share a key run once.
-    """
-
-    def __init__(self, spec: CampaignSpec, runner: ReplicaRunner, folder: CampaignFolder, console: Console) -> None:
+    def __init__(self, spec: CampaignSpec, workers: CampaignWorkers, console: Console) -> None:
         """Read models, plans and tasks. Raises Refused where one cannot be right, ShortVError for a task's data."""
-        self.spec, self.runner, self.folder, self.console = spec, runner, folder, console
+        self.spec, self.workers, self.console = spec, workers, console
         self.models = [self._model(name) for name in spec.models]
         self.entries, warnings = resolve_plans(spec.plans, self.models)
-        self.tasks = [runner.task(name, spec) for name in spec.tasks]
+        self.tasks: list[Benchmark] = [workers.task(name, spec) for name in spec.tasks]
         for warning in warnings:
             say(console, f"Warning: {warning}")
-        self.cells = [
-            Cell.of(spec, model, entry, task)
-            for model in self.models
-            for task in self.tasks
-            for entry in self.entries[model.name]
-        ]
-        self.distinct: dict[str, Cell] = {}
-        for cell in self.cells:
-            self.distinct.setdefault(cell.key, cell)
-        self.tables = TableBuilder(self.cells, folder, seed=spec.seed)
-        self.records: dict[str, CellRecord] = {}
+        self.groups = groups_of(spec, self.models, self.entries, self.tasks)
+        self.rows: Rows = {}
 
     def _model(self, name: str) -> ModelFacts:
-        model = self.runner.loader.pin(self.spec.of_model(name))
-        architecture = self.runner.loader.describe(model)
+        model = self.workers.loader.pin(self.spec.of_model(name))
+        architecture = self.workers.loader.describe(model)
         return ModelFacts(name=name, revision=model.revision, digest=folder_digest(name), architecture=architecture)
 
-    def run(self) -> bool:
-        """Run the cells that are missing and return True; a finished campaign of the same spec is not changed."""
-        folder = self.folder.folder
-        before = find_manifest(folder, CampaignManifest)
-        self.records, damaged = self.folder.read_records(self.distinct)
-        for line in damaged:
-            say(self.console, f"Warning: {line}; the cell runs again")
-        pending = [cell for key, cell in self.distinct.items() if not self._is_finished(self.records.get(key))]
-        say(self.console, f"{len(self.distinct)} cells, {len(self.distinct) - len(pending)} finished")
+    def run(self, store: Folder) -> bool:
+        """Do what is missing and return True; a finished campaign of the same spec is not changed. Prints the tables.
+
+        Raises ShortVError when results cannot be read or written.
+        """
+        before = find_manifest(store, CampaignManifest)
+        folder = CampaignFolder(store)
+        for line in folder.answers.damaged.values():
+            say(self.console, f"Warning: {line}; what it held is asked again")
+        streams = [_Stream(group, folder, self.spec) for group in self.groups]
+        cells = sum(len(stream.missing) for stream in streams)
+        finished = sum(not lacking.any() for stream in streams for lacking in stream.missing.values())
+        say(self.console, f"{cells} cells, {finished} finished")
         wanted = self._manifest(before)
-        if not pending and _is_repeated(before, wanted) and self.folder.has_tables():
-            return False
-        folder.check_writable()
-        attempt(folder, wanted, lambda running: self._run_cells(running, pending))
-        return True
-
-    def _is_finished(self, record: CellRecord | None) -> bool:
-        return record is not None and (record.state is CellState.COMPLETE or not self.spec.retry_failed)
-
-    def report(self) -> None:
-        """Print the tables and the failures."""
-        print_summary(self.cells, self.records, self.tables.build(self.records), self.console)
-        say(self.console, f"results in {self.folder.folder.shown}")
+        worked = any(stream.pairs for stream in streams) or not _is_repeated(before, wanted) or not folder.has_tables()
+        if worked:
+            store.check_writable()
+            attempt(store, wanted, lambda running: self._work(running, folder, streams))
+        self.rows = folder.read_tables()
+        print_summary(self.rows, self.groups, self.console)
+        say(self.console, f"results in {store.shown}")
+        return worked
 
     def exit_status(self) -> int:
         """Return 0 when no cell lacks more than the tolerated share of its samples, else 3."""
-        failed = [(1, 1) if one.state is CellState.FAILED else (one.errors, one.n) for one in self.records.values()]
+        failed = [
+            (1, 1) if row["state"] == CellState.FAILED else (row["errors"] + lacking, row["n"] + lacking)
+            for row, lacking in zip(self.rows["cells"], self._lacking(), strict=True)
+        ]
         return max(exit_status(errors, total, self.spec.fail_on_error) for errors, total in failed)
 
-    def _run_cells(self, running: CampaignManifest, pending: Sequence[Cell]) -> CampaignManifest:
-        """Run cells model by model, and return the final manifest."""
-        for _, cells in groupby(pending, key=lambda cell: cell.model.name):
-            self._run_model(list(cells))
-        self.folder.write_tables(self.tables.build(self.records))
-        states = Counter(record.state for record in self.records.values())
+    def _lacking(self) -> list[int]:
+        """Return how many documents of each cell were not asked."""
+        counts = [group.task.num_docs for group in self.groups for _ in group.cells]
+        return [count - row["n"] for count, row in zip(counts, self.rows["cells"], strict=True)]
+
+    def _work(self, running: CampaignManifest, folder: CampaignFolder, streams: Sequence[_Stream]) -> CampaignManifest:
+        """Answer what is missing, make the tables, and return the final manifest."""
+        folder.set_damaged_aside()
+        total = sum(stream.group.task.num_docs * len(stream.missing) for stream in streams)
+        left = sum(stream.pairs for stream in streams)
+        tables = _Tables(folder, streams, self.spec, self.console)
+        if left or any(stream.unmeasured for stream in streams):
+            with (
+                self.workers.open(self.spec, self.tasks) as pool,
+                SampleProgress(
+                    total=total, done=total - left, console=self.console, label="campaign", brief=True
+                ) as bar,
+            ):
+                run_async(_Work(self.spec, folder, pool, bar, tables).run(streams))
+        rows = tables.of_all()
+        states = Counter(row["state"] for row in {row["cell"]: row for row in rows["cells"]}.values())
+        distinct = {row["cell"]: row for row in rows["cells"]}.values()
         counts = {
-            "cells": len(self.records),
+            "cells": len(distinct),
             **{state.value: states[state] for state in CellState},
-            "samples": sum(record.n for record in self.records.values()),
-            "errors": sum(record.errors for record in self.records.values()),
+            "samples": sum(row["n"] for row in distinct),
+            "errors": sum(row["errors"] for row in distinct),
         }
-        whole = states[CellState.COMPLETE] == len(self.records)
+        whole = states[CellState.COMPLETE] == len(distinct)
         return running.updated(state=State.COMPLETE if whole else State.PARTIAL, counts=counts)
-
-    def _run_model(self, cells: Sequence[Cell]) -> None:
-        model = self.spec.of_model(cells[0].model.name).model_copy(update={"revision": cells[0].model.revision})
-        plans = {cell.entry.name: cell.plan for cell in cells if cell.plan is not None}
-        with ExitStack() as stack:
-            try:
-                run_cell = stack.enter_context(self.runner.open(model, tuple(plans.values()), self.spec))
-            except (Stopped, Refused):
-                raise
-            except Exception as error:  # without replicas of this model, only its own cells fail
-                for cell in cells:
-                    self._commit(cell, CellRecord.of(cell, error, started=utc_now(), wall_seconds=0.0))
-                return
-            for cell in cells:
-                self._run_cell(run_cell, cell)
-
-    def _run_cell(self, run_cell: RunCell, cell: Cell) -> None:
-        started, clock = utc_now(), time.monotonic()
-        samples: Sequence[ScoredSample] = ()
-        outcome: CellResult | Exception
-        try:
-            outcome = run_cell(cell.plan, cell.task.name)
-            samples = outcome.scored.samples
-        except Stopped:
-            raise
-        except Exception as error:  # tasks and judges run third-party code; its errors are failures of the cell
-            outcome = error
-        record = CellRecord.of(cell, outcome, started=started, wall_seconds=time.monotonic() - clock)
-        self._commit(cell, record, samples)
-
-    def _commit(self, cell: Cell, record: CellRecord, samples: Sequence[ScoredSample] = ()) -> None:
-        """Write the cell and all tables. A retry that failed does not replace the samples of an earlier run."""
-        before = self.records.get(cell.key)
-        if record.state is CellState.FAILED and before is not None and before.state is not CellState.FAILED:
-            say(self.console, f"{cell.shown}: the retry failed, the earlier answers stay: {record.message}")
-            return
-        self.records[cell.key] = self.folder.commit(cell, record, samples)
-        self.folder.write_tables(self.tables.build(self.records))
-        say(self.console, f"[{len(self.records)}/{len(self.distinct)}] {cell.shown}: {result_line(cell, record)}")
 
     def _manifest(self, before: CampaignManifest | None) -> CampaignManifest:
         """Return the manifest with which this run starts. It adds to the attempts and the time of an earlier run."""
@@ -183,12 +158,238 @@ class _Campaign:
             versions=versions(),
             models=tuple({**asdict(model), "config_digest": model.architecture.config_digest} for model in self.models),
             plans=tuple(_plan_facts(model.name, entry) for model in self.models for entry in self.entries[model.name]),
-            tasks=tuple(task._asdict() for task in self.tasks),
+            tasks=tuple(
+                {"name": task.name, "digest": task.digest, "num_docs": task.num_docs, "main_metric": task.main_metric}
+                for task in self.tasks
+            ),
             seed=self.spec.seed,
             attempts=before.attempts if before else 0,
             started=before.started if before else utc_now(),
             wall_seconds=before.wall_seconds if before else None,
         )
+
+
+class _Stream:
+    """What a group lacks: the documents of each cell, and whether the speed of its plans was measured."""
+
+    def __init__(self, group: Group, folder: CampaignFolder, spec: CampaignSpec) -> None:
+        self.group = group
+        self.missing: Mapping[str, NDArray[np.bool_]] = folder.missing(group, retry_failed=spec.retry_failed)
+        self.unmeasured = bool(group.task.num_docs) and not group.distinct.keys() <= folder.measured().keys()
+        self.clocks: dict[str, EngineClock] = {}
+        self.problem: str | None = None
+        """Why documents could not be asked."""
+
+    @property
+    def pairs(self) -> int:
+        """Answers that are missing."""
+        return sum(int(lacking.sum()) for lacking in self.missing.values())
+
+    def units(self, app: str, pool: Pool) -> list[Unit]:
+        """Return the units that are missing."""
+        return [self.unit(app, pool, docs, cells) for docs, cells in shards(self.missing)]
+
+    def unit(self, app: str, pool: Pool, docs: Sequence[int], cells: Sequence[str]) -> Unit:
+        """Return a unit of the group."""
+        task, distinct = self.group.task, self.group.distinct
+        return Unit(
+            app=app,
+            task=pool.sources[task.name],
+            docs=tuple(docs),
+            digests=tuple(task.document_digests[list(docs)].tolist()),
+            cells=tuple(distinct[key].in_unit() for key in cells),
+        )
+
+
+class _Work:
+    """Streams units of all groups to producers, and ends each group when its last unit is committed."""
+
+    def __init__(
+        self, spec: CampaignSpec, folder: CampaignFolder, pool: Pool, bar: SampleProgress, tables: _Tables
+    ) -> None:
+        self._spec, self._folder, self._pool, self._bar, self._tables = spec, folder, pool, bar, tables
+        self._clocks: dict[str, EngineClock] = {}
+        """The last clock of each replica when the group before ended."""
+
+    async def run(self, streams: Sequence[_Stream]) -> None:
+        """Answer what is missing, model by model.
+
+        The replicas of a model start when the last units of the one before are on their way.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _, group in groupby(streams, key=lambda stream: stream.group.model.name):
+                    await self._hand_out([one for one in group if one.pairs or one.unmeasured], tasks)
+        except* Exception as errors:
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+
+    async def _hand_out(self, streams: Sequence[_Stream], tasks: asyncio.TaskGroup) -> None:
+        if not streams:
+            return
+        try:
+            app = await self._start(streams)
+        except (Stopped, Refused):
+            raise
+        except Exception as error:  # without replicas of this model, only its own cells fail
+            for stream in streams:
+                await self._end(stream, _line(error))
+            return
+        ending = []
+        for stream in streams:
+            units = []
+            for unit in stream.units(app, self._pool):
+                await self._pool.enter()
+                units.append(tasks.create_task(self._answer(stream, unit)))
+            ending.append(tasks.create_task(self._end_stream(stream, app, units)))
+        tasks.create_task(self._end_model(app, ending))
+
+    async def _start(self, streams: Sequence[_Stream]) -> str:
+        facts = streams[0].group.model
+        model = self._spec.of_model(facts.name).model_copy(update={"revision": facts.revision})
+        cells = {cell.entry.name: cell.plan for stream in streams for cell in stream.group.distinct.values()}
+        return await self._pool.start(model, tuple(plan for plan in cells.values() if plan is not None))
+
+    async def _answer(self, stream: _Stream, unit: Unit) -> None:
+        try:
+            await self._finish(stream, unit, deaths=0)
+        finally:
+            await self._pool.leave()
+
+    async def _finish(self, stream: _Stream, unit: Unit, deaths: int) -> None:
+        """Answer a unit and commit it; one that its producer dies with runs again, in the end document by document."""
+        try:
+            result = await self._pool.run(unit)
+        except ProducerLost as error:
+            if deaths + 1 < _DEATHS:
+                await self._finish(stream, unit, deaths + 1)
+                return
+            if len(unit.docs) > 1:
+                for half in unit.halves():
+                    await self._finish(stream, half, deaths)
+                return
+            message = f"answer: lost: {deaths + 1} producers died with the document ({error})"
+            result = lost_rows(unit, lambda doc: stream.group.task.label(doc).sample_id, message)
+        except Exception as error:  # a node without the task, or with other documents
+            stream.problem = _line(error)
+            return
+        await asyncio.to_thread(self._folder.commit, result)
+        stream.clocks.update(result.clocks)
+        self._bar.advance(result.rows, sum(result.errors.values()))
+
+    async def _end_stream(self, stream: _Stream, app: str, units: Sequence[asyncio.Task[None]]) -> None:
+        """Measure the plans of a group when its answers are there, and make its tables."""
+        await asyncio.gather(*units)
+        if stream.problem is None or not stream.unmeasured:
+            await self._measure(stream, app)
+        await self._end(stream, stream.problem)
+
+    async def _measure(self, stream: _Stream, app: str) -> None:
+        docs = range(min(MEASURED_DOCUMENTS, stream.group.task.num_docs))
+        cells = {cell.served: cell for cell in (one.in_unit() for one in stream.group.distinct.values())}
+        try:
+            unit = stream.unit(app, self._pool, docs, [cell.cell for cell in cells.values()])
+            speeds = {speed.plan: speed for speed in await self._pool.measure(unit)}
+        except Exception as error:  # answers are there without it
+            self._tables.warn(f"the speed of {stream.group.shown} was not measured: {_line(error)}")
+            return
+        shared = {"idle_share": self._idle_share(stream), "replicas": len(stream.clocks) or None}
+        rows = [
+            {
+                "cell": cell.cell,
+                "model": cell.model,
+                "plan": cell.plan,
+                "task": cell.task,
+                **speed_row(speeds[name]),
+                **shared,
+            }
+            for name, cell in cells.items()
+            if name in speeds
+        ]
+        if rows:
+            await asyncio.to_thread(self._folder.commit_measured, rows)
+
+    def _idle_share(self, stream: _Stream) -> float | None:
+        """Return the share of the time in which the models' threads had no work while the group was answered."""
+        zero = EngineClock(replica="", busy_s=0.0, idle_s=0.0)
+        idle = busy = 0.0
+        for replica, clock in stream.clocks.items():
+            before = self._clocks.get(replica, zero)
+            idle, busy = idle + clock.idle_s - before.idle_s, busy + clock.busy_s - before.busy_s
+        self._clocks.update(stream.clocks)
+        return idle / (idle + busy) if idle + busy > 0 else None
+
+    async def _end(self, stream: _Stream, problem: str | None) -> None:
+        await self._tables.end(stream, problem)
+
+    async def _end_model(self, app: str, ending: Sequence[asyncio.Task[None]]) -> None:
+        await asyncio.gather(*ending)
+        await self._pool.stop(app)
+
+
+class _Tables:
+    """The rows of the groups that have come to their end, and the tables of the campaign."""
+
+    def __init__(
+        self, folder: CampaignFolder, streams: Sequence[_Stream], spec: CampaignSpec, console: Console
+    ) -> None:
+        self._folder, self._streams, self._spec, self._console = folder, streams, spec, console
+        self._rows: dict[str, Rows] = {}
+        self._lock = asyncio.Lock()
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        say(self._console, f"Warning: {text}")
+
+    async def end(self, stream: _Stream, problem: str | None) -> None:
+        """Make the rows of a group, write all tables, and print the group's results."""
+        async with self._lock:
+            await asyncio.to_thread(self._make, stream, problem)
+            await asyncio.to_thread(self._folder.write_tables, self._together())
+        done = sum(len(rows["cells"]) for rows in self._rows.values())
+        total = sum(len(one.group.cells) for one in self._streams)
+        metrics = self._rows[stream.group.shown]["metrics"]
+        for at, row in enumerate(self._rows[stream.group.shown]["cells"]):
+            number = done - len(stream.group.cells) + at + 1
+            say(self._console, f"[{number}/{total}] {result_line(row, metrics, stream.group.task.main_metric)}")
+
+    def _make(self, stream: _Stream, problem: str | None) -> None:
+        self._folder.answers.update()
+        limit, seed = self._spec.limit, self._spec.seed
+        self._rows[stream.group.shown] = group_tables(
+            stream.group, self._folder, limit=limit, seed=seed, problem=problem
+        )
+
+    def of_all(self) -> Rows:
+        """Make the rows of the groups that are left, write all tables, and return their rows."""
+        for stream in self._streams:
+            if stream.group.shown not in self._rows:
+                self._make(stream, None)
+        rows = self._together()
+        self._folder.write_tables(rows)
+        return rows
+
+    def _together(self) -> Rows:
+        """Return the rows of all groups that have ended, in the order of the recipe."""
+        ended = [self._rows[stream.group.shown] for stream in self._streams if stream.group.shown in self._rows]
+        return {name: [row for rows in ended for row in rows[name]] for name in TABLES}
+
+
+def speed_row(speed: PlanSpeed) -> dict[str, Any]:
+    """Return what was measured of a plan, by the columns of the table `measured`."""
+    same = ("batch", "rounds", "prefill_ratio", "prefill_ratio_stderr", "ttft_ms", "kv_bytes", "peak_bytes")
+    return {
+        **{name: getattr(speed, name) for name in same},
+        "batch_prefill_ms": speed.prefill_ms,
+        "step_ms": speed.decode_ms_per_token,
+    }
+
+
+def _line(error: BaseException) -> str:
+    # Errors of other libraries are named by their type.
+    return one_line(error) if isinstance(error, ShortVError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _is_repeated(before: CampaignManifest | None, wanted: CampaignManifest) -> bool:

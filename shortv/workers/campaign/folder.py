@@ -37,9 +37,10 @@ class CampaignFolder:
         found = map(_PART.fullmatch, self.folder.list(name))
         return [int(match[1]) for match in found if match]
 
-    def remove_damaged(self) -> None:
-        """Remove the parts that cannot be read, after the user was told; what they held is asked again."""
+    def set_damaged_aside(self) -> None:
+        """Move the parts that cannot be read into the folder `damaged`; what they held is asked again."""
         for name in self.answers.damaged:
+            self.folder.write_bytes(f"damaged/{name}", self.folder.read_bytes(name, limit_bytes=None))
             self.folder.delete(name)
 
     def missing(self, group: Group, *, retry_failed: bool) -> dict[str, NDArray[np.bool_]]:

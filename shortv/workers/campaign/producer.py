@@ -31,6 +31,10 @@ MEASURED_DOCUMENTS: Final = 16
 """Documents on which the speed of plans is measured."""
 
 
+class ProducerLost(Exception):
+    """The producer died with the unit; another one may finish it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
     """A finished unit: its rows of the table `answers` as a Parquet file, and what the driver counts."""
@@ -219,7 +223,9 @@ def _rows(
         rows += [answer_row(cell, digests[sample.doc], sample) for sample in benchmark.score(docs, checked)]
         for doc in docs:
             if (reason := benchmark.unusable.get(doc)) is not None:
-                sample = ScoredSample(**benchmark.label(doc)._asdict(), doc=doc, prediction=None, error=f"answer: {reason}")
+                sample = ScoredSample(
+                    **benchmark.label(doc)._asdict(), doc=doc, prediction=None, error=f"answer: {reason}"
+                )
                 rows.append(answer_row(cell, digests[doc], sample))
     return rows
 

@@ -24,7 +24,7 @@ from shortv.plan import Plan
 from shortv.request import PlanSpeed
 from shortv.spec import ModelSpec
 from shortv.terminal import say
-from shortv.workers.campaign.producer import Producer, UnitResult
+from shortv.workers.campaign.producer import Producer, ProducerLost, UnitResult
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.units import SHARD, TaskSource, Unit
 from shortv.workers.cluster import connected, free_nodes, living_nodes
@@ -44,10 +44,6 @@ _MEASURE_S: Final = 2.0
 _REFRESH_S: Final = 2.0
 # Losses of Ray that another producer can make good.
 _LOSSES: Final = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError)
-
-
-class ProducerLost(Exception):
-    """The producer died with the unit; another one may finish it."""
 
 
 class CampaignWorkers:
@@ -181,7 +177,7 @@ class Pool:
             await self._refresh(now=True)
             raise ProducerLost(type(error).__name__) from error
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.as_instanceof_cause() from None  # type: ignore[no-untyped-call]
         finally:
             self._busy[producer] -= 1
 
@@ -210,8 +206,8 @@ class Pool:
             for _ in range(wanted - have[node["NodeID"]]):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
                 # Many calls at once: each is a unit that mostly waits.
-                kind: Any = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=there)(Producer)
-                producer = kind.remote(client_of)
+                options: Any = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": there}
+                producer = ray.remote(**options)(Producer).remote(client_of)
                 self._producers[producer] = node["NodeID"]
                 for source in self.sources.values():
                     producer.prepare.remote(source)

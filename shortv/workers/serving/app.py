@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState
 
 from reports.access import key_digests_of
 from reports.http import RETRY_AFTER_S, log_requests
@@ -212,6 +212,13 @@ def application_status(name: str) -> ApplicationStatus | None:
     """Return what Serve says of an application, None where there is none."""
     application = serve.status().applications.get(name)
     return application.status if application else None
+
+
+def running_replicas(name: str) -> int:
+    """Return how many replicas of an application run."""
+    application = serve.status().applications.get(name)
+    deployment = application.deployments.get(REPLICA) if application else None
+    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
 
 
 def undeploy(name: str) -> None:
