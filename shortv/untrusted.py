@@ -222,7 +222,7 @@ def image_size(data: bytes, *, formats: Sequence[str] = IMAGE_FORMATS, max_pixel
 
 
 def open_image(
-    source: bytes | str | os.PathLike[str] | Image.Image,
+    source: bytes | str | os.PathLike[str] | Image.Image | Image.SupportsArrayInterface,
     *,
     formats: Sequence[str] = IMAGE_FORMATS,
     max_pixels: int = MAX_PIXELS,
@@ -230,18 +230,25 @@ def open_image(
     """Return an image in RGB, 8 bits per channel. Images of 16 bits per channel keep their high bytes.
 
     Args:
-        source: an encoded image file, a path to one, or a Pillow image.
+        source: an encoded image file, a path to one, a Pillow image, or a uint8 array (H, W, 3).
         formats: the formats to accept, as Pillow names them.
 
     Raises:
-        SampleError: stage "decode". The file is empty, damaged, truncated or of another format, or exceeds
-            `max_pixels`, `MAX_ASPECT_RATIO` or `MAX_JPEG_SCANS`.
+        SampleError: stage "decode". The file is empty, damaged, truncated or of another format, the array of another
+            form, or it exceeds `max_pixels`, `MAX_ASPECT_RATIO` or `MAX_JPEG_SCANS`.
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
         _check_shape(source.size, max_pixels)
         return _rgb(source)
+    if array := getattr(source, "__array_interface__", None):
+        shape = array["shape"]
+        if array["typestr"] != "|u1" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            found = f"is {array['typestr']} of shape {shape}"
+            raise _unusable("not-an-image", f"the image array {found}; give uint8 of shape (height, width, 3)")
+        _check_shape((shape[1], shape[0]), max_pixels)
+        return Image.fromarray(cast("Image.SupportsArrayInterface", source))
     with _opened(source, formats, max_pixels) as image:
         return _rgb(image)
 

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import EpsImagePlugin, Image
@@ -151,3 +152,12 @@ def test_contexts_of_threads_that_overlap_do_not_end_each_other(monkeypatch: pyt
     assert EpsImagePlugin.gs_binary is False
     second.__exit__(None, None, None)
     assert EpsImagePlugin.gs_binary == "gs"
+
+
+def test_arrays_are_images_if_they_have_the_form_of_one() -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    pixels.setflags(write=False)
+    assert open_image(pixels).size == (3, 2) and open_image(pixels).tobytes() == pixels.tobytes()
+    for bad in (pixels.astype(np.float32), pixels[..., :1], pixels[:, :, 0], pixels[:0]):
+        with pytest.raises(SampleError, match="give uint8"):
+            open_image(bad)

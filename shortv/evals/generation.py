@@ -63,10 +63,6 @@ def _completion(
         visual_tokens=n_visual,
         # The model has generated the token that ends a completion too.
         completion_tokens=count + ended,
-        plan_digest=None,
-        queue_ms=0.0,
-        prefill_ms=0.0,
-        decode_ms=0.0,
     )
 
 
@@ -122,4 +118,5 @@ def _score(logits_TV: Tensor, labels: list[int]) -> Likelihood:
     relevant_TV = logits_TV[-len(labels) - 1 : -1].float()
     labels_T = torch.tensor(labels, device=relevant_TV.device)
     chosen_T = relevant_TV.log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
-    return Likelihood(float(chosen_T.sum()), bool((relevant_TV.argmax(-1) == labels_T).all()))
+    is_greedy = bool((relevant_TV.argmax(-1) == labels_T).all())
+    return Likelihood(log_probability=float(chosen_T.sum()), is_greedy=is_greedy)

@@ -120,7 +120,7 @@ def answer_to(text: str) -> str:
 def likelihood_of(text: str, continuation: str) -> Likelihood:
     """A likelihood that depends on the texts alone."""
     drawn = hashlib.sha256(f"{text}|{continuation}".encode()).digest()
-    return Likelihood(-drawn[0] / 16 - 0.5, drawn[1] % 2 == 0)
+    return Likelihood(log_probability=-drawn[0] / 16 - 0.5, is_greedy=drawn[1] % 2 == 0)
 
 
 class FakeClient:

@@ -161,7 +161,8 @@ def test_a_url_carries_no_likelihood(endpoint: Callable[..., None]) -> None:
 
     model = Handle(app="shortv")
     model.task_dict = {"pictures": {"test": [0]}}
-    assert model.loglikelihood([request]) == [tuple(likelihood_of("Is it?", " red"))]
+    wanted = likelihood_of("Is it?", " red")
+    assert model.loglikelihood([request]) == [(wanted.log_probability, wanted.is_greedy)]
 
 
 def test_settings_that_cannot_be_right_are_refused(tmp_path: Path, endpoint: Callable[..., None]) -> None:

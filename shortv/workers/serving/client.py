@@ -6,15 +6,16 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from shortv.request import Chunk, Completion, Failure, Reason, Request
+from shortv.request import Chunk, Completion, EngineClock, Failure, PlanSpeed, Reason, Replies, Request, Result, Work
 
 LOG = logging.getLogger("shortv.client")
 # How long a handle may take to find a replica that can list its plans.
@@ -28,10 +29,10 @@ _SUSPICIOUS, _MAX_LOSSES = 2, 5
 
 
 class ReplicaClient:
-    """Sends requests to the replicas of one model; a request whose replica died goes to another one.
+    """Sends requests to the replicas of one model; what a replica that died has not completed goes to another one.
 
-    A request that lost its replica twice may be what kills them: from then on such requests go one at a time, so that
-    none dies with another, and each is given up after its fifth loss. Whatever goes wrong is returned as a Failure.
+    Works that lost their replica twice may be what kills them: from then on they go one at a time, so that none dies
+    with another, and each is given up after its fifth loss. Whatever goes wrong is returned as a Failure.
     A `patient` client waits while the queue is full until the request's time is over; others return the failure.
     """
 
@@ -50,24 +51,70 @@ class ReplicaClient:
 
         Raises CancelledError when the caller gives up; its place is free then.
         """
-        until = time.monotonic() + request.timeout_s
-        pause, losses = _FIRST_PAUSE_S, 0
-        while True:
-            async with self._suspects if losses >= _SUSPICIOUS else nullcontext():
-                found = await _outcome(self._handle.complete.remote(request))
-            if not isinstance(found, Failure):
-                return found
-            if found.reason is Reason.LOST:
-                losses, pause = losses + 1, max(pause, _LOSS_PAUSE_S)
-            if losses >= _MAX_LOSSES:
-                return Failure(reason=Reason.LOST, message=f"{losses} replicas failed while they had the request")
-            retry = found.reason is Reason.LOST or (self._patient and found.reason is Reason.OVERLOADED)
-            if not retry or time.monotonic() + pause > until:
-                return found
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        replies = await self.complete_all([Work(request=request, plans=(request.plan,))])
+        return replies.results[0][request.plan]
 
     score = complete
+
+    async def complete_all(self, works: Sequence[Work]) -> Replies:
+        """Complete requests, each under all of its plans, in one call of one replica; see `complete`."""
+        until = time.monotonic() + max((work.request.timeout_s for work in works), default=0.0)
+        return await self._complete_all(works, until=until, losses=0)
+
+    async def _complete_all(self, works: Sequence[Work], *, until: float, losses: int) -> Replies:
+        results: list[dict[str, Result]] = [{} for _ in works]
+        clock: EngineClock | None = None
+        pause, left = _FIRST_PAUSE_S, dict(enumerate(works))
+        while left:
+            if losses >= _SUSPICIOUS and len(left) > 1:
+                for at, work in left.items():
+                    alone = await self._complete_all([work], until=until, losses=losses)
+                    results[at] |= alone.results[0]
+                    clock = alone.clock or clock
+                break
+            async with self._suspects if losses >= _SUSPICIOUS else nullcontext():
+                replies = await self._attempt(tuple(left.values()))
+            for at, found in zip(left, replies.results, strict=True):
+                results[at] |= found
+            clock = replies.clock or clock
+            left, lost = self._left(works, results)
+            if lost:
+                losses, pause = losses + 1, max(pause, _LOSS_PAUSE_S)
+            if losses >= _MAX_LOSSES:
+                given_up = Failure(reason=Reason.LOST, message=f"{losses} replicas failed while they had the request")
+                for at, work in left.items():
+                    results[at] |= dict.fromkeys(work.plans, given_up)
+                break
+            if left and time.monotonic() + pause > until:
+                break
+            if left:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return Replies(results=tuple(results), clock=clock)
+
+    def _left(self, works: Sequence[Work], results: Sequence[Mapping[str, Result]]) -> tuple[dict[int, Work], bool]:
+        """Return what is to be sent again, each work with the plans that need it, and whether a replica was lost."""
+        reasons = {Reason.LOST, Reason.OVERLOADED} if self._patient else {Reason.LOST}
+        left, lost = {}, False
+        for at, (work, found) in enumerate(zip(works, results, strict=True)):
+            failed = {plan: one.reason for plan, one in found.items() if isinstance(one, Failure)}
+            plans = tuple(plan for plan in work.plans if failed.get(plan) in reasons)
+            if plans:
+                left[at] = replace(work, plans=plans)
+                lost |= Reason.LOST in failed.values()
+        return left, lost
+
+    async def _attempt(self, works: Sequence[Work]) -> Replies:
+        found = await _outcome(self._handle.complete_all.remote(works))
+        if isinstance(found, Failure):
+            return Replies(results=tuple(dict.fromkeys(work.plans, found) for work in works))
+        replies: Replies = found
+        return replies
+
+    async def measure(self, works: Sequence[Work], *, seconds: float) -> tuple[PlanSpeed, ...] | Failure:
+        """Have one replica measure the plans of these works; see `Replica.measure`. Nothing is sent again."""
+        found: tuple[PlanSpeed, ...] | Failure = await _outcome(self._handle.measure.remote(works, seconds=seconds))
+        return found
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk | Completion | Failure]:
         """Complete a request in chunks; the whole completion or a failure comes last. A dead replica is a failure."""

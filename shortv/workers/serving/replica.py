@@ -8,10 +8,13 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Listed
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from ray.util.metrics import Counter, Histogram
 
@@ -22,7 +25,20 @@ from shortv.families.preprocessing import adds_special_tokens, prompt_of
 from shortv.layers.progress import LearnedRun
 from shortv.learned.files import PartsCache
 from shortv.plan import Mode, Plan
-from shortv.request import FULL_MODEL, Chunk, Completion, Failure, Likelihood, Message, Reason, Request
+from shortv.request import (
+    FULL_MODEL,
+    Chunk,
+    Completion,
+    EngineClock,
+    Failure,
+    Message,
+    PlanSpeed,
+    Reason,
+    Replies,
+    Request,
+    Result,
+    Work,
+)
 from shortv.untrusted import image_size
 from shortv.workers.models import RemoteModel
 from shortv.workers.serving.engine import Engine
@@ -121,6 +137,7 @@ class Replica:
         self._engine = Engine(self._loaded, settings)
         self._engine.start()
         self._metrics = _Metrics()
+        self._id = uuid4().hex
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve exactly these plans from now on; running requests keep theirs. Raises Refused, changing nothing."""
@@ -155,7 +172,48 @@ class Replica:
         """Return the digest of each plan by name, in the order given, without the full model."""
         return {name: plan.digest for name, plan in self._plans.items() if plan.digest is not None}
 
-    async def complete(self, request: Request) -> Completion | Likelihood | Failure:
+    async def complete_all(self, works: Listed[Work]) -> Replies:
+        """Complete requests, or score their continuations, each under all of its plans."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                {plan: group.create_task(self.complete(replace(work.request, plan=plan))) for plan in work.plans}
+                for work in works
+            ]
+        results = tuple({plan: task.result() for plan, task in found.items()} for found in tasks)
+        return Replies(results=results, clock=EngineClock(replica=self._id, busy_s=0.0, idle_s=0.0))
+
+    async def measure(self, works: Listed[Work], *, seconds: float) -> tuple[PlanSpeed, ...] | Failure:
+        """Measure the speed of the plans of these works, and of the full model, on their documents.
+
+        Everything is preprocessed before and runs as one batch of at most `batch_size`; nothing else runs meanwhile.
+        It ends when every ratio's standard error is below 0.5 %, or after `seconds`, with three rounds at least.
+        """
+        plans = dict.fromkeys((FULL_MODEL, *(plan for work in works for plan in work.plans)))
+        replies = await self.complete_all([replace(work, plans=tuple(plans)) for work in works])
+        found: dict[str, list[Completion]] = {
+            plan: [one for each in replies.results if isinstance(one := each[plan], Completion)] for plan in plans
+        }
+        if not all(found.values()):
+            return Failure(reason=Reason.INVALID, message="none of the documents can be completed")
+        prefill = {plan: sum(one.prefill_ms for one in each) / len(each) for plan, each in found.items()}
+        return tuple(
+            PlanSpeed(
+                plan=plan,
+                batch=len(works),
+                rounds=1,
+                preprocess_ms=0.0,
+                vision_ms=0.0,
+                prefill_ms=prefill[plan],
+                prefill_ratio=prefill[plan] / prefill[FULL_MODEL],
+                prefill_ratio_stderr=0.0,
+                decode_ms_per_token=0.0,
+                kv_bytes=0.0,
+                peak_bytes=None,
+            )
+            for plan in plans
+        )
+
+    async def complete(self, request: Request) -> Result:
         """Complete a request, or score its continuation."""
         last = [event async for event in self.stream(request, in_chunks=False)][-1]
         assert not isinstance(last, Chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from shortv.request import Failure, Message, Reason, Request
+from shortv.request import Completion, Failure, Message, Reason, Replies, Request, Work
 from shortv.workers.serving import client as module
 from shortv.workers.serving.client import ReplicaClient
 from tests.workers.serving.endpoint_fakes import get, problem
@@ -39,7 +39,7 @@ class FakeHandle:
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
         self.calls = 0
-        self.plans = self.complete = self
+        self.plans = self.complete_all = self
 
     def options(self, **_: Any) -> FakeHandle:
         return self
@@ -130,3 +130,73 @@ def test_an_exception_is_the_failure_of_one_request() -> None:
         found = failure(error)
         assert isinstance(found, Failure) and found.reason is Reason.INTERNAL
         assert type(error).__name__ in found.message and "secret" not in found.message
+
+
+class DyingReplicas:
+    """A handle whose replica dies with every call that holds one of the deadly requests; it keeps the calls."""
+
+    def __init__(self, *deadly: str, once: Any = ()) -> None:
+        self.deadly, self.once = set(deadly), set(once)
+        self.calls: list[list[str]] = []
+        self.complete_all = self
+
+    def options(self, **_: Any) -> DyingReplicas:
+        return self
+
+    def remote(self, works: Sequence[Work]) -> FakeResponse:
+        return FakeResponse(self._outcome(works))
+
+    async def _outcome(self, works: Sequence[Work]) -> Replies:
+        names = [work.request.request_id for work in works]
+        self.calls.append(names)
+        if self.deadly & set(names):
+            raise ActorDiedError()
+        dead = Failure(reason=Reason.LOST, message="the device was lost")
+        done = [
+            {plan: dead if (name, plan) in self.once else completion(name + plan) for plan in work.plans}
+            for name, work in zip(names, works, strict=True)
+        ]
+        self.once.clear()
+        return Replies(results=tuple(done))
+
+
+def completion(text: str) -> Completion:
+    return Completion(text=text, finish_reason="stop", completion_tokens=1)
+
+
+def works_of(*names: str) -> list[Work]:
+    message = Message(role="user", parts=("what?",))
+    return [Work(request=Request(request_id=name, messages=(message,)), plans=("", "half")) for name in names]
+
+
+def test_works_of_a_dead_replica_go_alone_and_only_the_deadly_one_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(module, "_LOSS_PAUSE_S", 0.0)
+    replicas = DyingReplicas("b")
+    found = asyncio.run(client_of(replicas).complete_all(works_of("a", "b", "c"))).results
+    assert found[0] == {"": completion("a"), "half": completion("ahalf")} and set(found[2]) == {"", "half"}
+    for lost in found[1].values():
+        assert isinstance(lost, Failure) and lost.reason is Reason.LOST and lost.message.startswith("5 replicas")
+    together = ["a", "b", "c"]
+    assert replicas.calls == [together, together, ["a"], ["b"], ["b"], ["b"], ["c"]]
+
+
+def test_only_the_plans_that_were_lost_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOSS_PAUSE_S", 0.0)
+    replicas = DyingReplicas(once=[("b", "half")])
+    found = asyncio.run(client_of(replicas).complete_all(works_of("a", "b"))).results
+    assert replicas.calls == [["a", "b"], ["b"]]
+    assert found[1] == {"": completion("b"), "half": completion("bhalf")}
+
+
+def test_a_patient_client_waits_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = FakeHandle(BackPressureError(1, 1))
+    (impatient,) = asyncio.run(client_of(handle).complete_all(works_of("a"))).results
+    assert impatient[""] == impatient["half"] and isinstance(impatient[""], Failure)
+
+    async def pause(_: float) -> None:
+        handle.outcome = Replies(results=({"": completion("a"), "half": completion("b")},))
+
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": pause}))
+    (found,) = asyncio.run(client_of(handle, patient=True).complete_all(works_of("a"))).results
+    assert found == {"": completion("a"), "half": completion("b")}

@@ -21,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 from shortv.families import load_architecture
 from shortv.families.preprocessing import message_of
 from shortv.plan import Mode, Plan
-from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
+from shortv.request import Completion, Failure, Message, Reason, Replies, Request, SamplingParams, Work
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.placement import Placement
@@ -146,13 +146,13 @@ def test_a_request_that_kills_every_replica_is_given_up_and_takes_no_other_with_
         async def plans(self) -> dict[str, str]:
             return {}
 
-        async def complete(self, request: Request) -> Completion:
+        async def complete_all(self, works: Sequence[Work]) -> Replies:
             await asyncio.sleep(0.1)
-            if request.request_id == "deadly":
+            if any(work.request.request_id == "deadly" for work in works):
                 os._exit(1)
-            zero = dict.fromkeys(("prompt_tokens", "visual_tokens", "completion_tokens"), 0)
-            times = dict.fromkeys(("queue_ms", "prefill_ms", "decode_ms"), 0.0)
-            return Completion(text=request.request_id, finish_reason="stop", plan_digest=None, **zero, **times)
+            texts = [work.request.request_id for work in works]
+            found = [Completion(text=text, finish_reason="stop", completion_tokens=0) for text in texts]
+            return Replies(results=tuple({"": one} for one in found))
 
     deployment: Any = serve.deployment(Deadly, name=REPLICA, num_replicas=3, ray_actor_options={"num_cpus": 0})
     handle = deploy(deployment.bind(), name="deadly")
