@@ -168,7 +168,6 @@ changes | changes.parquet | One question to which a plan gave another answer tha
 thumbnails | thumbnails.parquet | One document among the changes.
     task doc sample_id question
     image binary? Its images as one small JPEG picture; null for a document without an image.
-speed | speed.parquet | How fast one cell was answered; medians and means over the samples that were.
 measured | measured/*.parquet | The speed of one plan on a few documents of a task, measured by one replica beside all \
     other plans; a later part's row replaces an earlier one of the same cell.
     cell model plan task batch rounds batch_prefill_ms prefill_ratio prefill_ratio_stderr step_ms ttft_ms kv_bytes

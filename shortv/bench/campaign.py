@@ -28,7 +28,7 @@ from shortv.plan import Mode, Plan
 from shortv.spec import WorkerRange
 from shortv.sweep.planning import Control, replacement_order
 from shortv.workers.campaign.driver import run_campaign
-from shortv.workers.campaign.runner import ReplicaRunner
+from shortv.workers.campaign.workers import CampaignWorkers
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.serving.spec import BUNDLED_NAME
 
@@ -168,13 +168,13 @@ def _campaign(plans: Sequence[Path], limit: int, *, replicas: int) -> Run:
             output_path=output,
         )
         quiet = Console(file=io.StringIO())
-        run_campaign(recipe, runner=ReplicaRunner(quiet), console=quiet)
+        run_campaign(recipe, workers=CampaignWorkers(quiet), console=quiet)
         cells, metrics = (Folder(output).read_table(name).to_pylist() for name in ("cells", "metrics"))
     scores = [
         {f"{row['metric']},{row['filter']}": row["value"] for row in metrics if row["plan"] == cell["plan"]}
         for cell in cells
     ]
-    seconds = sum(cell["wall_seconds"] for cell in cells)
+    seconds = sum(cell["busy_seconds"] for cell in cells)
     return Run(seconds, time.perf_counter() - started - seconds, scores)
 
 

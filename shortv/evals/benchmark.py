@@ -153,15 +153,6 @@ class Benchmark:
         except (ShortVError, IndexError):
             return None
 
-    def visuals(self, doc: int) -> list[Any]:
-        """Return the images of a document as the task gives them."""
-        return list(self._task.doc_to_visual(self._task.eval_docs[doc]) or ())
-
-    def question(self, doc: int) -> str:
-        """Return the text of a document's first prompt, for people."""
-        instances = self.instances([doc])
-        return str(instances[0].args[0]) if instances else ""
-
     def score(self, docs: Iterable[int], responses: Sequence[Response]) -> list[ScoredSample]:
         """Score the responses to `instances(docs)`, given in the same order."""
         with loading_tasks():

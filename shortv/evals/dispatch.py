@@ -176,13 +176,13 @@ async def respond_under_plans(
         for turn, failure in failures:
             end(turn, failure)
         replies = await client.complete_all([work for _, work in works])
-        following = []
+        following: list[_Turn] = []
         for (turn, _), results in zip(works, replies.results, strict=True):
             for plan, result in results.items():
                 own = replace(turn, conversation=turn.conversation.branch(), plans=(plan,))
-                failure = await _added(own.conversation, result, pool)
-                if failure is not None or own.conversation.over:
-                    end(own, failure)
+                ended = await _added(own.conversation, result, pool)
+                if ended is not None or own.conversation.over:
+                    end(own, ended)
                 else:
                     following.append(own)
         turns = following

@@ -134,7 +134,8 @@ class Conversation:
         self._info: Any = None
         self._rounds = 0
         self._following: Any = None
-        self._render, self._context = render, context
+        self._render: Any = render
+        self._context = context
         self.index: int = instance.idx
         self.name = "a request without a document"
         """The document and its task, for messages."""
@@ -227,8 +228,8 @@ class Conversation:
         key = (self.name, self._rounds, self._render, self._context) if self.scored else object()
         known = {} if messages is None else messages
         if key not in known:
-            form = form or as_png
-            known[key] = tuple(replace(one, parts=tuple(map(form, one.parts))) for one in self.messages())
+            encode = form or as_png
+            known[key] = tuple(replace(one, parts=tuple(map(encode, one.parts))) for one in self.messages())
         return Request(
             request_id=uuid.uuid4().hex,
             plan=plan,

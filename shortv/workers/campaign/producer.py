@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -17,9 +17,10 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from reports.schemas import table_of
-from shortv.errors import ShortVError
+from shortv.errors import SampleError, ShortVError
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.dispatch import Response, WorkClient, respond_under_plans
+from shortv.evals.preview import Preview, preview
 from shortv.evals.scoring import ScoredSample
 from shortv.request import EngineClock, Failure, PlanSpeed, Reason, Replies, Work
 from shortv.workers.campaign.units import TaskSource, Unit, UnitCell
@@ -137,7 +138,8 @@ class Producer:
             for task in tasks:
                 task.cancel()
         rows = [row for rows in found for row in rows]
-        return await self._in_pool(result_of, rows, clocks)
+        result: UnitResult = await self._in_pool(result_of, rows, clocks)
+        return result
 
     async def _run_pack(
         self, unit: Unit, benchmark: Benchmark, some: slice, clocks: dict[str, EngineClock]
@@ -154,7 +156,8 @@ class Producer:
                 timeout_s=REQUEST_SECONDS,
                 pool=self._pool,
             )
-        return await self._in_pool(_rows, unit, benchmark, some, responses)
+        rows: list[dict[str, Any]] = await self._in_pool(_rows, unit, benchmark, some, responses)
+        return rows
 
     async def measure(self, unit: Unit, *, seconds: float) -> list[PlanSpeed]:
         """Have one replica measure the speed of a unit's plans on its documents, for about so many seconds."""
@@ -165,8 +168,10 @@ class Producer:
         return list(await client.measure(works, seconds=seconds)) if works else []
 
     async def pictures(self, task: TaskSource, docs: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the question and a thumbnail of documents, as rows of the table `thumbnails`."""
-        return await self._in_pool(_pictures, await self._in_pool(self._benchmark, task), docs)
+        """Return the question and a small picture of documents, as rows of the table `thumbnails`."""
+        benchmark = await self._in_pool(self._benchmark, task)
+        rows: list[dict[str, Any]] = await self._in_pool(_pictures, benchmark, docs)
+        return rows
 
     def _client(self, app: str) -> WorkClient:
         if app not in self._clients:
@@ -197,7 +202,7 @@ class _Timed:
 
     async def complete_all(self, works: Sequence[Work]) -> Replies:
         if not works:
-            return Replies(results=(), clock=None)
+            return Replies(results=())
         replies = await self.client.complete_all(works)
         if replies.clock is not None:
             self.clocks[replies.clock.replica] = replies.clock
@@ -247,3 +252,15 @@ def _first_works(benchmark: Benchmark, docs: Sequence[int], plans: tuple[str, ..
         if request is not None:
             works.append(Work(request=request, plans=plans))
     return works
+
+
+def _pictures(benchmark: Benchmark, docs: Sequence[int]) -> list[dict[str, Any]]:
+    rows = []
+    for doc in docs:
+        request, seen = benchmark.first_request(doc, timeout_s=REQUEST_SECONDS), Preview("", None)
+        if request is not None:
+            with suppress(SampleError):
+                seen = preview(request.messages)
+        name = benchmark.label(doc).sample_id
+        rows.append({"task": benchmark.name, "doc": doc, "sample_id": name, **seen._asdict()})
+    return rows

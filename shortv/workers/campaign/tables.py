@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,8 +32,10 @@ _COLUMNS = (
     *_TIMES,
     *_TOKENS,
 )
-_MEASURED = ("batch", "rounds", "batch_prefill_ms", "prefill_ratio", "prefill_ratio_stderr", "step_ms", "ttft_ms")
-_MEASURED += ("kv_bytes", "peak_bytes", "idle_share", "replicas")
+_MEASURED = (
+    *("batch", "rounds", "batch_prefill_ms", "prefill_ratio", "prefill_ratio_stderr", "step_ms", "ttft_ms"),
+    *("kv_bytes", "peak_bytes", "idle_share", "replicas"),
+)
 
 
 def group_tables(

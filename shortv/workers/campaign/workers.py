@@ -207,7 +207,7 @@ class Pool:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
                 # Many calls at once: each is a unit that mostly waits.
                 options: Any = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": there}
-                producer = ray.remote(**options)(Producer).remote(client_of)
+                producer: Any = ray.remote(**options)(Producer).remote(client_of)
                 self._producers[producer] = node["NodeID"]
                 for source in self.sources.values():
                     producer.prepare.remote(source)

@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from reports.access import key_digests_of
 from reports.http import RETRY_AFTER_S, log_requests
@@ -218,7 +218,7 @@ def running_replicas(name: str) -> int:
     """Return how many replicas of an application run."""
     application = serve.status().applications.get(name)
     deployment = application.deployments.get(REPLICA) if application else None
-    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
+    return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING") if deployment else 0
 
 
 def undeploy(name: str) -> None:
