@@ -28,8 +28,8 @@ from shortv.plan import Mode, Plan
 from shortv.spec import WorkerRange
 from shortv.sweep.planning import Control, replacement_order
 from shortv.workers.campaign.driver import run_campaign
-from shortv.workers.campaign.workers import CampaignWorkers
 from shortv.workers.campaign.spec import CampaignSpec
+from shortv.workers.campaign.workers import CampaignWorkers
 from shortv.workers.serving.spec import BUNDLED_NAME
 
 MODEL, TASKS, TASK = specs.TINY / "model", specs.TINY / "task", "shapes_vqa"

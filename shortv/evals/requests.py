@@ -225,15 +225,15 @@ class Conversation:
             key = repr((seed, self.name, self.index, repeat))
             digest = hashlib.sha256(key.encode()).digest()
             sampling = replace(sampling, seed=int.from_bytes(digest[:4]) >> 1)
-        key = (self.name, self._rounds, self._render, self._context) if self.scored else object()
+        same = (self.name, self._rounds, self._render, self._context) if self.scored else object()
         known = {} if messages is None else messages
-        if key not in known:
+        if same not in known:
             encode = form or as_png
-            known[key] = tuple(replace(one, parts=tuple(map(encode, one.parts))) for one in self.messages())
+            known[same] = tuple(replace(one, parts=tuple(map(encode, one.parts))) for one in self.messages())
         return Request(
             request_id=uuid.uuid4().hex,
             plan=plan,
-            messages=known[key],
+            messages=known[same],
             sampling=sampling,
             continuation=self.continuation(),
             timeout_s=timeout_s,

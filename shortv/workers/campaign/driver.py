@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from reports.manifest import CampaignManifest, State, plain, utc_now, versions
@@ -97,7 +95,11 @@ class _Campaign:
         folder = CampaignFolder(store)
         for line in folder.answers.damaged.values():
             say(self.console, f"Warning: {line}; what it held is asked again")
-        streams = [_Stream(group, folder, self.spec) for group in self.groups]
+        streams: list[_Stream] = []
+        for group in self.groups:
+            # Models of the same content share their cells.
+            claimed = {key for stream in streams for key in stream.missing}
+            streams.append(_Stream(group, folder, self.spec, claimed))
         cells = sum(len(stream.missing) for stream in streams)
         finished = sum(not lacking.any() for stream in streams for lacking in stream.missing.values())
         say(self.console, f"{cells} cells, {finished} finished")
@@ -172,10 +174,11 @@ class _Campaign:
 class _Stream:
     """What a group lacks: the documents of each cell, and whether the speed of its plans was measured."""
 
-    def __init__(self, group: Group, folder: CampaignFolder, spec: CampaignSpec) -> None:
+    def __init__(self, group: Group, folder: CampaignFolder, spec: CampaignSpec, claimed: Collection[str]) -> None:
         self.group = group
-        self.missing: Mapping[str, NDArray[np.bool_]] = folder.missing(group, retry_failed=spec.retry_failed)
-        self.unmeasured = bool(group.task.num_docs) and not group.distinct.keys() <= folder.measured().keys()
+        missing = folder.missing(group, retry_failed=spec.retry_failed)
+        self.missing = {key: lacking for key, lacking in missing.items() if key not in claimed}
+        self.unmeasured = bool(group.task.num_docs) and not self.missing.keys() <= folder.measured().keys()
         self.clocks: dict[str, EngineClock] = {}
         self.problem: str | None = None
         """Why documents could not be asked."""

@@ -1,6 +1,5 @@
-"""A campaign on a runner without a model: which cells run, what is written and what is printed."""
+"""A campaign on workers without a model: which documents are asked, what is written and what is printed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ from reports.manifest import CampaignManifest, State
 from reports.store import Folder
 from shortv.errors import Refused
 from shortv.workers.campaign.folder import TABLES
-from tests.workers.campaign.fakes import FakeRunner, campaign, campaign_spec, last_table, make_sweep, tables
+from tests.workers.campaign.fakes import FakeWorkers, campaign, campaign_spec, last_table, make_sweep, tables
+
+PLANS = ("random0-3", "random1-3", "random2-3", "first-3", "last-3")
 
 
 def snapshot(output: Path) -> dict[str, tuple[int, int]]:
@@ -19,18 +20,22 @@ def snapshot(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_the_tables_of_a_campaign(tmp_path: Path) -> None:
-    runner = FakeRunner()
-    output = campaign(campaign_spec(tmp_path, tasks=("shapes", "others"), fail_on_error=0.0), runner)
-    assert "12 cells, 0 finished" in output and "[12/12] tiny last-3 others: exact_match 0." in output
-    assert runner.opened == ["tiny: random0-3, random1-3, random2-3, first-3, last-3"]
-    assert runner.ran[:2] == ["tiny full shapes", "tiny random0-3 shapes"]
+    workers = FakeWorkers()
+    output = campaign(campaign_spec(tmp_path, tasks=("shapes", "others"), fail_on_error=0.0), workers)
+    assert "12 cells, 0 finished" in output and "/12] tiny last-3 others: exact_match 0." in output
+    assert workers.started == ["tiny: random0-3, random1-3, random2-3, first-3, last-3"]
+    assert workers.units == [(60, 6)] * 2 and workers.measured == [("full", *PLANS)] * 2
     found = tables(tmp_path)
     assert [row["plan"] for row in found["cells"]][:3] == ["full", "random0-3", "random1-3"]
     assert {(row["state"], row["n"], row["errors"]) for row in found["cells"]} == {("complete", 60, 0)}
+    assert [row["busy_seconds"] for row in found["cells"]] == pytest.approx([60 * 0.04] * 12)
     assert len(found["answers"]) == 12 * 60
     speed = {(row["plan"], row["task"]): row for row in found["speed"]}["last-3", "shapes"]
-    assert (speed["t"], speed["v"], speed["prefill_ms_median"], speed["samples_per_second"]) == (10, 30, 5, 30)
+    assert (speed["t"], speed["v"], speed["prefill_ms_median"], speed["samples_per_second"]) == (10, 30, 5, 25)
+    assert (speed["vision_ms_median"], speed["preprocess_ms_median"], speed["prefill_batch_median"]) == (3, 2, 16)
     assert speed["decode_ms_per_token_median"] == 2 and 0 < speed["flops_ratio"] < 1
+    assert (speed["prefill_ratio"], speed["ttft_ms"], speed["batch"]) == (5 / 8, 10, 16)
+    assert (speed["idle_share"], speed["replicas"], speed["peak_bytes"]) == (0.25, 1, None)
     compared = {row["plan"]: row for row in found["comparisons"] if row["metric"] == "exact_match"}
     assert set(compared) == {row["plan"] for row in found["cells"]} - {"full"}
     row = compared["first-3"]
@@ -43,7 +48,7 @@ def test_the_tables_of_a_campaign(tmp_path: Path) -> None:
     assert {row["n"] for row in found["comparisons"] if row["metric"] == "exact_match_even"} == {30}
 
 
-def test_the_manifest_and_the_records(tmp_path: Path) -> None:
+def test_the_manifest(tmp_path: Path) -> None:
     campaign(campaign_spec(tmp_path, gen_kwargs={"api_key": "hunter2", "max_new_tokens": 4}))
     manifest = CampaignManifest.load(Folder(tmp_path))
     assert (manifest.state, manifest.counts["complete"], manifest.counts["samples"]) == (State.COMPLETE, 6, 360)
@@ -52,63 +57,80 @@ def test_the_manifest_and_the_records(tmp_path: Path) -> None:
     assert [plan["kind"] for plan in manifest.plans] == ["full", "random", "random", "random", "first", "last"]
     assert manifest.plans[-1]["modes"] == ["full"] * 5 + ["freeze-visual"] * 3
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for file in (tmp_path / "cells").iterdir():
-        record = json.loads(file.read_text())
-        assert (record["key"], record["state"], record["identity"]["task"]) == (file.stem, "complete", "shapes")
-        assert record["metrics"][0] | {"value": 0} == {
-            **{"metric": "exact_match", "filter": "none", "value": 0, "n": 60},
-            **dict.fromkeys(("stderr", "stderr_clt", "stderr_clustered")),
-        }
-        assert (tmp_path / "answers" / f"{file.stem}.parquet").exists()
 
 
 def test_a_finished_campaign_is_repeated_without_work(tmp_path: Path) -> None:
     first = campaign(campaign_spec(tmp_path), page=True)
-    before, runner = snapshot(tmp_path), FakeRunner()
-    second = campaign(campaign_spec(tmp_path), runner, page=True)
-    assert runner.opened == [] and snapshot(tmp_path) == before
+    before, workers = snapshot(tmp_path), FakeWorkers()
+    second = campaign(campaign_spec(tmp_path), workers, page=True)
+    assert workers.started == [] and snapshot(tmp_path) == before
     assert "6 cells, 6 finished" in second and last_table(second) == last_table(first)
     for name in ("speed.parquet", "report.html"):
         (tmp_path / name).unlink()
-        campaign(campaign_spec(tmp_path), runner, page=True)
-        assert runner.opened == [] and (tmp_path / name).exists()
+        campaign(campaign_spec(tmp_path), workers, page=True)
+        assert workers.started == [] and (tmp_path / name).exists()
     # Settings that do not decide results change no cell.
-    campaign(campaign_spec(tmp_path, batch_size=2, num_concurrent=3, device="cpu", retry_failed=True), runner)
-    assert runner.ran == []
+    campaign(campaign_spec(tmp_path, batch_size=2, num_concurrent=3, device="cpu", retry_failed=True), workers)
+    assert workers.asked == []
 
 
-def test_a_changed_spec_adds_what_is_missing(tmp_path: Path) -> None:
+def test_a_changed_spec_asks_what_is_missing(tmp_path: Path) -> None:
     campaign(campaign_spec(tmp_path))
-    whole, runner = tables(tmp_path), FakeRunner()
-    output = campaign(campaign_spec(tmp_path, plans=("last@3", "last@2"), tasks=("shapes", "others")), runner)
+    whole, workers = tables(tmp_path), FakeWorkers()
+    output = campaign(campaign_spec(tmp_path, plans=("last@3", "last@2"), tasks=("shapes", "others")), workers)
     assert "6 cells, 2 finished" in output
-    assert runner.ran == ["tiny last-2 shapes", "tiny full others", "tiny last-3 others", "tiny last-2 others"]
-    assert len(tables(tmp_path)["cells"]) == 6
-    runner = FakeRunner()
-    campaign(campaign_spec(tmp_path), runner)
+    assert workers.ran == ["tiny last-2 shapes", "tiny full others", "tiny last-3 others", "tiny last-2 others"]
+    assert len(workers.asked) == 4 * 60 and len(tables(tmp_path)["cells"]) == 6
+    # The plan that is new is measured beside the others.
+    assert workers.measured == [("full", "last-3", "last-2")] * 2
+    workers = FakeWorkers()
+    campaign(campaign_spec(tmp_path), workers)
     found = tables(tmp_path)
-    assert runner.ran == [] and {name: found[name] for name in TABLES} == {name: whole[name] for name in TABLES}
+    assert workers.ran == [] and {name: found[name] for name in TABLES} == {name: whole[name] for name in TABLES}
+
+
+def test_a_larger_limit_asks_the_new_documents(tmp_path: Path) -> None:
+    spec = campaign_spec(tmp_path, plans=("last@3",), limit=10.0)
+    campaign(spec)
+    workers = FakeWorkers(samples=200)
+    output = campaign(spec.model_copy(update={"limit": 150.0}), workers)
+    assert "2 cells, 0 finished" in output
+    assert sorted(workers.asked) == sorted(
+        ("tiny", plan, "shapes", doc) for plan in ("full", "last-3") for doc in range(10, 150)
+    )
+    assert workers.units == [(54, 2), (64, 2), (22, 2)] and {row["n"] for row in tables(tmp_path)["cells"]} == {150}
+    # With fewer documents, the answers to the others are left out.
+    campaign(spec, workers)
+    assert {row["n"] for row in tables(tmp_path)["cells"]} == {10} and len(workers.asked) == 280
+
+
+def test_an_edited_document_is_asked_again(tmp_path: Path) -> None:
+    spec = campaign_spec(tmp_path, plans=("last@3",))
+    campaign(spec)
+    workers = FakeWorkers(edited=frozenset({7}))
+    campaign(spec, workers)
+    assert workers.asked == [("tiny", "full", "shapes", 7), ("tiny", "last-3", "shapes", 7)]
 
 
 def test_settings_that_decide_results_make_other_cells(tmp_path: Path) -> None:
     campaign(campaign_spec(tmp_path, plans=()))
     kwargs = {"gen_kwargs": {"max_new_tokens": 4}}
-    for change in ({"limit": 10.0}, {"seed": 1}, kwargs, {"dtype": "bfloat16"}, {"revision": "r"}):
-        runner = FakeRunner()
-        campaign(campaign_spec(tmp_path, plans=(), **change), runner)
-        assert runner.ran == ["tiny full shapes"]
+    for change in ({"seed": 1}, kwargs, {"dtype": "bfloat16"}, {"revision": "r"}):
+        workers = FakeWorkers()
+        campaign(campaign_spec(tmp_path, plans=(), **change), workers)
+        assert workers.ran == ["tiny full shapes"]
 
 
 def test_a_branch_that_moves_on_the_hub_makes_other_cells(tmp_path: Path) -> None:
     """Results belong to the commit that a revision named, and replicas load that commit."""
-    runner = FakeRunner(commits={None: "c1"})
+    workers = FakeWorkers(commits={None: "c1"})
     spec = campaign_spec(tmp_path, plans=("last@3",))
-    campaign(spec, runner)
-    campaign(spec, runner)
-    assert len(runner.ran) == 2
-    runner.commits = {None: "c2"}
-    campaign(spec, runner)
-    assert len(runner.ran) == 4 and runner.revisions == ["c1", "c2"]
+    campaign(spec, workers)
+    campaign(spec, workers)
+    assert len(workers.asked) == 120
+    workers.commits = {None: "c2"}
+    campaign(spec, workers)
+    assert len(workers.asked) == 240 and workers.revisions == ["c1", "c2"]
     assert {row["revision"] for row in tables(tmp_path)["cells"]} == {"c2"}
 
 
@@ -117,20 +139,20 @@ def test_a_model_folder_is_known_by_its_content(tmp_path: Path) -> None:
     for model in models:
         Path(model).mkdir()
         (Path(model) / "config.json").write_text("{}")
-    runner = FakeRunner()
-    campaign(campaign_spec(tmp_path / "out", models=models, plans=()), runner)
-    assert len(runner.ran) == 1 and len(tables(tmp_path / "out")["cells"]) == 2
+    workers = FakeWorkers()
+    campaign(campaign_spec(tmp_path / "out", models=models, plans=()), workers)
+    assert len(workers.asked) == 60 and len(tables(tmp_path / "out")["cells"]) == 2
     (tmp_path / "b" / "config.json").write_text("{ }")
-    campaign(campaign_spec(tmp_path / "out", models=models[1:], plans=()), runner)
-    assert len(runner.ran) == 2
+    campaign(campaign_spec(tmp_path / "out", models=models[1:], plans=()), workers)
+    assert len(workers.asked) == 120
 
 
 def test_the_printed_table_and_its_verdicts(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "demo")
-    runner = FakeRunner(samples=400)
+    workers = FakeWorkers(samples=400)
     plans = (f"sweep:{sweep}@3", "random:0..4@3", "first@3", "last@3")
-    output = campaign(campaign_spec(tmp_path / "out", plans=plans), runner)
-    assert len(runner.ran) == 8 and not any("last-3" in ran for ran in runner.ran)
+    output = campaign(campaign_spec(tmp_path / "out", plans=plans), workers)
+    assert len(workers.ran) == 8 and not any("last-3" in ran for ran in workers.ran)
     assert "freeze-visual-3 loses less than random: +0." in output
     assert "against the mean of 5 random controls" in output
     assert "last-3 is a tie with freeze-visual-3" in output
@@ -143,13 +165,15 @@ def test_the_printed_table_and_its_verdicts(tmp_path: Path) -> None:
     assert set(against) == {"full", "mean of 5 random controls"}
     assert against["mean of 5 random controls"] == pytest.approx(sum(controls) / 5)
     (line,) = [line for line in output.splitlines() if line.strip("│ ").startswith("freeze-visual-3  ")]
-    assert "0.62" in line and "200.0" in line  # prefill 5 ms of 8, 400 samples in 2 s
-    output = campaign(campaign_spec(tmp_path / "few", plans=(f"sweep:{sweep}@7", "random:1@7")), FakeRunner(samples=12))
+    assert "0.62" in line and "25.0" in line  # prefill 5 ms of 8, 40 ms of the model's thread
+    output = campaign(
+        campaign_spec(tmp_path / "few", plans=(f"sweep:{sweep}@7", "random:1@7")), FakeWorkers(samples=12)
+    )
     assert "freeze-visual-7 is no better than random" in output and "the mean of 1 random control" in output
 
 
 def test_scores_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
-    campaign(campaign_spec(tmp_path, plans=("last@3",)), FakeRunner(nan=True))
+    campaign(campaign_spec(tmp_path, plans=("last@3",)), FakeWorkers(nan=True))
     found = tables(tmp_path)
     assert {row["n"] for row in found["comparisons"]} == {30}
     values = [score["value"] for row in found["answers"] for score in row["scores"]]
@@ -161,7 +185,7 @@ def test_what_cannot_be_right_is_refused_before_work_and_nothing_is_changed(tmp_
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")
     (tmp_path / "file").write_text("x")
-    before, runner = snapshot(tmp_path), FakeRunner()
+    before, workers = snapshot(tmp_path), FakeWorkers()
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("out", {"models": ("nothing",)}, "nothing"),
         ("out", {"tasks": ("nothing",)}, "nothing"),
@@ -172,11 +196,11 @@ def test_what_cannot_be_right_is_refused_before_work_and_nothing_is_changed(tmp_
     ]
     for name, change, message in cases:
         with pytest.raises(Refused, match=message):
-            campaign(campaign_spec(tmp_path / name, **change), runner)
-    assert runner.opened == [] and snapshot(tmp_path) == before and not (tmp_path / "out").exists()
+            campaign(campaign_spec(tmp_path / name, **change), workers)
+    assert workers.started == [] and snapshot(tmp_path) == before and not (tmp_path / "out").exists()
 
 
 def test_remote_folders(tmp_path: Path) -> None:
     spec = campaign_spec(Path("x"), plans=("last@3",), output_path=f"memory://{tmp_path.name}/campaign")
-    first, runner = campaign(spec), FakeRunner()
-    assert last_table(campaign(spec, runner)) == last_table(first) and runner.ran == []
+    first, workers = campaign(spec), FakeWorkers()
+    assert last_table(campaign(spec, workers)) == last_table(first) and workers.ran == []

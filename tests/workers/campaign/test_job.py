@@ -13,7 +13,7 @@ from shortv.errors import Refused
 from shortv.spec import load_spec
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.test_spec import HOSTILE
-from tests.workers.campaign.fakes import FakeRunner
+from tests.workers.campaign.fakes import FakeWorkers
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = {"models": ["tiny"], "output_path": "out"}
@@ -21,9 +21,9 @@ DEFAULTS = {"models": ["tiny"], "output_path": "out"}
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the job with a runner that has no model; returns its status and its output."""
-    runner = FakeRunner()
-    monkeypatch.setattr("shortv.workers.campaign.runner.ReplicaRunner", lambda: runner)
+    """Run the job with workers that has no model; returns its status and its output."""
+    workers = FakeWorkers()
+    monkeypatch.setattr("shortv.workers.campaign.workers.CampaignWorkers", lambda: workers)
     monkeypatch.setattr("reports.page.write_page", lambda folder: None)
 
     def start(*arguments: object) -> tuple[int, str]:
@@ -33,7 +33,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out + printed.err
 
-    start.runner = runner  # type: ignore[attr-defined]
+    start.workers = workers  # type: ignore[attr-defined]
     return start
 
 
@@ -42,17 +42,17 @@ def test_flags_and_a_file_start_a_campaign(job: Any, tmp_path: Path) -> None:
     status, output = job("--config", tmp_path / "r.toml", "--plan", "last@1,last@2", "--output_path", tmp_path / "out")
     assert status == 0 and "last-2" in output and "first-2" not in output
     assert not (tmp_path / "no").exists() and (tmp_path / "out" / "comparisons.parquet").exists()
-    assert [ran.split()[-2] for ran in job.runner.ran] == ["full", "last-1", "last-2"]
+    assert [ran.split()[-2] for ran in job.workers.ran] == ["full", "last-1", "last-2"]
     # The bundled model.
-    assert (ROOT / job.runner.opened[0].split(":")[0]).resolve() == ROOT / "shortv/tiny/model"
+    assert (ROOT / job.workers.started[0].split(":")[0]).resolve() == ROOT / "shortv/tiny/model"
 
 
 def test_failures_are_status_3_and_refusals_status_2_in_one_line(job: Any, tmp_path: Path) -> None:
-    job.runner.failing = frozenset({"s1"})
+    job.workers.failing = frozenset({1})
     arguments = ("--task", "shapes", "--output-path", tmp_path / "out")
     assert job(*arguments)[0] == 3
     assert job(*arguments, "--fail-on-error", "0.1")[0] == 0
-    job.runner.failing = frozenset()
+    job.workers.failing = frozenset()
     assert job(*arguments, "--retry-failed")[0] == 0
     for given, message in (
         ([], "--output-path"),

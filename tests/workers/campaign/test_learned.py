@@ -24,7 +24,7 @@ from shortv.workers.campaign.plans import ModelFacts, PlanKind, resolve_plans
 from shortv.workers.campaign.spec import CampaignSpec
 from tests.parts import ShiftParts, ShiftSettings
 from tests.tiny_model import bundled
-from tests.workers.campaign.fakes import ARCH, LAYERS, FakeRunner, campaign, campaign_spec, make_sweep
+from tests.workers.campaign.fakes import ARCH, LAYERS, FakeWorkers, campaign, campaign_spec, make_sweep
 
 TINY = Path(__file__).resolve().parents[3] / "shortv" / "tiny"
 SHIPPED = TINY / "learned"
@@ -44,7 +44,7 @@ def plan_file(
     parts: str = "parts",
     **training: Any,
 ) -> str:
-    """A plan with untrained parts for the models of the fake runner."""
+    """A plan with untrained parts for the models of the fake workers."""
     learned = type("ShiftParts", (ShiftParts,), {"kind": kind})(500, ShiftSettings(layers=(0, 1, 2)))
     training = {"command": "none", **training}
     header = save_parts(folder / parts, learned, model="tiny", revision=None, config_digest=digest, training=training)
@@ -54,26 +54,27 @@ def plan_file(
     return str(plan.save(folder / "plans" / f"{name}.json"))
 
 
-class LeavingRunner(FakeRunner):
+class LeavingWorkers(FakeWorkers):
     """Visual tokens leave after layer 1, 3 or never under a plan with parts; every third sample has no image."""
 
-    def _sample(self, model: str, plan: Plan | None, index: int) -> ScoredSample:
-        found = replace(super()._sample(model, plan, index), kind=("colour", "count")[index % 2])
-        if index % 3 == 0:
+    def sample(self, model: str, plan: Plan | None, doc: int) -> ScoredSample:
+        found = replace(super().sample(model, plan, doc), kind=("colour", "count")[doc % 2])
+        if doc % 3 == 0:
             return replace(found, visual_tokens=0, prompt_tokens=10)
         leaves = plan is not None and plan.parts is not None
-        return replace(found, exit_layer=(1, 3, LAYERS)[index // 3 % 3] if leaves else None)
+        return replace(found, exit_layer=(1, 3, LAYERS)[doc // 3 % 3] if leaves else None)
 
 
 def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
     files = tuple(plan_file(tmp_path, f"at-{threshold}", threshold) for threshold in (0.5, 0.9))
-    campaign(campaign_spec(tmp_path / "out", plans=files), LeavingRunner(samples=18), page=True)
+    campaign(campaign_spec(tmp_path / "out", plans=files), LeavingWorkers(samples=18), page=True)
     folder = Folder(tmp_path / "out")
     cells = {row["plan"]: row for row in folder.read_table("cells").to_pylist()}
-    answers = folder.read_table(f"answers/{cells['at-0.5']['cell']}").to_pylist()
+    rows = folder.read_tables("answers").to_pylist()
+    answers = [row for row in rows if row["plan"] == "at-0.5"]
     assert [row["exit_layer"] for row in answers[:9]] == [None, 1, 1, None, 3, 3, None, 8, 8]
     assert [row["kind"] for row in answers[:3]] == ["colour", "count", "colour"]
-    assert set(folder.read_table(f"answers/{cells['full']['cell']}")["exit_layer"].to_pylist()) == {None}
+    assert {row["exit_layer"] for row in rows if row["plan"] == "full"} == {None}
     # Six prompts without an image, and twelve that left after these layers.
     done = [exit_flops(ARCH, LAYERS, 10, 0)] * 6 + [exit_flops(ARCH, layer, 10, 30) for layer in (1, 3, 8)] * 4
     full = 6 * LAYERS * layer_flops(ARCH, Mode.FULL, 10, 0) + 12 * LAYERS * layer_flops(ARCH, Mode.FULL, 10, 30)
@@ -89,10 +90,10 @@ def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
 
 def test_plans_that_differ_in_their_parts_alone_are_not_a_tie_and_have_no_controls(tmp_path: Path) -> None:
     files = [plan_file(tmp_path, name, threshold) for name, threshold in (("one", 0.5), ("two", 0.6), ("same", 0.5))]
-    runner = LeavingRunner(samples=6)
-    output = campaign(campaign_spec(tmp_path / "out", plans=(*files, "random:0@3")), runner)
+    workers = LeavingWorkers(samples=6)
+    output = campaign(campaign_spec(tmp_path / "out", plans=(*files, "random:0@3")), workers)
     assert "same is a tie with one" in output and "random control" not in output
-    assert [ran.split()[1] for ran in runner.ran] == ["full", "one", "two", "random0-3"]
+    assert [ran.split()[1] for ran in workers.ran] == ["full", "one", "two", "random0-3"]
 
 
 def test_missing_parts_and_those_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def seeds(**changes: Any) -> CampaignSpec:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a finished demo and parts of every kind, for the models of the fake runner."""
+    """A working directory with a finished demo and parts of every kind, for the models of the fake workers."""
     make_sweep(tmp_path / "runs/demo")
     learned = tmp_path / "shortv/tiny/learned"
     for threshold in (0.3, 0.5, 0.9):
@@ -125,7 +126,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_campaign_of_all_systems_has_one_table_for_each_task(clone: Path) -> None:
-    output = campaign(seeds(), FakeRunner(samples=40))
+    output = campaign(seeds(), FakeWorkers(samples=40))
     plans = [*WITHOUT, "dyvte-0.3", "dyvte-0.5", "dyvte-0.9", "eas", "saisa"]
     folder = Folder(clone / "runs/campaign-seeds")
     rows = folder.read_table("cells").to_pylist()
@@ -150,7 +151,7 @@ def test_the_campaign_of_all_systems_has_one_table_for_each_task(clone: Path) ->
 
 
 def test_without_learned_parts_there_are_no_columns_about_learning(clone: Path) -> None:
-    output = campaign(seeds(plans=("all/no-visual-ffn",)), FakeRunner(samples=8), page=True)
+    output = campaign(seeds(plans=("all/no-visual-ffn",)), FakeWorkers(samples=8), page=True)
     page = (clone / "runs/campaign-seeds/report.html").read_text()
     assert "learned" not in output and "trained" not in output and "learned parameters" not in page
 
