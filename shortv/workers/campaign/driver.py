@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from shortv.workers.campaign.workers import CampaignWorkers, Pool
 
 _DEATHS: Final = 3
-"""Producers that may die with a document before it counts as the cause."""
+"""Producers that may die with a unit, and then with a document, before it counts as the cause."""
 
 
 def run_campaign(spec: CampaignSpec, *, workers: CampaignWorkers, console: Console | None = None) -> int:
@@ -257,12 +257,12 @@ class _Work:
 
     async def _answer(self, stream: _Stream, unit: Unit) -> None:
         try:
-            await self._finish(stream, unit, deaths=0)
+            await self._finish(stream, unit)
         finally:
             await self._pool.leave()
 
-    async def _finish(self, stream: _Stream, unit: Unit, deaths: int) -> None:
-        """Answer a unit and commit it; one that its producer dies with runs again, in the end document by document."""
+    async def _finish(self, stream: _Stream, unit: Unit, deaths: int = 0) -> None:
+        """Answer a unit and commit it; where producers keep dying with it, its documents are tried one by one."""
         try:
             result = await self._pool.run(unit)
         except ProducerLost as error:
@@ -270,10 +270,10 @@ class _Work:
                 await self._finish(stream, unit, deaths + 1)
                 return
             if len(unit.docs) > 1:
-                for half in unit.halves():
-                    await self._finish(stream, half, deaths)
+                for single in unit.singles():
+                    await self._finish(stream, single)
                 return
-            message = f"answer: lost: {deaths + 1} producers died with the document ({error})"
+            message = f"answer: lost: {_DEATHS} producers died with the document ({error})"
             result = lost_rows(unit, lambda doc: stream.group.task.label(doc).sample_id, message)
         except Exception as error:  # a node without the task, or with other documents
             stream.problem = _line(error)

@@ -60,14 +60,10 @@ class Unit:
         """Number of answers."""
         return len(self.docs) * len(self.cells)
 
-    def halves(self) -> tuple[Unit, Unit]:
-        """Return the unit as two, each with half of the documents."""
-        middle = len(self.docs) // 2
-        first, second = slice(None, middle), slice(middle, None)
-        return (
-            replace(self, docs=self.docs[first], digests=self.digests[first]),
-            replace(self, docs=self.docs[second], digests=self.digests[second]),
-        )
+    def singles(self) -> Iterator[Unit]:
+        """Yield the unit's documents, each as a unit of its own."""
+        for doc, digest in zip(self.docs, self.digests, strict=True):
+            yield replace(self, docs=(doc,), digests=(digest,))
 
 
 def shards(missing: Mapping[str, NDArray[np.bool_]]) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:

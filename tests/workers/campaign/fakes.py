@@ -32,6 +32,7 @@ from shortv.workers.campaign.units import TaskSource, Unit
 from tests.architectures import architecture
 from tests.reports import runs
 
+OF_A_RUN = {"idle_share", "replicas"}
 LAYERS = 8
 ARCH = architecture(num_layers=LAYERS)
 
@@ -58,9 +59,10 @@ def last_table(output: str) -> str:
 
 
 def tables(output: Path) -> Mapping[str, list[dict[str, Any]]]:
-    """All tables of a campaign, and its latest answers in one order."""
+    """All tables of a campaign without what only tells of a run, and its latest answers in one order."""
     folder = Folder(output)
     found = {name: folder.read_table(name).to_pylist() for name in TABLES}
+    found["speed"] = [{name: value for name, value in row.items() if name not in OF_A_RUN} for row in found["speed"]]
     parts = Answers(folder).scan(schema_of("answers").names)
     answers = [row for part in parts for row in part.to_pylist()]
     found["answers"] = sorted(answers, key=lambda row: (row["cell"], row["doc"]))
