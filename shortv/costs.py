@@ -63,6 +63,16 @@ def flops_ratio(arch: Architecture, modes: Sequence[Mode], t: float, v: float) -
     return plan_flops(arch, modes, t, v) / (arch.num_layers * layer_flops(arch, Mode.FULL, t, v))
 
 
+def visual_tokens_at(arch: Architecture, share: float, t: float, v: float) -> float:
+    """Return how many visual tokens leave the full model this share of its prefill FLOPs at (t, v); 0 if none do."""
+    # The FLOPs of n tokens are a n + b n^2.
+    one, two = (layer_flops(arch, Mode.FULL, n, 0.0) for n in (1.0, 2.0))
+    b = (two - 2 * one) / 2
+    a = one - b
+    wanted = share * layer_flops(arch, Mode.FULL, float(t), float(v))
+    return max(0.0, (math.sqrt(a * a + 4 * b * wanted) - a) / (2 * b) - t)
+
+
 def ablation_passes(num_layers: int, mode: Mode, layer: int) -> Passes:
     """Return what one ablation costs when it restarts from the clean pass's states at `layer`.
 

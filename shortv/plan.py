@@ -180,7 +180,8 @@ class Plan:
     `config_digest` decides which models it fits. `ranking` lists layers, the first to replace first (it may stop
     early: published lists do). `source` is free: sweep, samples, seed, KL direction. `flops_ratio` is the prefill
     cost against the full model at `flops_t` text and `flops_v` visual tokens. `parts` are learned ones, without which
-    the plan does not run. Raises Refused on construction when the fields contradict each other.
+    the plan does not run. `downsample` makes a control: the full model sees smaller images, so small that its prefill
+    has this share of the FLOPs. Raises Refused on construction when the fields contradict each other.
     """
 
     schema: _Whole = SCHEMA
@@ -196,6 +197,7 @@ class Plan:
     flops_t: _Number | None = None
     flops_v: _Number | None = None
     parts: LearnedParts | None = None
+    downsample: _Number | None = None
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
@@ -217,14 +219,22 @@ class Plan:
                 "give exactly one mode per layer"
             )
         _check_layers(self.ranking, self.num_layers)
+        if self.downsample is not None:
+            self._check_downsample(self.downsample)
         if self.source is not None:
             # What a file cannot hold is found now; a loaded plan equals the saved one.
             object.__setattr__(self, "source", _json_value(self.source))
 
+    def _check_downsample(self, share: float) -> None:
+        if not 0 < share < 1:
+            raise Refused(f"downsample is {share:g}; give a share of the FLOPs between 0 and 1")
+        if set(self.modes) != {Mode.FULL} or self.parts is not None:
+            raise Refused("a plan that downsamples images runs the full model; use only the mode full, without parts")
+
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the configuration digest, the modes and the learned parts: the plan's identity."""
-        return digest_of(self.config_digest, self.modes, self.parts)
+        """SHA-256, in hex, of configuration digest, modes, learned parts and downsampling: the plan's identity."""
+        return digest_of(self.config_digest, self.modes, self.parts, self.downsample)
 
     @classmethod
     def full(cls, *, num_layers: int, name: str = "full", **rest: Any) -> "Plan":
@@ -270,7 +280,11 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as the text of a plan file."""
-        return json.dumps(_PLANS.dump_python(self) | {"digest": self.digest}, indent=2) + "\n"
+        content = _PLANS.dump_python(self) | {"digest": self.digest}
+        if self.downsample is None:
+            # Releases that do not know the key read the file.
+            del content["downsample"]
+        return json.dumps(content, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> "Plan":
@@ -354,11 +368,15 @@ def published_plans() -> tuple[str, ...]:
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")))
 
 
-def digest_of(config_digest: str, modes: Iterable[str], parts: LearnedParts | None = None) -> str:
+def digest_of(
+    config_digest: str, modes: Iterable[str], parts: LearnedParts | None = None, downsample: float | None = None
+) -> str:
     """Return a plan's digest from the things it covers."""
     content: dict[str, Any] = {"config_digest": config_digest, "modes": [str(mode) for mode in modes]}
     if parts is not None:
         content["parts"] = {"kind": parts.kind, "digest": parts.digest, "threshold": parts.threshold}
+    if downsample is not None:
+        content["downsample"] = downsample
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

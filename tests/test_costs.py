@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shortv.architecture import Architecture
-from shortv.costs import Passes, ablation_passes, flops_ratio, layer_flops, plan_flops, sweep_passes
+from shortv.costs import Passes, ablation_passes, flops_ratio, layer_flops, plan_flops, sweep_passes, visual_tokens_at
 from shortv.errors import Refused
 from shortv.plan import VISUAL_MODES, Mode
 from tests.architectures import architecture
@@ -90,6 +90,13 @@ def test_no_mode_costs_more_than_full(t: int, v: int, mode: Mode) -> None:
     assert found <= full
     if v == 0 and mode in VISUAL_MODES:
         assert found == full
+
+
+@given(t=st.integers(1, 4096), v=st.integers(1, 4096), share=st.floats(0.01, 0.99))
+def test_fewer_visual_tokens_cost_the_share_that_was_asked_for(t: int, v: int, share: float) -> None:
+    fewer, wanted = visual_tokens_at(SMALL, share, t, v), share * layer_flops(SMALL, Mode.FULL, t, v)
+    assert 0 <= fewer < v
+    assert layer_flops(SMALL, Mode.FULL, t, fewer) == pytest.approx(max(wanted, layer_flops(SMALL, Mode.FULL, t, 0)))
 
 
 def test_after_a_drop_no_layer_works_on_visual_tokens() -> None:

@@ -73,6 +73,14 @@ def test_a_file_gives_back_what_was_saved(plan: Plan, tmp_path_factory: pytest.T
     assert json.loads(plan.to_json())["digest"] == plan.digest
 
 
+def test_only_a_plan_that_downsamples_has_the_key() -> None:
+    smaller = replace(LEARNED, parts=None, downsample=0.5)
+    assert json.loads(smaller.to_json())["downsample"] == Plan.from_json(smaller.to_json()).downsample == 0.5
+    assert "downsample" not in json.loads(LEARNED.to_json())
+    with pytest.raises(Refused, match="without parts"):
+        replace(LEARNED, downsample=0.5)
+
+
 def test_a_folder_is_made_for_a_plan_and_holds_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "model-1.5"
     assert PLAN.save(folder) == folder / "shortv_plan.json"
@@ -98,7 +106,8 @@ def test_the_digest_covers_configuration_modes_and_what_the_parts_do() -> None:
         replace(LEARNED, parts=replace(PARTS, digest="ef" * 32)),
         replace(LEARNED, parts=replace(PARTS, threshold=0.6)),
     ]
-    assert len({PLAN.digest, LEARNED.digest, *(plan.digest for plan in others)}) == 7
+    others += [replace(others[2], downsample=share) for share in (0.4, 0.5)]
+    assert len({PLAN.digest, LEARNED.digest, *(plan.digest for plan in others)}) == 9
     one = replace(LEARNED, parts=replace(PARTS, threshold=1))
     assert one.digest == replace(LEARNED, parts=replace(PARTS, threshold=1.0)).digest
     assert digest_of(DIGEST, (Mode.FULL, Mode.FREEZE_VISUAL)).startswith("9f1a0bedc325")  # as it always was
@@ -129,6 +138,9 @@ def test_the_digest_covers_configuration_modes_and_what_the_parts_do() -> None:
         ({"parts": {"digest": "ef" * 32}}, LEARNED.digest),
         ({"parts": {"path": "a\0b"}}, r"a\\x00b"),
         ({"parts": {"more": 1}}, "parts.more"),
+        ({"downsample": 0.5}, "runs the full model"),
+        ({"downsample": 1.0}, "downsample is 1"),
+        ({"downsample": "0.5"}, "downsample is '0.5'"),
     ],
 )
 def test_edited_files_are_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:

@@ -18,10 +18,17 @@ from shortv.plan import Mode, PartsKind
 # What a plan is to the reader, in the order of colours, shapes and legends.
 KINDS: Final = [
     *("LC plan", "random control", "first-layers control", "last-layers control", "full model", "other plan"),
-    *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS"),
+    *("one mode in all layers", "exit at a fixed layer", "SAISA", "DyVTE", "EAS", "smaller images"),
 ]
 SYSTEMS: Final[Mapping[str, str]] = {PartsKind.SAISA: KINDS[8], PartsKind.DYVTE: KINDS[9], PartsKind.EAS: KINDS[10]}
-_KINDS_OF: Final = {"full": KINDS[4], "random": KINDS[1], "first": KINDS[2], "last": KINDS[3], "lc": KINDS[0]}
+_KINDS_OF: Final = {
+    "downsample": KINDS[11],
+    "full": KINDS[4],
+    "random": KINDS[1],
+    "first": KINDS[2],
+    "last": KINDS[3],
+    "lc": KINDS[0],
+}
 # Columns about what was learned for a plan.
 LEARNED: Final = ("learned_parameters", "train_seconds")
 

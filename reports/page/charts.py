@@ -17,6 +17,7 @@ _KIND_SHAPES: Final = [
     "M-.9-.5L-.5-.9L0-.4L.5-.9L.9-.5L.4 0L.9 .5L.5 .9L0 .4L-.5 .9L-.9 .5L-.4 0Z",
     "M0-1.1L.3-.4L1.05-.34L.48 .15L.65 .89L0 .5L-.65 .89L-.48 .15L-1.05-.34L-.3-.4Z",
     "M-.85-.9L.85-.9L.2 0L.85 .9L-.85 .9L-.2 0Z",
+    "M-.9-.85L0-.2L.9-.85L.9 .85L0 .2L-.9 .85Z",
 ]
 _MODE_SHAPES: Final = [
     *("circle", "square", "triangle-up", "triangle-down", "diamond", "cross", "triangle-right", "stroke")

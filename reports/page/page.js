@@ -8,9 +8,9 @@
   // In the order of the kinds of plans; the full model is as dark as text, other plans are grey.
   const KINDS = {
     light: ["#0072B2", "#D55E00", "#009E73", "#C0649A", "#1A2027", "#7D8792", "#A87200", "#2E9CCF", "#7A4BC8", "#C4182F",
-      "#5F7D00"],
+      "#5F7D00", "#8C5A2B"],
     dark: ["#58AEE3", "#F28C50", "#3CC79B", "#E2A3C6", "#E4E9EE", "#8E99A5", "#F0B840", "#A5DAF7", "#B79AF5", "#FF6B78",
-      "#B5D64A"],
+      "#B5D64A", "#D2A679"],
   };
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const charts = JSON.parse(document.getElementById("charts").textContent);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -20,6 +21,7 @@ from shortv.evals.generation import generate, likelihoods
 from shortv.evals.lmms_model import LmmsModel, check_plan_digest, read_model_args
 from shortv.evals.requests import Conversation
 from shortv.families import load
+from shortv.families.downsampling import downsampled
 from shortv.families.preprocessing import Prompt, prompt_of
 from shortv.learned.apply import apply
 from shortv.plan import Plan
@@ -133,10 +135,14 @@ class ShortV(LmmsModel):
 
     def _prompt(self, conversation: Conversation) -> Prompt:
         with _naming([conversation]):
-            return prompt_of(self._loaded, conversation.messages(), continuation=conversation.continuation() or "")
+            prompt = prompt_of(self._loaded, conversation.messages(), continuation=conversation.continuation() or "")
+            if self.plan is None or self.plan.downsample is None:
+                return prompt
+            return downsampled(self._loaded, prompt, self.plan.downsample, self._loaded.architecture)
 
     def _under_plan(self) -> AbstractContextManager[Sequence[str] | None]:
-        return apply(self._loaded.model, self.plan) if self.plan else nullcontext()
+        # Smaller images are a matter of the prompt.
+        return apply(self._loaded.model, replace(self.plan, downsample=None)) if self.plan else nullcontext()
 
 
 class SimpleShortV(ShortV):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from shortv.architecture import Architecture
+from shortv.errors import Refused
 from shortv.families import decoder_of
 from shortv.layers.apply import executing
 from shortv.learned.files import PartsCache
@@ -40,10 +41,15 @@ def apply(model: Any, plan: Plan | str | os.PathLike[str]) -> Iterator[list[str]
 
     Raises:
         Refused: the plan does not fit the model, the model is in training mode or already under a plan, its attention
-            implementation has no mask whose rows can be selected, or the plan's learned parts do not exist or do not
-            fit the model.
+            implementation has no mask whose rows can be selected, the plan's learned parts do not exist or do not
+            fit the model, or the plan downsamples images, which the model gets as pixels that are ready.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if plan.downsample is not None:
+        raise Refused(
+            f"plan {plan.name!r} gives the full model smaller images, and images are made before the model runs; "
+            "evaluate it in a campaign or by lmms-eval"
+        )
     architecture = Architecture.from_config_dict(model.config.to_dict())
     warnings = plan.check_fits(
         config_digest=architecture.config_digest,

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_answers_are_those_of_the_benchmark_for_any_batch_size(
         with monkeypatch.context() as patch:
             patch.setattr(answering, "batch_size", 1)
             assert ask(answering, documents=range(10)) == wanted[:10]
+
+
+def test_a_plan_of_smaller_images_changes_answers_to_images_alone(full: ShortV, folder: Path) -> None:
+    plan = replace(plan_of(()), name="small", downsample=0.1)
+    small = ready(ShortV(plan=plan.save(folder / "small.json"), batch_size=8, device="cpu"))
+    assert 0 < sum(one != other for one, other in zip(ask(full), ask(small), strict=True)) < len(QUESTIONS) / 2
+
+    def text(one: Question) -> Any:
+        return [{"role": "user", "content": [{"type": "text", "text": one.prompt}]}]
+
+    assert ask(small, doc_to_messages=text) == ask(full, doc_to_messages=text)
+    with pytest.raises(Refused, match="smaller images"), shortv.apply(full._loaded.model, plan):
+        pass
 
 
 def test_the_simple_form_gives_the_same(full: ShortV) -> None:

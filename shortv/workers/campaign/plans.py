@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, partial
+from itertools import product
 from typing import Any, Final, NamedTuple
 
 from reports.store import Folder
@@ -21,19 +22,25 @@ from shortv.terminal import printable
 from shortv.workers.sweep.result import SweepResult, make_plan, read_sweep
 
 FULL: Final = "full"
-_SWEEP = re.compile(r"sweep:(?P<folder>.+)@(?P<amount>\d{1,6}|\d{0,6}\.\d{1,20})(?:/(?P<mode>[a-z-]+))?")
+_COUNTS = r"(?P<few>\d{1,6})(?:\.\.(?P<many>\d{1,6}))?"
+_RATIO = r"(?P<ratio>\d{0,6}\.\d{1,20})"
+_MODE = r"(?:/(?P<mode>[a-z-]+))?"
+_SWEEP = re.compile(rf"sweep:(?P<folder>.+)@(?:{_COUNTS}|{_RATIO}){_MODE}")
 _CONTROL = re.compile(
-    r"(?P<order>random|first|last)(?::(?P<low>\d{1,15})(?:\.\.(?P<high>\d{1,15}))?)?"
-    r"@(?P<count>\d{1,6})(?:/(?P<mode>[a-z-]+))?"
+    r"(?P<order>random|first|last)(?::(?P<low>\d{1,15})(?:\.\.(?P<high>\d{1,15}))?)?" + f"@{_COUNTS}{_MODE}"
 )
-_ALL = re.compile(r"all(?:/(?P<mode>[a-z-]+))?")
+_ALL = re.compile(f"all{_MODE}")
+_EXIT = re.compile(f"exit@{_COUNTS}")
+_DOWNSAMPLE = re.compile(f"downsample@{_RATIO}")
 # A text that begins like this is not a file name (./random:x is one).
-_RESERVED = re.compile(r"(sweep:|random[:@]|first[:@]|last[:@])")
+_RESERVED = re.compile(r"(sweep:|random[:@]|first[:@]|last[:@]|exit[:@]|downsample[:@]|all/)")
 _FORMS = (
     "a plan file, files by *, a published plan's name, full, sweep:FOLDER@LAYERS, sweep:FOLDER@0.55 (FLOPs ratio), "
-    "all, random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS or last@LAYERS, each but the first four with /MODE"
+    "all, random:SEED@LAYERS, random:0..4@LAYERS, first@LAYERS or last@LAYERS, each but the first four with /MODE, "
+    "exit@LAYERS, or downsample@0.55 (FLOPs ratio); LAYERS may be a range such as 4..8"
 )
-_MAX_SEEDS = 1000
+_MOST_PLANS = 1000
+_FIXED: Final = {"order": "fixed"}
 
 
 class PlanKind(StrEnum):
@@ -44,6 +51,7 @@ class PlanKind(StrEnum):
     RANDOM = "random"
     FIRST = "first"
     LAST = "last"
+    DOWNSAMPLE = "downsample"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +140,7 @@ def resolve_plans(texts: Iterable[str], models: Sequence[ModelFacts]) -> Resolve
             first = next(iter(refusals.values()))
             raise Refused(f"plan {_shown(source.text)}: {first}") from first
         warnings += [f"plan {_shown(source.text)} is left out for {name}: {error}" for name, error in refusals.items()]
-    entries = {name: _distinct(found, name) for name, found in plans.items()}
+    entries = {name: _distinct(found, name, warnings) for name, found in plans.items()}
     return ResolvedPlans(entries, tuple(dict.fromkeys(warnings)))
 
 
@@ -143,13 +151,19 @@ def _sources(text: str, sweep: Callable[[str, Mode], SweepResult]) -> Iterator[_
     if text == FULL:
         return
     if found := _SWEEP.fullmatch(text):
-        result, amount = sweep(found["folder"], _mode(found["mode"])), found["amount"]
-        request = Request(flops_ratio=float(amount)) if "." in amount else Request(layers=int(amount))
-        yield given(make_plan(result, request, choose_layers(result.evidence, request), None))
+        result, ratio = sweep(found["folder"], _mode(found["mode"])), found["ratio"]
+        requests = [Request(flops_ratio=float(ratio))] if ratio else [Request(layers=few) for few in _counts(found)]
+        for request in requests:
+            yield given(make_plan(result, request, choose_layers(result.evidence, request), None))
     elif every := _ALL.fullmatch(text):
         yield _Source(text, PlanKind.PLAN, partial(_fixed, mode=_mode(every["mode"]), count=None))
     elif control := _CONTROL.fullmatch(text):
         yield from _controls(control)
+    elif leaving := _EXIT.fullmatch(text):
+        for count in _counts(leaving):
+            yield _Source(text, PlanKind.PLAN, partial(_exit, count=count))
+    elif smaller := _DOWNSAMPLE.fullmatch(text):
+        yield _Source(text, PlanKind.PLAN, partial(_downsample, share=float(smaller["ratio"])))
     elif _RESERVED.match(text):
         raise Refused(f"this form is not known; give {_FORMS}")
     else:
@@ -175,23 +189,48 @@ def _controls(found: re.Match[str]) -> Iterator[_Source]:
     order, low, high = Control(found["order"]), found["low"], found["high"]
     if (order is Control.RANDOM) != (low is not None):
         raise Refused(f"random controls need a seed, and only they have one; give {_FORMS}")
-    seeds = range(int(low or 0), int(high or low or 0) + 1)
-    if not 0 < len(seeds) <= _MAX_SEEDS:
-        raise Refused(f"{low}..{high} are {len(seeds)} seeds; give 1 to {_MAX_SEEDS}, the lower one first")
-    count, mode = int(found["count"]), _mode(found["mode"])
-    if order is Control.LAST and mode is Mode.DROP_VISUAL:
-        # An exit at a fixed layer is evaluated, it is not a control.
-        yield _Source(found.string, PlanKind.PLAN, partial(_fixed, mode=mode, count=count))
-        return
-    for seed in seeds:
-        make = partial(_control, mode=mode, count=count, order=order, seed=seed)
-        yield _Source(found.string, PlanKind(order.value), make)
+    mode, counts, seeds = _mode(found["mode"]), _counts(found), _range(low or "0", high)
+    if len(counts) * len(seeds) > _MOST_PLANS:
+        raise Refused(f"these are {len(counts) * len(seeds)} plans; give at most {_MOST_PLANS}")
+    for count, seed in product(counts, seeds):
+        if order is Control.LAST and mode is Mode.DROP_VISUAL:
+            # An exit at a fixed layer is evaluated, it is not a control.
+            yield _Source(found.string, PlanKind.PLAN, partial(_fixed, mode=mode, count=count))
+        else:
+            make = partial(_control, mode=mode, count=count, order=order, seed=seed)
+            yield _Source(found.string, PlanKind(order.value), make)
+
+
+def _counts(found: re.Match[str]) -> range:
+    return _range(found["few"], found["many"])
+
+
+def _range(low: str, high: str | None) -> range:
+    """Return the numbers from `low` to `high`, which both count; without `high`, `low` alone."""
+    numbers = range(int(low), int(high or low) + 1)
+    if not 0 < len(numbers) <= _MOST_PLANS:
+        raise Refused(f"{low}..{high} are {len(numbers)} numbers; give 1 to {_MOST_PLANS}, the lower one first")
+    return numbers
 
 
 def _fixed(model: ModelFacts, *, mode: Mode, count: int | None) -> Plan:
     """Return the plan with a mode in all layers, or in the last `count` layers, whatever their LC."""
     count = model.architecture.num_layers if count is None else count
-    return _of_order(model, mode, count, Control.LAST, 0, name=f"{mode}-{count}", source={"order": "fixed"})
+    return _of_order(model, mode, count, Control.LAST, 0, name=f"{mode}-{count}", source=_FIXED)
+
+
+def _exit(model: ModelFacts, *, count: int) -> Plan:
+    """Return the plan whose visual tokens leave after the first `count` layers."""
+    num_layers = model.architecture.num_layers
+    if count >= num_layers:
+        raise Refused(f"nothing leaves after {count} of {num_layers} layers; give 0 to {num_layers - 1}")
+    return _of_order(model, Mode.DROP_VISUAL, num_layers - count, Control.LAST, 0, name=f"exit-{count}", source=_FIXED)
+
+
+def _downsample(model: ModelFacts, *, share: float) -> Plan:
+    """Return the control that runs the full model on smaller images, at this share of its FLOPs."""
+    num_layers = model.architecture.num_layers
+    return Plan.full(num_layers=num_layers, name=f"downsample-{share:g}", downsample=share, **_made_for(model))
 
 
 def _control(model: ModelFacts, *, mode: Mode, count: int, order: Control, seed: int) -> Plan:
@@ -225,11 +264,12 @@ def _fitting(source: _Source, model: ModelFacts) -> tuple[PlanEntry, list[str]]:
     if plan.parts is not None:
         header = check_parts(plan.parts, model.architecture.config_digest)
         training = Training(header.parameters, header.train_seconds)
-    return PlanEntry(plan=plan, kind=source.kind, training=training), warnings
+    kind = source.kind if plan.downsample is None else PlanKind.DOWNSAMPLE
+    return PlanEntry(plan=plan, kind=kind, training=training), warnings
 
 
-def _distinct(entries: Sequence[PlanEntry], model: str) -> tuple[PlanEntry, ...]:
-    """Return one entry per name, each with the earlier entry that has the same digest."""
+def _distinct(entries: Sequence[PlanEntry], model: str, warnings: list[str]) -> tuple[PlanEntry, ...]:
+    """Return one entry per name, each with the earlier entry that has the same digest; warn of repeated ones."""
     by_name: dict[str, PlanEntry] = {}
     first: dict[str, str] = {}
     for entry in entries:
@@ -240,7 +280,9 @@ def _distinct(entries: Sequence[PlanEntry], model: str) -> tuple[PlanEntry, ...]
                 f"two different plans of {model} are named {entry.name!r}; save one of them under another name "
                 "(jobs/plan.py --name) and give its file"
             )
-        if known is None:
+        if known:
+            warnings.append(f"plan {entry.name!r} is named more than once; it runs once")
+        else:
             by_name[entry.name] = replace(entry, same_as=first.get(digest))
             first.setdefault(digest, entry.name)
     return tuple(by_name.values())

@@ -97,6 +97,7 @@ def test_no_damage_to_answers_is_a_traceback(tmp_path: Path) -> None:
     [
         ({"kind": "full", "modes": ["full"] * 3}, "full model"),
         ({"kind": "random", "modes": MIXED}, "random control"),
+        ({"kind": "downsample", "modes": ["full"] * 3}, "smaller images"),
         ({"kind": "plan", "modes": MIXED, "source": {"order": "lc"}}, "LC plan"),
         ({"kind": "plan", "modes": MIXED, "source": {"order": "last"}}, "last-layers control"),
         ({"kind": "plan", "modes": MIXED}, "other plan"),
@@ -113,7 +114,7 @@ def test_what_a_plan_is(plan: dict[str, Any], kind: str) -> None:
 
 
 def test_every_learned_system_has_a_kind_and_a_name() -> None:
-    assert {kind_of_plan({"kind": "plan", "parts": {"kind": str(kind)}}) for kind in PartsKind} == set(KINDS[8:])
+    assert {kind_of_plan({"kind": "plan", "parts": {"kind": str(kind)}}) for kind in PartsKind} == set(KINDS[8:11])
     assert parts_of_plan({"parts": {"kind": "dyvte", "threshold": 0.99}}) == "DyVTE at 0.99"
     assert parts_of_plan({"parts": {"kind": "eas", "threshold": None}}) == "EAS"
 
