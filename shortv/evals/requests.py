@@ -222,8 +222,8 @@ class Conversation:
         """
         sampling = self.settings.sampling_params()
         if sampling.temperature > 0:
-            key = repr((seed, self.name, self.index, repeat))
-            digest = hashlib.sha256(key.encode()).digest()
+            drawn = repr((seed, self.name, self.index, repeat))
+            digest = hashlib.sha256(drawn.encode()).digest()
             sampling = replace(sampling, seed=int.from_bytes(digest[:4]) >> 1)
         same = (self.name, self._rounds, self._render, self._context) if self.scored else object()
         known = {} if messages is None else messages

@@ -71,4 +71,4 @@ def _scaled(prompt: Prompt, side: float, seen: Sequence[float] | None = None) ->
 def _resized(image: Image.Image, side: float) -> Image.Image:
     side = min(1.0, max(side, _LEAST_SIDE / min(image.size)))
     # Pillow filters what it shrinks (antialiasing).
-    return image.resize(tuple(max(1, round(size * side)) for size in image.size), Image.Resampling.BICUBIC)
+    return image.resize([max(1, round(size * side)) for size in image.size], Image.Resampling.BICUBIC)

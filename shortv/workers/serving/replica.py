@@ -21,6 +21,7 @@ from ray.util.metrics import Counter, Histogram
 from shortv.architecture import Architecture
 from shortv.errors import Refused, SampleError
 from shortv.families import LoadedModel, quiet_transformers
+from shortv.families.downsampling import downsampled
 from shortv.families.preprocessing import adds_special_tokens, prompt_of
 from shortv.layers.progress import LearnedRun
 from shortv.learned.files import PartsCache
@@ -52,11 +53,15 @@ _BYTES_PER_PIXEL = 3  # RGB
 
 
 class ServedPlan(NamedTuple):
-    """What sequences run under: modes, what they need beside them, and the plan's digest (None: the full model)."""
+    """What sequences run under: modes, what they need beside them, and the plan's digest (None: the full model).
+
+    Under `downsample`, images are made smaller before the prompt is encoded.
+    """
 
     modes: tuple[Mode, ...]
     run: LearnedRun | None = None
     digest: str | None = None
+    downsample: float | None = None
 
 
 def read_plans(sources: Iterable[str | Mapping[str, Any]]) -> list[Plan]:
@@ -95,7 +100,7 @@ def fit_plans(
             revision=revision,
         )
         try:
-            found[plan.name] = ServedPlan(plan.modes, run_of(plan), plan.digest)
+            found[plan.name] = ServedPlan(plan.modes, run_of(plan), plan.digest, plan.downsample)
         except Refused as error:
             raise Refused(f"plan {plan.name!r}: {error}") from error
     return found, warnings
@@ -132,8 +137,8 @@ class Replica:
         self._plans = self._fitting({})
         self._image_bytes, self._most_image_bytes = 0, settings.image_bytes
         # A tokenizer is for one thread at a time, and the processor's own is the engine's.
-        self._tokenizer = deepcopy(self._loaded.processor.tokenizer)
-        self._counting = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompt-length")
+        self._ahead = replace(self._loaded, processor=deepcopy(self._loaded.processor))
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompts")
         self._engine = Engine(self._loaded, settings)
         self._engine.start()
         self._metrics = _Metrics()
@@ -257,11 +262,15 @@ class Replica:
             return Failure(reason=Reason.UNKNOWN_PLAN, message=problem)
         if self._engine.trouble:
             return Failure(reason=Reason.LOST, message=self._engine.trouble)
+        loop = asyncio.get_running_loop()
         try:
             prompt = await asyncio.to_thread(prompt_of, self._loaded, request.messages)
             text = prompt.text + (request.continuation or "")
             if len(text) > self._loaded.context:
-                await asyncio.get_running_loop().run_in_executor(self._counting, self._check_length, text)
+                await loop.run_in_executor(self._preparing, self._check_length, text)
+            if plan.downsample is not None:
+                arguments = self._ahead, prompt, plan.downsample, self._loaded.architecture
+                prompt = await loop.run_in_executor(self._preparing, downsampled, *arguments)
         except SampleError as error:
             return Failure(reason=Reason.INVALID, message=str(error))
         return Sequence(
@@ -279,8 +288,8 @@ class Replica:
 
         Images count as their placeholders, so that some prompts that pass are still too long. Raises SampleError.
         """
-        special = adds_special_tokens(self._loaded, text)
-        count = len(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        special = adds_special_tokens(self._ahead, text)
+        count = len(self._ahead.processor.tokenizer(text, add_special_tokens=special)["input_ids"])
         if count > self._loaded.context:
             message = f"{count} text tokens exceed the model's context of {self._loaded.context}"
             raise SampleError(stage="tokenise", error="context", message=message)

@@ -1,18 +1,26 @@
-"""What a replica refuses before its engine sees it, in this process."""
+"""What a replica refuses or does before its engine sees a request, in this process."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from shortv.evals.generation import generate
+from shortv.families.downsampling import downsampled
+from shortv.families.preprocessing import prompt_of
+from shortv.plan import Plan
 from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
 from shortv.spec import ModelSpec
+from shortv.tiny.accuracy import read_questions
 from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.serving.replica import Replica
 from shortv.workers.serving.scheduler import EngineSettings
-from tests.tiny_model import TINY, calibration
+from tests.tiny_model import TINY, bundled, calibration
 from tests.workers.serving.endpoint_fakes import picture
 
 
@@ -63,3 +71,23 @@ def test_images_wait_for_memory(replica: Replica) -> None:
         assert isinstance(found, Failure) and found.reason is Reason.INVALID
 
     asyncio.run(go())
+
+
+def test_a_plan_of_smaller_images_answers_as_the_model_does_with_smaller_images(replica: Replica) -> None:
+    loaded, questions = bundled(), read_questions(limit=60)[-20:]
+    sizes: dict[str, Any] = {"num_layers": 8, "config_digest": loaded.architecture.config_digest, "model": "tiny"}
+    plan = Plan.full(name="small", downsample=0.1, **sizes)
+    requests = [request(one.image, one.prompt) for one in questions]
+
+    async def go(name: str) -> list[str]:
+        await replica.reconfigure({"plans": [json.loads(plan.to_json())]})
+        found = [await replica.complete(replace(one, plan=name)) for one in requests]
+        return [one.text for one in found if isinstance(one, Completion)]
+
+    prompts = [prompt_of(loaded, one.messages) for one in requests]
+    smaller = [downsampled(loaded, prompt, 0.1, loaded.architecture) for prompt in prompts]
+    full, small = (
+        [one.text for one in generate(loaded, some, {"max_new_tokens": 4, "do_sample": False})]
+        for some in (prompts, smaller)
+    )
+    assert asyncio.run(go("")) == full != small == asyncio.run(go("small"))
