@@ -8,6 +8,7 @@ import altair as alt
 
 from reports.manifest import CampaignManifest, State
 from reports.page.campaign_data import KINDS, LEARNED, CampaignData, Group, interval_note, kind_of_plan, parts_of_plan
+from reports.page.changed import cards_of, counts_of
 from reports.page.charts import colour_of, data, intervals, layer_bands, line_axis, names, shape_of, tips, zero_line
 from reports.page.document import MOST_ROWS, Chart, Fact, Grid, Page, Row, Section, grid
 from reports.page.ran import ran, state_warnings
@@ -28,7 +29,7 @@ def campaign_page(campaign: CampaignData) -> Page:
     return Page(
         title=f"Campaign: {models} on {tasks}",
         state=str(manifest.state),
-        warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *campaign.problems],
+        warnings=[*state_warnings(manifest, "samples or cells"), *unfinished, *campaign.answered.problems],
         headline=_headline(campaign),
         sections=[*_results(campaign), _plans(manifest), _errors(campaign), _ran(manifest)],
     )
@@ -44,6 +45,7 @@ def _headline(campaign: CampaignData) -> list[Fact]:
         ("cells finished", len({row["cell"] for row in cells}) if running else counts.get("cells")),
         ("cells failed or partial", len(_failed(cells))),
         ("samples", sum(row["n"] for row in cells) if running else counts.get("samples")),
+        *([("answers so far", campaign.answered.samples)] if running else []),
         ("samples with errors", sum(row["errors"] for row in cells) if running else counts.get("errors")),
     ]
 
@@ -73,11 +75,32 @@ def _results(campaign: CampaignData) -> list[Section]:
     sections = [
         Section(title="Accuracy against FLOPs", charts=[chart for chart in accuracy if chart]),
         Section(title="Differences and speed", charts=[chart for chart in pairs if chart]),
-        Section(title="Exit layers", charts=exit_charts(campaign.exits)),
+        _changed(campaign),
+        Section(title="Exit layers", charts=exit_charts(campaign.answered.exits, campaign.answered.parts)),
         Section(title="All differences", grids=[differences]),
         Section(title="All metrics", grids=[metrics]),
     ]
     return [section for section in sections if section.charts or any(table.rows for table in section.grids)]
+
+
+def _changed(campaign: CampaignData) -> Section:
+    """Return the section to look at questions whose answers a plan changed."""
+    cards = cards_of(campaign.changed)
+    counts = grid(
+        "Answers that differ from the full model's, by the task's main metric",
+        counts_of(campaign.changed),
+        "model task plan worse better other",
+        files=["changes.parquet"],
+        most=MOST_ROWS,
+        other="neither",
+    )
+    text = [
+        "Questions whose answer under a plan differs from the full model's; those that most plans answered worse come "
+        "first. A plan has at most 50, some of each kind of change, spread over the task."
+    ]
+    if cards and cards.shown < cards.total:
+        text.append(f"{cards.shown} of the {cards.total} answers in changes.parquet are on this page.")
+    return Section(title="Changed answers", text=text, cards=cards, grids=[counts])
 
 
 def _differences(caption: str, rows: Sequence[Row], columns: str, most: int | None = None) -> Grid:
@@ -115,18 +138,18 @@ def _plans(manifest: CampaignManifest) -> Section:
 
 def _errors(campaign: CampaignData) -> Section:
     failed = _failed(campaign.cells)
-    if not failed and not campaign.failures:
+    if not failed and not campaign.answered.failures:
         running = campaign.manifest.state is State.RUNNING
         said = "None is known yet." if running else "Every sample of every cell was answered."
         return Section(title="Errors", text=[said])
     counts: Counter[str] = Counter()
-    for failure in campaign.failures:
+    for failure in campaign.answered.failures:
         counts[failure["reason"]] += failure["samples"]
     reasons = [{"reason": reason, "samples": samples} for reason, samples in counts.most_common()]
     columns, files = "model plan task state errors n message", ["cells.parquet"]
     grids = [
         grid("Errors by reason", reasons, "reason samples", most=MOST_ROWS),
-        grid("Errors by cell", campaign.failures, "model plan task reason samples", most=MOST_ROWS),
+        grid("Errors by cell", campaign.answered.failures, "model plan task reason samples", most=MOST_ROWS),
         grid("Cells that failed or lack samples", failed, columns, files=files, most=MOST_ROWS),
     ]
     return Section(title="Errors", grids=grids)
@@ -278,15 +301,18 @@ def speed_chart(group: Group, key: int) -> Chart | None:
     )
 
 
-def exit_charts(exits: Sequence[Row]) -> list[Chart]:
-    """Draw a heat map for each model and task: a line per plan and kind of question, a column per layer."""
+def exit_charts(exits: Sequence[Row], files: Sequence[str] = ()) -> list[Chart]:
+    """Draw a heat map for each model and task: a line per plan and kind of question, a column per layer.
+
+    `files` have the answers that were counted.
+    """
     groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in exits:
         groups[row["model"], row["task"]].append({**row, "line": f"{row['plan']}, {row['kind']}"})
-    return [_exit_chart(*names, rows, number) for number, (names, rows) in enumerate(groups.items())]
+    return [_exit_chart(*names, rows, files, number) for number, (names, rows) in enumerate(groups.items())]
 
 
-def _exit_chart(model: str, task: str, rows: Sequence[Row], key: int) -> Chart:
+def _exit_chart(model: str, task: str, rows: Sequence[Row], files: Sequence[str], key: int) -> Chart:
     marks = (
         data()
         .mark_rect()
@@ -310,7 +336,7 @@ def _exit_chart(model: str, task: str, rows: Sequence[Row], key: int) -> Chart:
             f"Exit layers of {model} on {task}",
             [row for row in rows if row["exits"]],
             "plan kind samples layer_left exits share",
-            files=list(dict.fromkeys(row["file"] for row in rows)),
+            files=files,
             most=MOST_ROWS,
         ),
     )

@@ -1,18 +1,17 @@
-"""What a page needs from a campaign folder, checked against itself: points of charts, exits, failures, intervals."""
+"""What a page needs from a campaign folder, checked against itself: points of charts and intervals."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import hypot, isfinite, sqrt
 from typing import Any, Final, NamedTuple
 
-import pyarrow as pa
-
 from reports.manifest import CampaignManifest, State
-from reports.page.document import Row, cut
+from reports.page.answered import Answered, read_answered
+from reports.page.changed import Changed, read_changed
+from reports.page.document import Row
 from reports.page.ran import result_rows
 from reports.store import Folder
-from shortv.errors import Refused, ShortVError
+from shortv.errors import Refused
 from shortv.plan import Mode, PartsKind
 
 # What a plan is to the reader, in the order of colours, shapes and legends.
@@ -50,21 +49,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignData:
-    """A campaign folder: rows of its tables, and what its answers say.
-
-    `failures` are `model`, `plan`, `task`, `reason` and the number of `samples`. `exits` are the `exits` of a cell
-    after a layer (`layer_left`), for each `kind` of document and all together, with the `file` of its answers.
-    `problems` tell what is missing.
-    """
+    """A campaign folder: rows of its tables, what all its answers say, and some that plans changed."""
 
     manifest: CampaignManifest
     cells: Sequence[Row]
     metrics: Sequence[Row]
     comparisons: Sequence[Row] = ()
     speed: Sequence[Row] = ()
-    failures: Sequence[Row] = ()
-    exits: Sequence[Row] = ()
-    problems: Sequence[str] = ()
+    answered: Answered = field(default_factory=Answered)
+    changed: Changed = field(default_factory=Changed)
 
     def groups(self) -> list[Group]:
         """Return a group for each model and task, in the order of the cells."""
@@ -137,77 +130,8 @@ def read_campaign_data(folder: Folder) -> CampaignData:
     tables["metrics"] = [with_interval(row) for row in tables["metrics"]]
     learned = {(row["model"], row["plan"]): {name: row[name] for name in LEARNED} for row in tables["cells"]}
     tables["comparisons"] = [row | learned.get((row["model"], row["plan"]), {}) for row in tables["comparisons"]]
-    failures, exits, problems = _read_answers(folder, manifest, tables["cells"])
-    return CampaignData(manifest=manifest, **tables, failures=failures, exits=exits, problems=problems)
-
-
-# The kind of a document without a kind, and of all kinds together.
-ALL_KINDS: Final = "all"
-NEVER: Final = "never"
-_MOST_NAMED: Final = 5
-
-
-def _read_answers(
-    folder: Folder, manifest: CampaignManifest, cells: Sequence[Row]
-) -> tuple[list[Row], list[Row], list[str]]:
-    """Return the failures, exits and problems of the answers of every cell."""
-    failures: list[Row] = []
-    exits: list[Row] = []
-    problems = defaultdict[str, list[str]](list)
-    num_layers = {(plan["model"], plan["name"]): len(plan["modes"]) for plan in manifest.plans}
-    for cell in cells:
-        # A plan with the modes of another one has no answers of its own, and a cell without results has none.
-        if cell["same_as"] is not None or not cell["n"]:
-            continue
-        table, problem = _answers(folder, f"answers/{cell['cell']}.parquet", cell["n"])
-        if problem:
-            model = f"{cell['model']} under " if len(manifest.models) > 1 else ""
-            problems[problem].append(f"{model}{cell['plan']} on {cell['task']}")
-        reasons = Counter({cut(cell["message"] or "no reason was recorded"): cell["errors"]})
-        if table is not None:
-            reasons = Counter(map(cut, table["error"].drop_null().to_pylist()))
-            exits += _exits(cell, table, num_layers.get((cell["model"], cell["plan"]), 0))
-        names = {name: cell[name] for name in ("model", "plan", "task")}
-        failures += [names | {"reason": reason, "samples": count} for reason, count in reasons.most_common() if count]
-    return failures, exits, [_said(*item) for item in problems.items()]
-
-
-def _answers(folder: Folder, name: str, samples: int) -> tuple[pa.Table | None, str | None]:
-    """Return what there is of the answers of a cell, and what is wrong with them."""
-    try:
-        if not folder.exists(name):
-            return None, "are missing"
-        table = folder.read_table(name).select(["kind", "exit_layer", "error"])
-        table.validate(full=True)
-    # One changed byte can leave the file readable but its text invalid UTF-8.
-    except (ShortVError, UnicodeDecodeError, pa.ArrowInvalid):
-        return None, "cannot be read"
-    return table, "have fewer samples than their cells" if len(table) < samples else None
-
-
-def _said(problem: str, cells: Sequence[str]) -> str:
-    more = f" and {len(cells) - _MOST_NAMED} more" if len(cells) > _MOST_NAMED else ""
-    return (
-        f"The answers of {len(cells)} {'cell' if len(cells) == 1 else 'cells'} {problem}: "
-        f"{', '.join(cells[:_MOST_NAMED])}{more}. Errors and exit layers come from the answers and are incomplete on "
-        "this page; run the command of this campaign again to compute these cells."
-    )
-
-
-def _exits(cell: Row, answers: pa.Table, num_layers: int) -> Iterator[Row]:
-    """Count the samples whose visual tokens left after each layer, or never: of all samples, then of each kind."""
-    found = defaultdict[str, Counter[int]](Counter)
-    for row in answers.group_by(["kind", "exit_layer"]).aggregate([([], "count_all")]).to_pylist():
-        if row["exit_layer"] is not None:
-            for kind in {ALL_KINDS, row["kind"] or ALL_KINDS}:
-                found[kind][row["exit_layer"]] += row["count_all"]
-    names = {name: cell[name] for name in ("model", "plan", "task")} | {"file": f"answers/{cell['cell']}.parquet"}
-    for kind in sorted(found, key=lambda kind: (kind != ALL_KINDS, kind)):
-        samples = found[kind].total()
-        for layer in range(num_layers + 1):
-            exits, left = found[kind][layer], NEVER if layer == num_layers else str(layer)
-            counts = {"samples": samples, "layer_left": left, "exits": exits, "share": exits / samples}
-            yield names | {"kind": kind} | counts
+    answered = read_answered(folder, manifest, tables["cells"])
+    return CampaignData(manifest=manifest, **tables, answered=answered, changed=read_changed(folder))
 
 
 _NORMAL_95: Final = 1.96

@@ -68,6 +68,21 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cards:
+    """Questions that the page's script shows, and filters by `names`: distinct models, tasks, plans and kinds.
+
+    A card is a question of a model's task with the full model's answer and, as `rows`, those of the plans that changed
+    it; its `image` is the place of a JPEG file in `images`, in base64. `shown` rows are in cards, of `total`.
+    """
+
+    names: Mapping[str, Sequence[str]]
+    cards: Sequence[Row]
+    images: Sequence[str]
+    shown: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """A part of a page under one heading; a command line that repeats a run has a note to read before."""
 
@@ -78,6 +93,7 @@ class Section:
     grids: Sequence[Grid] = ()
     command: str = ""
     note: str = ""
+    cards: Cards | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +148,9 @@ def cut(value: Value) -> Value:
 
 def render(page: Page) -> bytes:
     """Return the page as one HTML file in UTF-8. Every text from a run is escaped."""
-    scripts = (library(), (_HERE / "page.js").read_text("utf-8"))
+    cards = next((section.cards for section in page.sections if section.cards), None)
+    own = ("page.js", "cards.js") if cards else ("page.js",)
+    scripts = (library(), *((_HERE / name).read_text("utf-8") for name in own))
     digests = " ".join(map(policy_digest, scripts))
     charts = {chart.key: _embedded(chart) for section in page.sections for chart in section.charts}
     environment = template_environment(_HERE)
@@ -144,10 +162,16 @@ def render(page: Page) -> bytes:
         style=Markup(page_style()),
         # Neither is text from a run, and both are checked by the policy's digests.
         scripts=[Markup(script) for script in scripts],
-        charts=Markup(json.dumps(charts, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT)),
+        charts=_in_script(charts),
+        cards=_in_script({"cards": cards.cards, "images": cards.images}) if cards else None,
         href=lambda file: None if page.links is None else page.links + quote(file),
     )
     return text.encode("utf-8", errors="replace")
+
+
+def _in_script(value: Any) -> Markup:
+    """Return a value as JSON that may stand in a script element."""
+    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT))
 
 
 @cache

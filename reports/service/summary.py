@@ -41,7 +41,7 @@ _UNITS: Final = {"sweep": "samples", "campaign": "samples or cells", "training":
 _LC, _FULL, _CONTROLS = KINDS[0], KINDS[4], frozenset(KINDS[1:4])
 # The FLOPs of a plan that computes everything sum up to 1 within rounding.
 _CHEAPER: Final = 1 - 1e-9
-_MAX_NAMES: Final = 3
+_IN_PARTS: Final = ("lc_samples", "answers")
 # The folders of one list, and as many other versions of them.
 _MAX_SUMMARIES: Final = 2 * MAX_FOLDERS
 
@@ -273,7 +273,7 @@ class _Finished:
     def _expect(self, **rows: int | None) -> None:
         """Name the tables that do not exist, and those that have other numbers of rows."""
         found = {item.table for item in self._contents.tables}
-        files = {table: "lc_samples/*.parquet" if table == "lc_samples" else f"{table}.parquet" for table in rows}
+        files = {table: f"{table}/*.parquet" if table in _IN_PARTS else f"{table}.parquet" for table in rows}
         absent = [files[table] for table in rows if table not in found]
         if absent:
             verb = "is" if len(absent) == 1 else "are"
@@ -285,24 +285,15 @@ class _Finished:
                 self.problems.append(f"{there}, and {wanted} by the counts of the manifest")
 
     def _expect_answers(self, cells: Iterable[Mapping[str, Any]]) -> None:
-        """Compare the answers with the cells; a cell that failed may have none."""
-        rows = {item.part: item.rows for item in self._contents.tables if item.table == "answers"}
-        absent: list[str] = []
-        short: list[str] = []
-        for cell in cells:
-            file = f"{cell['cell']}.parquet"
-            if cell["same_as"] is not None or cell["state"] == "failed":
-                continue
-            name = f"{cell['model']} {cell['plan']} {cell['task']}"
-            if file not in rows:
-                absent.append(name)
-            elif rows[file] not in (None, cell["n"]):
-                short.append(f"{name} has {rows[file]} of {cell['n']}")
-        for names, what in ((absent, "missing although the run has ended"), (short, "not as many as its samples")):
-            if names:
-                count = f"{len(names)} {'cell' if len(names) == 1 else 'cells'}"
-                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-                self.problems.append(f"the answers of {count} are {what}: {', '.join(names[:_MAX_NAMES])}{more}")
+        """Compare the number of answers with that of the cells; a cell that failed may have none."""
+        wanted = {cell["cell"]: cell["n"] for cell in cells if cell["same_as"] is None and cell["state"] != "failed"}
+        rows, samples = self._contents.rows("answers"), sum(wanted.values())
+        if samples:
+            self._expect(answers=None)
+        # A document that was answered again has a row in two parts.
+        if rows is not None and rows < samples:
+            there = f"{self._shown('answers/*.parquet')} has {rows} rows"
+            self.problems.append(f"{there}, and the cells have {samples} samples: run the campaign again")
 
 
 def _best(group: Group) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Sweep, campaign and training folders for tests, made without a model, and ways to damage them."""
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def sweep_manifest(
 def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes: Any) -> Folder:
     """Write a finished campaign of four plans on one task; `failed` samples of the plan lc-2 have no answer."""
     folder = Folder(path)
-    cells, metrics, speed, compared = [], [], [], []
+    cells, metrics, speed, compared, answers = [], [], [], [], []
     for number, (name, _, flops, value) in enumerate(PLANS):
         names = {"cell": f"{number}" * 64, "model": "org/m", "plan": name, "task": "shapes"}
         digest, lost = {"plan_digest": f"{number}" * 64}, failed if name == "lc-2" else 0
@@ -131,7 +132,8 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
             interval = {"difference": change, "ci_low": change - 0.05, "ci_high": change + 0.05, "share_changed": 0.1}
             sides = {"metric": "exact_match", "against": "full", "n": 50, "value": value, "against_value": 0.9}
             compared.append(names | sides | interval)
-        folder.write_table(f"answers/{cell['cell']}", [_answer(names, place, lost) for place in range(50)])
+        answers += [_answer(names, place, lost) for place in range(50)]
+    write_answers(folder, answers)
     for table, rows in (("cells", cells), ("metrics", metrics), ("speed", speed), ("comparisons", compared)):
         folder.write_table(table, rows)
     campaign_manifest(state="partial" if failed else "complete", errors=failed, **changes).save(folder)
@@ -142,6 +144,21 @@ def _answer(names: dict[str, str], place: int, lost: int) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCHEMAS["answers"].names) | names
     row |= {"error": "the prompt is too long"} if place < lost else {"prediction": "red"}
     return row | {"doc": place, "sample_id": f"s{place}", "scores": []}
+
+
+def write_answers(folder: Folder, rows: Iterable[dict[str, Any]], per_part: int = 32) -> None:
+    """Write answers as a campaign does: a part for each shard of documents, with the answers of all plans."""
+    shards = defaultdict[int, list[dict[str, Any]]](list)
+    for row in rows:
+        shards[row["doc"] // per_part].append(row)
+    for number, shard in shards.items():
+        folder.write_table(f"answers/part-{number:06d}", shard)
+
+
+def keep_answers(folder: Folder, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove all other answers from the parts."""
+    for name in folder.list("answers"):
+        folder.write_table(name, list(filter(wanted, folder.read_table(name).to_pylist())))
 
 
 def campaign_manifest(*, errors: int = 0, **changes: Any) -> CampaignManifest:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from reports.manifest import CampaignManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
-from tests.reports.runs import make_campaign
+from tests.reports.runs import make_campaign, write_answers
 
 SAMPLES, LAYERS = 50, 5
 TABLES = ("cells", "metrics", "speed", "comparisons")
@@ -40,9 +40,9 @@ def make_judged(path: Path, *, failed: int = 0, learned: Sequence[Exiting] = DYV
         plans.append(plans[0] | facts | {"parts": parts, "source": {}})
     for name, rows in tables.items():
         folder.write_table(name, rows)
-    for cell in tables["cells"]:
-        exits = any(cell["plan"] == plan.name for plan in learned)
-        folder.write_table(f"answers/{cell['cell']}", [_answer(cell, place, exits) for place in range(cell["n"])])
+    exiting = {plan.name for plan in learned}
+    answers = [_answer(cell, place, cell["plan"] in exiting) for cell in tables["cells"] for place in range(cell["n"])]
+    write_answers(folder, answers)
     manifest = CampaignManifest.load(folder).to_json()
     counts = manifest["counts"] | {"cells": len(tables["cells"])}
     CampaignManifest.from_json(manifest | {"plans": plans, "counts": counts}).save(folder)

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 from reports.page import build_page, document
 from reports.page.campaign_data import KINDS, kind_of_plan, parts_of_plan, read_campaign_data
 from reports.page.document import Chart, Grid, Page, render
-from reports.store import Folder
 from shortv.plan import PartsKind
 from tests.reports.page.campaigns import make_judged
+from tests.reports.runs import cut, keep_answers
 
-LC_2, DYVTE = "1" * 64, "a" * 64
+FULL, LC_2, DYVTE = "0" * 64, "1" * 64, "a" * 64
 PAGE = Path(document.__file__).parent
 MIXED = ["full", "freeze-visual", "full"]
 
@@ -32,10 +31,11 @@ def grid_of(page: Page, caption: str) -> Grid:
 def test_a_whole_campaign_warns_of_nothing_and_names_its_parts_and_intervals(tmp_path: Path) -> None:
     page = build_page(make_judged(tmp_path))
     links = re.findall(r'<a href="([^"#]+)"', render(page).decode())
-    assert f"answers/{DYVTE}.parquet" in links
+    parts = ["answers/part-000000.parquet", "answers/part-000001.parquet"]
+    assert set(parts) <= set(links)
     assert [link for link in links if not (tmp_path / link).is_file()] == []
     charts, plans = charts_of(page), grid_of(page, "Plans")
-    assert charts["exits-0"].numbers.files == [f"answers/{DYVTE}.parquet"]
+    assert charts["exits-0"].numbers.files == parts
     assert page.warnings == [] and "cut to the range 0 to 1" in charts["accuracy-0"].note
     assert {row["plan"] for row in charts["plans-0"].data["rows"]} == {
         *("full", "lc-2", "random0-2", "first-2"),
@@ -45,44 +45,44 @@ def test_a_whole_campaign_warns_of_nothing_and_names_its_parts_and_intervals(tmp
     assert named == dict.fromkeys(("full", "lc-2", "random0-2", "first-2")) | {"dyvte-0.5": "DyVTE at 0.5"}
 
 
-def truncate(folder: Folder, key: str) -> None:
-    name = f"answers/{key}.parquet"
-    folder.write_bytes(name, folder.read_bytes(name)[:-9])
-
-
-def shorten(folder: Folder, key: str) -> None:
-    folder.write_table(f"answers/{key}", folder.read_table(f"answers/{key}").slice(1))
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda folder, key: folder.delete(f"answers/{key}.parquet"), "are missing"),
-        (truncate, "cannot be read"),
-        (shorten, "have fewer samples than their cells"),
-    ],
-)
-def test_answers_that_are_not_there_are_named_at_the_top(
-    damage: Callable[[Folder, str], None], said: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("left", "said"), [(0, "are missing"), (49, "have fewer samples than their cells")])
+def test_answers_that_are_not_there_are_named_at_the_top(left: int, said: str, tmp_path: Path) -> None:
     folder = make_judged(tmp_path, failed=3)
     # A cell that gave no result has no answers to miss.
     rows = folder.read_table("cells").to_pylist()
     folder.write_table("cells", [row | ({"n": 0} if row["plan"] == "full" else {}) for row in rows])
-    folder.delete(f"answers/{'0' * 64}.parquet")
-    for key in (LC_2, DYVTE):
-        damage(folder, key)
+    lacking = (LC_2, DYVTE)
+    keep_answers(folder, lambda row: row["cell"] not in (*lacking, FULL) or (row["doc"] > 0 and left > 0))
     page = build_page(folder)
     assert len(page.warnings) == 2 and page.warnings[0].startswith("This run is partial")
     assert page.warnings[1].startswith(f"The answers of 2 cells {said}: lc-2 on shapes, dyvte-0.5 on shapes.")
     # What the table of cells knows of the errors still stands.
-    reasons = grid_of(page, "Errors by reason").rows
-    assert [row[1] for row in reasons] == ([2] if damage is shorten else [3])
+    assert [row[1] for row in grid_of(page, "Errors by reason").rows] == ([2] if left else [3])
+
+
+def test_a_part_that_cannot_be_read_is_named_and_the_rest_is_on_the_page(tmp_path: Path) -> None:
+    folder = make_judged(tmp_path, failed=3)
+    cut(tmp_path / "answers/part-000001.parquet")
+    page = build_page(folder)
+    assert "A part of the answers cannot be read" in page.warnings[1] and "part-000001" in page.warnings[1]
+    assert page.warnings[2].startswith("The answers of 5 cells have fewer samples than their cells: ")
+    exits = charts_of(page)["exits-0"]
+    assert {row["samples"] for row in exits.data["rows"] if row["kind"] == "all"} == {32}
+    assert grid_of(page, "Errors by reason").rows == [["the prompt is too long", 3]]
+
+
+def test_an_answer_that_was_repeated_counts_once(tmp_path: Path) -> None:
+    folder = make_judged(tmp_path, failed=3)
+    rows = [row | {"error": None} for row in folder.read_tables("answers").to_pylist() if row["error"]]
+    folder.write_table("answers/part-000002", rows[:2])
+    answered = read_campaign_data(folder).answered
+    assert answered.problems == [] and answered.samples == 250
+    assert [row["samples"] for row in answered.failures] == [1]
 
 
 def test_no_damage_to_answers_is_a_traceback(tmp_path: Path) -> None:
     folder, chance = make_judged(tmp_path, failed=3), random.Random(0)
-    name = f"answers/{DYVTE}.parquet"
+    name = "answers/part-000000.parquet"
     whole = folder.read_bytes(name)
     for _ in range(10):
         changed = bytearray(whole)
