@@ -117,8 +117,8 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
     for number, (name, _, flops, value) in enumerate(PLANS):
         names = {"cell": f"{number}" * 64, "model": "org/m", "plan": name, "task": "shapes"}
         digest, lost = {"plan_digest": f"{number}" * 64}, failed if name == "lc-2" else 0
-        cell: dict[str, Any] = dict.fromkeys(SCHEMAS["cells"].names) | names | digest | TIMES
-        cell |= {"task_digest": DIGEST, "limit": 50.0, "seed": 0, "n": 50, "flops_ratio": flops, "wall_seconds": 2.0}
+        cell: dict[str, Any] = dict.fromkeys(SCHEMAS["cells"].names) | names | digest
+        cell |= {"task_digest": DIGEST, "limit": 50.0, "seed": 0, "n": 50, "flops_ratio": flops, "busy_seconds": 2.0}
         cell |= {"state": "partial" if lost else "complete", "message": "too long" if lost else None, "errors": lost}
         cells.append(cell)
         score = names | digest | {"filter": "none", "stderr": 0.03, "stderr_clt": 0.03, "n": 50 - lost}
@@ -126,7 +126,7 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
         metrics.append(score | {"metric": "exact_match_colour", "value": value / 2, "stderr_clustered": 0.04})
         times = {"prefill_ms_median": 100 * flops + 8, "decode_ms_per_token_median": 2.0, "latency_ms_median": 150.0}
         rest = {"n": 50, "samples_per_second": 60.0, "t": 12.0, "v": 36.0, "flops_ratio": flops, "replicas": 1}
-        speed.append(names | times | rest)
+        speed.append(dict.fromkeys(SCHEMAS["speed"].names) | names | times | rest)
         if name != "full":
             change = value - 0.9
             interval = {"difference": change, "ci_low": change - 0.05, "ci_high": change + 0.05, "share_changed": 0.1}
