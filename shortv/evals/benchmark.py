@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shortv.errors import Refused, ShortVError, one_line
 from shortv.evals.dispatch import Response
+from shortv.evals.judging import Judge
 from shortv.evals.requests import Conversation, Documents, as_array
 from shortv.evals.scoring import Label, Metrics, ScoredSample, aggregate, drawing_from, label_of, reasoning_tags, score
 from shortv.evals.tasks import IncludePath, document_digest, document_names, find_task, loading_tasks, task_digest
@@ -153,17 +154,24 @@ class Benchmark:
         except (ShortVError, IndexError):
             return None
 
-    def score(self, docs: Iterable[int], responses: Sequence[Response]) -> list[ScoredSample]:
-        """Score the responses to `instances(docs)`, given in the same order."""
+    def score(
+        self, docs: Iterable[int], responses: Sequence[Response], *, judge: Judge | None = None
+    ) -> list[ScoredSample]:
+        """Score the responses to `instances(docs)`, given in the same order; `judge` knows earlier judge calls."""
         with loading_tasks():
             return score(
-                self._task, instances=self.instances(docs), responses=responses, label=self._label, seed=self.seed
+                self._task,
+                instances=self.instances(docs),
+                responses=responses,
+                label=self._label,
+                seed=self.seed,
+                judge=judge or Judge(),
             )
 
-    def aggregate(self, values: Iterable[str], *, folder: str | None = None) -> Metrics:
+    def aggregate(self, values: Iterable[str], *, judge: Judge | None = None, folder: str | None = None) -> Metrics:
         """Compute the metrics from `ScoredSample.values` of the documents without an error, as `scoring.aggregate`."""
         with loading_tasks():
-            return aggregate(self.name, self._task, values, folder=folder)
+            return aggregate(self.name, self._task, values, judge=judge or Judge(), folder=folder)
 
 
 def _load(name: str, include_path: IncludePath) -> Any:

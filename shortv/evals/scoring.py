@@ -20,8 +20,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shortv.errors import one_line
+from shortv.errors import ShortVError, one_line
 from shortv.evals.dispatch import Response
+from shortv.evals.judging import Judge
 from shortv.request import Likelihood
 
 # What `python -m lmms_eval` takes out of answers before it scores them, unless a task says otherwise.
@@ -136,6 +137,7 @@ def score(
     responses: Sequence[Response],
     label: Callable[[int], Label],
     seed: int,
+    judge: Judge,
 ) -> list[ScoredSample]:
     """Score the responses to lmms-eval's instances, given in the same order; returns the documents in their order.
 
@@ -143,20 +145,23 @@ def score(
 
     Args:
         label: from the position of a document to its label.
+        judge: answers the task's calls to an LLM judge; a document with a failed one gets an error.
     """
     documents = _by_document(task, instances, responses)
-    _process_all(task, {at: document for at, document in documents.items() if document.error is None}, seed)
+    answered = {at: document for at, document in documents.items() if document.error is None}
+    _process_all(task, answered, seed, judge)
     return [_sample(task, at, label(at), document) for at, document in documents.items()]
 
 
-def aggregate(name: str, task: Any, values: Iterable[str], *, folder: str | None = None) -> Metrics:
+def aggregate(name: str, task: Any, values: Iterable[str], *, judge: Judge, folder: str | None = None) -> Metrics:
     """Compute a task's metrics from the `values` of its documents without an error, in their order.
 
     Args:
         folder: where tasks that write files (submissions) write them; None throws them away.
     """
     try:
-        return Metrics(_aggregate(name, task, map(_loaded, values), folder))
+        with judge.scoring():
+            return Metrics(_aggregate(name, task, map(_loaded, values), folder))
     except Exception as error:  # tasks run third-party code
         return Metrics((), f"the metrics of task {name!r} cannot be computed: {_line(error)}")
 
@@ -189,7 +194,7 @@ def _in_lmms_form(task: Any, instance: Any, response: Response) -> Any:
     return list(response.texts) if instance.request_type == "generate_until_multi_round" else response.texts[0]
 
 
-def _process_all(task: Any, documents: Mapping[int, _Document], seed: int) -> None:
+def _process_all(task: Any, documents: Mapping[int, _Document], seed: int, judge: Judge) -> None:
     """Filter and score documents that are answered; one on which the task's code fails does not affect the others."""
     try:
         # All at once, as lmms-eval does.
@@ -203,7 +208,7 @@ def _process_all(task: Any, documents: Mapping[int, _Document], seed: int) -> No
             if not filtered:
                 _apply_filters(task, document.instances)
             # Some tasks guess where an answer says nothing; a guess must not depend on the other documents.
-            with drawing_from(seed, doc_id):
+            with drawing_from(seed, doc_id), judge.scoring(doc_id):
                 _process_filtered(task, docs[doc_id], document)
         except Exception as error:  # tasks run third-party code
             document.error = f"score: {_line(error)}"
@@ -261,7 +266,7 @@ def drawing_from(*key: object) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
+    return one_line(error) if isinstance(error, ShortVError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _sample(task: Any, doc_id: int, label: Label, document: _Document) -> ScoredSample:

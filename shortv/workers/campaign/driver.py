@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
@@ -93,7 +93,7 @@ class _Campaign:
         """
         before = find_manifest(store, CampaignManifest)
         folder = CampaignFolder(store)
-        for line in folder.answers.damaged.values():
+        for line in folder.damaged.values():
             say(self.console, f"Warning: {line}; what it held is asked again")
         streams: list[_Stream] = []
         for group in self.groups:
@@ -257,7 +257,8 @@ class _Work:
 
     async def _answer(self, stream: _Stream, unit: Unit) -> None:
         try:
-            await self._finish(stream, unit)
+            judged = await asyncio.to_thread(self._folder.judged.of, unit.task.name, unit.docs)
+            await self._finish(stream, replace(unit, judged=judged))
         finally:
             await self._pool.leave()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,26 +13,78 @@ from numpy.typing import NDArray
 
 from reports.answers import Answers
 from reports.store import Folder
+from shortv.errors import ShortVError
 from shortv.workers.campaign.cells import Group
-from shortv.workers.campaign.producer import UnitResult
+from shortv.workers.campaign.producer import UnitResult, parquet_of
+from shortv.workers.campaign.units import SHARD
 
 TABLES: Final = ("cells", "metrics", "comparisons", "speed")
 _PART: Final = re.compile(r"\w+/part-(\d{6,9})\.parquet")
 
 
+class JudgeReplies:
+    """The replies of LLM judges in the parts `judge/`, found by task and document.
+
+    A part that cannot be read counts as missing: its calls are made again. `damaged` says why, by name.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        """Find the replies that are there. Raises ShortVError when the folder cannot be read."""
+        self.folder = folder
+        self.damaged: dict[str, str] = {}
+        # The parts that have replies about the documents of a shard; the shard of a task's aggregation is None.
+        self._parts: defaultdict[tuple[str, int | None], list[str]] = defaultdict(list)
+        for name in folder.list("judge"):
+            self.update(name)
+
+    def update(self, name: str) -> None:
+        """Take in a part."""
+        found = {(row["task"], _shard(row["doc"])) for row in self._rows(name, ("task", "doc"))}
+        for key in found:
+            self._parts[key].append(name)
+
+    def of(self, task: str, docs: Iterable[int | None]) -> dict[str, str]:
+        """Return the replies about documents of a task, and with None about its aggregation, by digest."""
+        wanted = set(docs)
+        names = {name for shard in {_shard(doc) for doc in wanted} for name in self._parts.get((task, shard), ())}
+        return {
+            row["digest"]: row["body"]
+            for name in sorted(names)
+            for row in self._rows(name)
+            if row["task"] == task and row["doc"] in wanted
+        }
+
+    def _rows(self, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        try:
+            return list(self.folder.read_table(name, columns).to_pylist())
+        except (ShortVError, ValueError) as error:
+            self.damaged[name] = str(error) if isinstance(error, ShortVError) else f"{name} is damaged"
+            return []
+
+
+def _shard(doc: int | None) -> int | None:
+    return None if doc is None else doc // SHARD
+
+
 class CampaignFolder:
     """Reads and writes the parts and tables of a campaign.
 
-    A unit has one part, `answers/part-NNNNNN.parquet`; the speed of a group's plans is one part of `measured/`. Parts
-    are numbered in the order in which they are committed, and a later row replaces an earlier one. Tables are made
-    from parts.
+    A unit has one part, `answers/part-NNNNNN.parquet`; the speed of a group's plans is one part of `measured/`, and the
+    judge's replies about a unit are one of `judge/`. Parts are numbered in the order in which they are committed, and a
+    later row replaces an earlier one. Tables are made from parts.
     """
 
     def __init__(self, folder: Folder) -> None:
         """Find the parts that are there. Raises ShortVError when the folder cannot be read."""
         self.folder = folder
         self.answers = Answers(folder)
-        self._next = {name: 1 + max([0, *self._numbers(name)]) for name in ("answers", "measured")}
+        self.judged = JudgeReplies(folder)
+        self._next = {name: 1 + max([0, *self._numbers(name)]) for name in ("answers", "measured", "judge")}
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Why parts cannot be read, by name."""
+        return {**self.answers.damaged, **self.judged.damaged}
 
     def _numbers(self, name: str) -> list[int]:
         found = map(_PART.fullmatch, self.folder.list(name))
@@ -39,7 +92,7 @@ class CampaignFolder:
 
     def set_damaged_aside(self) -> None:
         """Move the parts that cannot be read into the folder `damaged`; what they held is asked again."""
-        for name in self.answers.damaged:
+        for name in self.damaged:
             self.folder.write_bytes(f"damaged/{name}", self.folder.read_bytes(name, limit_bytes=None))
             self.folder.delete(name)
 
@@ -64,8 +117,20 @@ class CampaignFolder:
         return missing
 
     def commit(self, result: UnitResult) -> None:
-        """Write a finished unit."""
+        """Write a finished unit, its answers last."""
+        if result.judged is not None:
+            self._commit_judged(result.judged)
         self.folder.write_bytes(f"{self._name('answers')}.parquet", result.part)
+
+    def commit_judged(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write replies of a judge."""
+        if rows:
+            self._commit_judged(parquet_of("judge", rows))
+
+    def _commit_judged(self, part: bytes) -> None:
+        name = f"{self._name('judge')}.parquet"
+        self.folder.write_bytes(name, part)
+        self.judged.update(name)
 
     def commit_measured(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the measured speeds of a group."""

@@ -20,6 +20,7 @@ from reports.schemas import table_of
 from shortv.errors import SampleError, ShortVError
 from shortv.evals.benchmark import Benchmark
 from shortv.evals.dispatch import Response, WorkClient, respond_under_plans
+from shortv.evals.judging import Judge
 from shortv.evals.preview import Preview, preview
 from shortv.evals.scoring import ScoredSample
 from shortv.request import EngineClock, Failure, PlanSpeed, Reason, Replies, Work
@@ -46,17 +47,36 @@ class UnitResult:
     """Rows with an error, by cell."""
     clocks: Mapping[str, EngineClock] = field(default_factory=dict)
     """The last clock of each replica that answered."""
+    judged: bytes | None = None
+    """New replies of an LLM judge, rows of the table `judge` as a Parquet file; None where there are none."""
 
 
-def result_of(rows: Sequence[Mapping[str, Any]], clocks: Mapping[str, EngineClock] | None = None) -> UnitResult:
-    """Return rows of the table `answers` as the result of a unit."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table_of("answers", rows), sink, compression="zstd")
+def result_of(
+    rows: Sequence[Mapping[str, Any]],
+    clocks: Mapping[str, EngineClock] | None = None,
+    judged: Sequence[Mapping[str, Any]] = (),
+) -> UnitResult:
+    """Return rows of the tables `answers` and `judge` as the result of a unit."""
     errors: dict[str, int] = {}
     for row in rows:
         if row["error"] is not None:
             errors[row["cell"]] = errors.get(row["cell"], 0) + 1
-    return UnitResult(part=sink.getvalue().to_pybytes(), rows=len(rows), errors=errors, clocks=clocks or {})
+    replies = parquet_of("judge", judged) if judged else None
+    return UnitResult(
+        part=parquet_of("answers", rows), rows=len(rows), errors=errors, clocks=clocks or {}, judged=replies
+    )
+
+
+def parquet_of(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows of a table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table_of(name, rows), sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def judge_rows(task: str, judge: Judge) -> list[dict[str, Any]]:
+    """Return what a judge replied as rows of the table `judge`."""
+    return [{"digest": digest, "task": task, **reply._asdict()} for digest, reply in judge.new.items()]
 
 
 def answer_row(cell: UnitCell, digest: int, sample: ScoredSample) -> dict[str, Any]:
@@ -131,18 +151,19 @@ class Producer:
         starts = range(0, len(unit.docs), pack)
         packs = [slice(start, start + pack) for start in starts]
         clocks: dict[str, EngineClock] = {}
-        tasks = [asyncio.create_task(self._run_pack(unit, benchmark, some, clocks)) for some in packs]
+        judge = Judge(unit.judged)
+        tasks = [asyncio.create_task(self._run_pack(unit, benchmark, judge, some, clocks)) for some in packs]
         try:
             found = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
         rows = [row for rows in found for row in rows]
-        result: UnitResult = await self._in_pool(result_of, rows, clocks)
+        result: UnitResult = await self._in_pool(result_of, rows, clocks, judge_rows(unit.task.name, judge))
         return result
 
     async def _run_pack(
-        self, unit: Unit, benchmark: Benchmark, some: slice, clocks: dict[str, EngineClock]
+        self, unit: Unit, benchmark: Benchmark, judge: Judge, some: slice, clocks: dict[str, EngineClock]
     ) -> list[dict[str, Any]]:
         docs = unit.docs[some]
         async with self._window.places(len(docs)):
@@ -156,7 +177,7 @@ class Producer:
                 timeout_s=REQUEST_SECONDS,
                 pool=self._pool,
             )
-        rows: list[dict[str, Any]] = await self._in_pool(_rows, unit, benchmark, some, responses)
+        rows: list[dict[str, Any]] = await self._in_pool(_rows, unit, benchmark, judge, some, responses)
         return rows
 
     async def measure(self, unit: Unit, *, seconds: float) -> list[PlanSpeed]:
@@ -217,7 +238,7 @@ def _check_documents(unit: Unit, benchmark: Benchmark) -> None:
 
 
 def _rows(
-    unit: Unit, benchmark: Benchmark, some: slice, responses: Mapping[str, list[Response]]
+    unit: Unit, benchmark: Benchmark, judge: Judge, some: slice, responses: Mapping[str, list[Response]]
 ) -> list[dict[str, Any]]:
     """Score the answers under each plan and return their rows."""
     docs = unit.docs[some]
@@ -225,7 +246,8 @@ def _rows(
     rows = []
     for cell in unit.cells:
         checked = [_checked(cell, response) for response in responses[cell.served]]
-        rows += [answer_row(cell, digests[sample.doc], sample) for sample in benchmark.score(docs, checked)]
+        scored = benchmark.score(docs, checked, judge=judge)
+        rows += [answer_row(cell, digests[sample.doc], sample) for sample in scored]
         for doc in docs:
             if (reason := benchmark.unusable.get(doc)) is not None:
                 sample = ScoredSample(

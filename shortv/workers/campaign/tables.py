@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from reports.comparing import Comparison, Side, compare
 from shortv.errors import one_line
+from shortv.evals.judging import Judge
 from shortv.evals.scoring import MetricRow
 from shortv.learned.dyvte import measured_exit_ratio
 from shortv.learned.registry import plan_flops_ratio
@@ -21,6 +22,7 @@ from shortv.plan import PartsKind
 from shortv.workers.campaign.cells import Cell, CellState, Group
 from shortv.workers.campaign.folder import CampaignFolder
 from shortv.workers.campaign.plans import FULL, PlanKind, Training
+from shortv.workers.campaign.producer import judge_rows
 
 Row = Mapping[str, Any]
 Rows = dict[str, list[dict[str, Any]]]
@@ -51,10 +53,13 @@ def group_tables(
         problem: why documents of the group lack answers, if something kept them from being asked.
     """
     answers = cell_answers(folder, group)
+    # Some tasks call a judge in their aggregation.
+    judge = Judge(folder.judged.of(group.task.name, [None]))
     measured = folder.measured()
     found: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {}
     for key, cell in group.distinct.items():
-        found[key] = _cell(cell, answers[key], measured.get(key, {}), problem)
+        found[key] = _cell(cell, answers[key], measured.get(key, {}), problem, judge)
+    folder.commit_judged(judge_rows(group.task.name, judge))
     rows: Rows = {"cells": [], "metrics": [], "speed": [], "comparisons": []}
     for cell in group.cells:
         summary, metrics, speed = found[cell.key]
@@ -105,11 +110,11 @@ def _empty() -> pa.Table:
 
 
 def _cell(
-    cell: Cell, answers: pa.Table, measured: Row, problem: str | None
+    cell: Cell, answers: pa.Table, measured: Row, problem: str | None, judge: Judge
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Return the state, the metrics and the speed of a cell."""
     good = answers.filter(pc.is_null(answers["error"]))
-    metrics, failure = cell.task.aggregate(good["values"].to_pylist()) if len(answers) else ((), None)
+    metrics, failure = cell.task.aggregate(good["values"].to_pylist(), judge=judge) if len(answers) else ((), None)
     n, errors, missing = len(answers), len(answers) - len(good), cell.task.num_docs - len(answers)
     message = failure or _message(cell, answers, missing, problem)
     failed = failure is not None or not len(good)

@@ -54,6 +54,8 @@ class Unit:
     digests: tuple[int, ...]
     """Digests of the documents, as the driver has them."""
     cells: tuple[UnitCell, ...]
+    judged: Mapping[str, str] = field(default_factory=dict)
+    """Earlier replies of an LLM judge about these documents, by the digests of its calls."""
 
     @property
     def pairs(self) -> int:

@@ -20,6 +20,7 @@ from reports.schemas import schema_of
 from reports.store import Folder
 from shortv.architecture import Architecture
 from shortv.errors import Refused, ShortVError
+from shortv.evals.judging import Judge
 from shortv.evals.scoring import Label, MetricRow, Metrics, ScoredSample
 from shortv.plan import Mode, Plan
 from shortv.request import FULL_MODEL, EngineClock, PlanSpeed
@@ -90,7 +91,7 @@ class FakeTask:
     def label(self, doc: int) -> Label:
         return Label(f"s{doc}", "red", None)
 
-    def aggregate(self, values: Iterable[str]) -> Metrics:
+    def aggregate(self, values: Iterable[str], *, judge: Judge) -> Metrics:
         if self.unscored:
             return Metrics((), "no judge")
         scores = [float(value) for value in values]
