@@ -64,10 +64,41 @@ generation_kwargs: {until: ["\\n\\n"]}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
+    # As many tasks do: a score of 0 where the judge does not answer.
+    "judged": """
+output_type: generate_until
+process_results: !function code.process_judged
+metric_list:
+  - {metric: judged, aggregation: mean, higher_is_better: true}
+""",
+    "judged_together": """
+output_type: generate_until
+process_results: !function code.process_results
+metric_list:
+  - {metric: reported, aggregation: !function code.judge_together, higher_is_better: true}
+""",
     "agentic": "output_type: generate_until_agentic",
 }
 CODE = """
 import os
+import requests
+
+def judge(text):
+    payload = {"model": "judge", "messages": [{"role": "user", "content": text}]}
+    for attempt in range(3):
+        try:
+            response = requests.post(os.environ["JUDGE_URL"], json=payload, timeout=60)
+            response.raise_for_status()
+            return response.json()["choices"][0]["message"]["content"]
+        except Exception:
+            pass
+    return ""
+
+def process_judged(doc, results):
+    return {"judged": float(doc["answer"] in judge(f"{doc['number']}: {results[0]}"))}
+
+def judge_together(items):
+    return float(len(judge(str(sum(item["score"] for item in items)))))
 
 def process_results(doc, results):
     if "boom" in results[0]:
