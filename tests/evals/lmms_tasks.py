@@ -2,16 +2,20 @@
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from lmms_eval.api.model import lmms
 from pyarrow import parquet as pq
 
-from shortv.request import Completion, Failure, Likelihood, Reason, Request
+from shortv.evals.benchmark import Benchmark
+from shortv.evals.dispatch import Response, send_all
+from shortv.evals.scoring import MetricRow, ScoredSample
+from shortv.request import Completion, Failure, Likelihood, Reason, Replies, Request, Work
 
 TINY_TASK = Path(__file__).parents[2] / "shortv/tiny/task"
 N_DOCS = 24
@@ -179,6 +183,45 @@ class FakeClient:
 
     async def aclose(self) -> None:
         pass
+
+
+class WorkClient(FakeClient):
+    """The same for works: a request under several plans; a plan's name is a part of the text."""
+
+    def __init__(self, failures: Mapping[str, Failure | str | Exception] | None = None) -> None:
+        super().__init__(failures)
+        self.works: list[Work] = []
+
+    async def complete_all(self, works: Sequence[Work]) -> Replies:
+        self.works += works
+        return Replies(results=tuple([await self._under_plans(work) for work in works]))
+
+    async def _under_plans(self, work: Work) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for plan in work.plans:
+            request = replace(work.request, plan=plan)
+            found[plan] = await (self.complete(request) if request.continuation is None else self.score(request))
+        return found
+
+
+class Scored(NamedTuple):
+    samples: Sequence[ScoredSample]
+    metrics: Sequence[MetricRow]
+    problem: str | None
+
+
+def respond(benchmark: Benchmark, client: Any, *, concurrency: int = 3, **how: Any) -> list[Response]:
+    """Send all requests of a benchmark under one plan."""
+    instances = benchmark.instances(range(benchmark.num_docs))
+    how = {"seed": benchmark.seed, "concurrency": concurrency, **how}
+    return asyncio.run(send_all(client, instances, benchmark.documents, **how))
+
+
+def scored(benchmark: Benchmark, responses: Sequence[Response], folder: str | None = None) -> Scored:
+    """Score the responses to all requests of a benchmark."""
+    samples = benchmark.score(range(benchmark.num_docs), responses)
+    rows, problem = benchmark.aggregate((one.values for one in samples if one.values is not None), folder=folder)
+    return Scored(samples, rows, problem)
 
 
 def text_of(request: Request) -> str:

@@ -2,21 +2,26 @@
 
 import asyncio
 import io
+import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from lmms_eval.api.instance import Instance
 from PIL import Image
+from pyarrow import parquet as pq
 
 from shortv.errors import Refused, ShortVError
 from shortv.evals.benchmark import Benchmark
-from shortv.evals.dispatch import Response, send_all
+from shortv.evals.dispatch import Response, respond_under_plans, send_all
 from shortv.evals.requests import Conversation, GenerationSettings
-from shortv.evals.scoring import Scored
+from shortv.evals.scoring import _loaded, _storable
 from shortv.request import Completion, Failure, Reason, Request
 from shortv.tiny.questions import KINDS
 from tests.evals.lmms_tasks import (
@@ -24,8 +29,12 @@ from tests.evals.lmms_tasks import (
     TINY_TASK,
     FakeClient,
     FakeModel,
+    Scored,
     SimpleFakeModel,
+    WorkClient,
     lost,
+    respond,
+    scored,
     simple_evaluation,
     write_tasks,
 )
@@ -37,8 +46,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(benchmark: Benchmark, client: FakeClient | None = None, **more: Any) -> Scored:
-    responses = asyncio.run(benchmark.run(client or FakeClient(), concurrency=3))
-    return benchmark.score(responses, **more)
+    return scored(benchmark, respond(benchmark, client or FakeClient()), **more)
 
 
 def as_lmms(scored: Scored) -> dict[str, Any]:
@@ -164,7 +172,7 @@ def test_the_new_kind_of_question_is_found_by_its_name() -> None:
 def test_requests_carry_images_settings_and_seeds(tasks: Path) -> None:
     def requests(task: str, plan: str = "", **more: Any) -> list[Request]:
         client = FakeClient()
-        asyncio.run(Benchmark(task, include_path=tasks, **more).run(client, plan=plan, concurrency=1, timeout_s=5))
+        respond(Benchmark(task, include_path=tasks, **more), client, plan=plan, concurrency=1, timeout_s=5)
         return client.requests
 
     (first,) = requests("shapes_vqa", "some", limit=1)
@@ -181,21 +189,86 @@ def test_requests_carry_images_settings_and_seeds(tasks: Path) -> None:
 def test_a_limit_is_a_count_or_a_share(tasks: Path) -> None:
     for limit, count in ((None, N_DOCS), (5, 5), (5.0, 5), (0.3, 8), (1000, N_DOCS)):
         benchmark = Benchmark("filtered", include_path=tasks, limit=limit)
-        assert (benchmark.num_docs, len(benchmark.instances)) == (count, count)
+        assert (benchmark.num_docs, len(benchmark.instances(range(count)))) == (count, count)
 
 
-def test_the_digest_covers_settings_code_and_documents(tasks: Path, tmp_path: Path) -> None:
+def test_digests_cover_settings_code_and_each_document(tasks: Path, tmp_path: Path) -> None:
     def digest(folder: Path = tasks, **more: Any) -> str:
         return Benchmark("filtered", include_path=folder, **more).digest
 
     own = digest()
     copy = Path(shutil.copytree(tasks, tmp_path / "copy"))
-    assert digest() == digest(copy) == own
-    changed = [digest(limit=3), digest(gen_kwargs={"max_new_tokens": 6}), digest(seed=1)]
+    assert digest() == digest(copy) == digest(limit=3) == own
+    changed = [digest(gen_kwargs={"max_new_tokens": 6}), digest(seed=1)]
     code = copy / "code.py"
     code.write_text(code.read_text().replace("len(items)", "sum(1 for _ in items)"))
     changed.append(digest(copy))
-    assert len({own, *changed}) == 5
+    assert len({own, *changed}) == 4
+    before = Benchmark("filtered", include_path=copy).document_digests
+    table = pq.read_table(copy / "docs.parquet")
+    answers = table["answer"].to_pylist()
+    answers[5] = "another"
+    columns = {name: table[name] for name in table.column_names} | {"answer": pa.array(answers)}
+    pq.write_table(pa.table(columns), copy / "docs.parquet")
+    after = Benchmark("filtered", include_path=copy).document_digests
+    assert len(set(before.tolist())) == N_DOCS and np.flatnonzero(before != after).tolist() == [5]
+
+
+def test_requests_under_several_plans_are_made_once_and_give_what_each_plan_gives_alone(tasks: Path) -> None:
+    for task in ("filtered", "plain", "rounds", "choices"):
+        benchmark, client = Benchmark(task, include_path=tasks, limit=5), WorkClient({"thing 3?": lost()})
+        instances = benchmark.instances(range(5))
+        with ThreadPoolExecutor(1) as pool:
+            how = {"seed": benchmark.seed, "timeout_s": 5.0, "pool": pool}
+            found = asyncio.run(
+                respond_under_plans(client, instances, benchmark.documents, plans=("", "fast"), **how)  # type: ignore[arg-type]
+            )
+        alone = [replace(one, latency_ms=0.0) for one in respond(benchmark, FakeClient({"thing 3?": lost()}))]
+        for plan in ("", "fast"):
+            assert [replace(one, latency_ms=0.0) for one in found[plan]] == alone
+        # The first round of both plans is one request.
+        assert [work.plans for work in client.works[: len(instances)]] == [("", "fast")] * len(instances)
+        assert all(len(work.plans) == 1 for work in client.works[len(instances) :])
+        assert (len(client.works) > len(instances)) == (task == "rounds")
+        seeds = [work.request.sampling.seed for work in client.works]
+        assert task != "plain" or len(set(seeds)) == len(instances) == 10
+
+
+def test_images_travel_as_pixels_and_once_for_the_choices_of_a_document(tasks: Path) -> None:
+    benchmark, client = Benchmark("shapes_vqa", limit=1), WorkClient()
+    with ThreadPoolExecutor(1) as pool:
+        how: dict[str, Any] = {"seed": 0, "timeout_s": 5.0, "pool": pool, "plans": ("",)}
+        asyncio.run(respond_under_plans(client, benchmark.instances([0]), benchmark.documents, **how))
+        image, _ = client.works[0].request.messages[0].parts
+        sent = FakeClient()
+        respond(benchmark, sent)
+        file: Any = sent.requests[0].messages[0].parts[0]
+        assert isinstance(image, np.ndarray) and image.dtype == np.uint8
+        assert (image == np.asarray(Image.open(io.BytesIO(file)))).all()
+        choices, client = Benchmark("choices", include_path=tasks, limit=2), WorkClient()
+        asyncio.run(respond_under_plans(client, choices.instances(range(2)), choices.documents, **how))
+    first, second = client.works[:3], client.works[3:]
+    assert len({id(work.request.messages) for work in first}) == len({id(work.request.messages) for work in second}) == 1
+    assert [work.request.continuation for work in first] == [" red", " green", " blue"]
+
+
+def test_a_document_for_which_the_task_fails_is_an_error_of_its_own(tasks: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tasks, tmp_path / "copy"))
+    text = (folder / "filtered.yaml").read_text()
+    (folder / "filtered.yaml").write_text(text.replace('"Which colour has thing {{number}}?"', "!function code.ask"))
+    code = "\ndef ask(doc):\n    return f'Which colour has thing {10 // (doc[\"number\"] - 3)}?'\n"
+    (folder / "code.py").write_text((folder / "code.py").read_text() + code)
+    benchmark = Benchmark("filtered", include_path=folder, limit=6)
+    assert [one.doc_id for one in benchmark.instances(range(6))] == [0, 1, 2, 4, 5]
+    assert list(benchmark.unusable) == [3] and "ZeroDivisionError" in benchmark.unusable[3]
+
+
+def test_values_of_any_type_are_kept_as_text_for_the_metrics() -> None:
+    for value in (1.5, True, None, "é", float("inf"), [1, (2, "x")], {"a": {1: (2,)}, "b": {3, 4}}, np.float32(0.1)):
+        text = json.dumps(_storable(value))
+        assert _loaded(text) == (value.item() if isinstance(value, np.generic) else value)
+    with pytest.raises(TypeError, match="Image"):
+        _storable(Image.new("RGB", (1, 1)))
 
 
 def test_what_cannot_be_a_benchmark_is_said(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +305,8 @@ def test_images_lose_nothing_on_their_way() -> None:
 def test_documents_are_read_when_their_request_is_due(tasks: Path) -> None:
     client = FakeClient({"thing 4?": lost()})
     benchmark = Benchmark("filtered", include_path=tasks, limit=12)
-    task = benchmark.instances[0].args[1].__self__
+    made = benchmark.instances(range(12))
+    task = made[0].args[1].__self__
     read: list[int] = []
     seen: list[str] = []
 
@@ -246,7 +320,7 @@ def test_documents_are_read_when_their_request_is_due(tasks: Path) -> None:
     def note(conversation: Conversation, response: Response) -> None:
         seen.append(conversation.name)
 
-    instances = [replace(one, arguments=(one.args[0], messages, *one.args[2:])) for one in benchmark.instances]
+    instances = [replace(one, arguments=(one.args[0], messages, *one.args[2:])) for one in made]
     found = asyncio.run(send_all(client, instances, benchmark.documents, seed=1, concurrency=2, on_response=note))
     assert read == list(range(12)) and client.most <= 2 and len(seen) == 12
     assert [at for at, response in enumerate(found) if response.failure] == [4, 7]
@@ -263,7 +337,7 @@ def test_stops_that_a_task_names_are_kept_and_those_that_lmms_eval_adds_are_not(
     stops = []
     for task, gen_kwargs in (("paragraphs", None), ("filtered", None), ("filtered", {"until": "\n\n"})):
         benchmark = Benchmark(task, include_path=tasks, limit=1, gen_kwargs=gen_kwargs)
-        stops.append(Conversation(benchmark.instances[0], benchmark.documents).settings.stop)
+        stops.append(Conversation(benchmark.instances([0])[0], benchmark.documents).settings.stop)
     assert stops == [("\n\n",), (), ("\n\n",)]
 
 
@@ -274,5 +348,5 @@ def test_an_error_of_the_caller_ends_everything(tasks: Path) -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        asyncio.run(Benchmark("filtered", include_path=tasks).run(client, concurrency=2, on_response=stop))
+        respond(Benchmark("filtered", include_path=tasks), client, concurrency=2, on_response=stop)
     assert len(client.requests) <= 2

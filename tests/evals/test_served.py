@@ -270,12 +270,14 @@ def test_lmms_eval_finds_the_model_and_scores_as_a_benchmark(tmp_path: Path, end
 
     async def responses(benchmark: Benchmark) -> Any:
         connection = await connect_url(ServedSpec(url=URL, model="tiny", plan="fast"))
-        return await benchmark.run(connection.client, plan=connection.plan, concurrency=4)
+        instances = benchmark.instances(range(benchmark.num_docs))
+        how = {"plan": connection.plan, "seed": benchmark.seed, "concurrency": 4}
+        return await send_all(connection.client, instances, benchmark.documents, **how)
 
     arguments = f"url={URL},model=tiny,plan=fast,num_concurrent=4"
     found = simple_evaluation("shortv_serve", "rounds", folder, tmp_path, model_args=arguments)
     benchmark = Benchmark("rounds", include_path=folder)
-    scored = benchmark.score(asyncio.run(responses(benchmark)))
-    assert scored.metrics and not any(sample.error for sample in scored.samples)
-    for row in scored.metrics:
+    found_here = scored(benchmark, asyncio.run(responses(benchmark)))
+    assert found_here.metrics and not any(sample.error for sample in found_here.samples)
+    for row in found_here.metrics:
         assert found[f"{row.metric},{row.filter}"] == row.value

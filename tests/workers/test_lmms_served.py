@@ -87,8 +87,8 @@ class InProcess:
 
 def in_process(name: str) -> Mapping[str, float]:
     benchmark = Benchmark("shapes_vqa", limit=LIMIT)
-    responses = asyncio.run(benchmark.run(InProcess(), plan=name, concurrency=1))
-    return {f"{row.metric},{row.filter}": row.value for row in benchmark.score(responses).metrics}
+    responses = respond(benchmark, InProcess(), plan=name, concurrency=1)
+    return {f"{row.metric},{row.filter}": row.value for row in scored(benchmark, responses).metrics}
 
 
 def lmms_eval(model: str, model_args: str, output: Path) -> Mapping[str, float]:
