@@ -248,7 +248,9 @@ def test_images_travel_as_pixels_and_once_for_the_choices_of_a_document(tasks: P
         choices, client = Benchmark("choices", include_path=tasks, limit=2), WorkClient()
         asyncio.run(respond_under_plans(client, choices.instances(range(2)), choices.documents, **how))
     first, second = client.works[:3], client.works[3:]
-    assert len({id(work.request.messages) for work in first}) == len({id(work.request.messages) for work in second}) == 1
+    assert (
+        len({id(work.request.messages) for work in first}) == len({id(work.request.messages) for work in second}) == 1
+    )
     assert [work.request.continuation for work in first] == [" red", " green", " blue"]
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 from shortv.errors import Refused, ShortVError
 from shortv.evals import remote
 from shortv.evals.benchmark import Benchmark
+from shortv.evals.dispatch import send_all
 from shortv.evals.remote import Connection, RemoteClient, ServedSpec, connect_url, open_endpoint
 from shortv.request import Completion, Failure, Message, Reason, Request
 from shortv.workers.lmms_served import ShortVServe
-from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, simple_evaluation, write_tasks
+from tests.evals.lmms_tasks import FakeClient, answer_to, likelihood_of, scored, simple_evaluation, write_tasks
 
 URL, DIGEST = "http://127.0.0.1:9/v1", "ab" * 32
 MODELS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -30,6 +29,7 @@ from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec
+from tests.evals.lmms_tasks import respond, scored
 from tests.tiny_model import TINY, bundled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
