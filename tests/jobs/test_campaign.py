@@ -146,8 +146,9 @@ def stop_after_two_units(output: Path, plan: str) -> None:
     _, alive = psutil.wait_procs(children, timeout=300)
     assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
     # All that its user has read.
-    first, last = log.read_text().splitlines()
-    assert first == "2 cells, 0 finished" and last.startswith("Error: stopped before the end; what is finished is kept")
+    first, *between, last = log.read_text().splitlines()
+    assert first == "2 cells, 0 finished" and all(line.endswith("samples/s") for line in between)
+    assert last.startswith("Error: stopped before the end; what is finished is kept")
 
 
 def kill_one_of_each_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
