@@ -148,12 +148,22 @@ comparisons | comparisons.parquet | A plan against the full model, or against it
     all of them have.
     model task metric plan
     against string `full`, or the mean of how many random controls.
+    subset string `all`, or `hard`: the questions that the first downsampled control of the recipe gets wrong.
     n int32 Samples compared.
     value double Mean per-sample score of the plan.
     against_value double The same of the other side.
     difference double `value` less `against_value`.
     ci_low double Lower end of the difference's 95 % paired bootstrap interval.
     ci_high double Upper end of the difference's 95 % paired bootstrap interval.
+    family string `main` for the main metric of a task, else the metric: what is corrected together, over all models, \
+        plans and tasks, against one side and on one subset.
+    p_value double Two-sided paired p-value: exact McNemar test for scores of 0 and 1, else paired t-test.
+    p_holm double The p-value corrected for its family by Holm (1979): of all that are at most 0.05, one is false with \
+        a probability of at most 5 %.
+    q_bh double The p-value corrected for its family by Benjamini and Hochberg (1995): of all that are at most 0.05, \
+        at most 5 % are expected to be false.
+    sd double? Standard deviation of the paired differences; null for a single sample.
+    discordant double Share of samples whose scores differ.
     share_changed double Share of answers that differ as text.
 changes | changes.parquet | One question to which a plan gave another answer than the full model: some of each \
     plan, worse ones first.

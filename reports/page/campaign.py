@@ -61,7 +61,8 @@ def _results(campaign: CampaignData) -> list[Section]:
     differences = _differences(
         "Every metric of every plan against the full model and its random controls",
         campaign.comparisons,
-        "model task metric plan against value against_value difference ci_low ci_high n share_changed",
+        "model task metric plan against subset value against_value difference ci_low ci_high p_value p_holm q_bh n "
+        "share_changed",
         most=MOST_ROWS,
     )
     metrics = grid(
@@ -241,7 +242,7 @@ def _side_by_side(points: Sequence[Row]) -> list[Row]:
 
 def difference_chart(group: Group, key: int) -> Chart | None:
     """Draw the differences of the main metric to the full model and to random controls, with paired intervals."""
-    rows = [row for row in group.comparisons if row["metric"] == group.metric]
+    rows = [row for row in group.comparisons if (row["metric"], row["subset"]) == (group.metric, "all")]
     if not rows:
         return None
     against = list(dict.fromkeys(row["against"] for row in rows))
@@ -264,7 +265,9 @@ def difference_chart(group: Group, key: int) -> Chart | None:
         height=max(80, 22 * len({row["plan"] for row in rows})),
         data={"rows": rows, "zero": [{"difference": 0.0}]},
         numbers=_differences(
-            f"Differences of {group.metric}", rows, "plan against difference ci_low ci_high n share_changed"
+            f"Differences of {group.metric}",
+            rows,
+            "plan against difference ci_low ci_high p_value p_holm n share_changed",
         ),
         half=True,
     )

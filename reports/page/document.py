@@ -27,6 +27,7 @@ _LABELS: Final = {
     **dict.fromkeys(("ci_high", "high", "rank_high"), "to"),
     **{"n": "samples", "n_text": "text tokens", "n_visual": "visual tokens", "dataset": "data set"},
     **{"mean": "LC (nats)", "rank_low": "rank from", "flops_ratio": "FLOPs ratio", "sample_id": "sample"},
+    **{"p_value": "p", "p_holm": "p (Holm)", "q_bh": "q (Benjamini-Hochberg)"},
     **{"samples_per_second": "samples/s", "share_changed": "answers changed", "config_digest": "architecture digest"},
     **{"train_seconds": "training seconds", "num_docs": "documents", "layer_left": "exit after layer"},
     **{"count_all": "samples"},

@@ -131,7 +131,9 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
             change = value - 0.9
             interval = {"difference": change, "ci_low": change - 0.05, "ci_high": change + 0.05, "share_changed": 0.1}
             sides = {"metric": "exact_match", "against": "full", "n": 50, "value": value, "against_value": 0.9}
-            compared.append(names | sides | interval)
+            tested = {"subset": "all", "family": "main", "p_value": 0.01, "p_holm": 0.03, "q_bh": 0.02}
+            spread = {"sd": 0.2, "discordant": 0.04}
+            compared.append(names | sides | interval | tested | spread)
         answers += [_answer(names, place, lost) for place in range(50)]
     write_answers(folder, answers)
     for table, rows in (("cells", cells), ("metrics", metrics), ("speed", speed), ("comparisons", compared)):

@@ -19,6 +19,7 @@ from shortv.request import EngineClock, PlanSpeed
 from shortv.terminal import console as default_console
 from shortv.terminal import say
 from shortv.workers.campaign.cells import CellState, Group, groups_of
+from shortv.workers.campaign.comparisons import with_corrections
 from shortv.workers.campaign.folder import TABLES, CampaignFolder
 from shortv.workers.campaign.plans import ModelFacts, PlanEntry, resolve_plans
 from shortv.workers.campaign.producer import MEASURED_DOCUMENTS, ProducerLost, lost_rows
@@ -378,7 +379,8 @@ class _Tables:
     def _together(self) -> Rows:
         """Return the rows of all groups that have ended, in the order of the recipe."""
         ended = [self._rows[stream.group.shown] for stream in self._streams if stream.group.shown in self._rows]
-        return {name: [row for rows in ended for row in rows[name]] for name in TABLES}
+        found = {name: [row for rows in ended for row in rows[name]] for name in TABLES}
+        return found | {"comparisons": with_corrections(found["comparisons"])}
 
 
 def speed_row(speed: PlanSpeed) -> dict[str, Any]:
@@ -413,6 +415,7 @@ def _plan_facts(model: str, entry: PlanEntry) -> dict[str, Any]:
         "digest": plan.digest,
         "modes": plan.modes,
         "parts": asdict(plan.parts) if plan.parts else None,
+        "downsample": plan.downsample,
         "training": entry.training._asdict() if entry.training else None,
         "ranking": plan.ranking,
         "source": plan.source,

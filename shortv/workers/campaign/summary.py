@@ -12,6 +12,7 @@ from rich.table import Table
 
 from shortv.terminal import printable, say
 from shortv.workers.campaign.cells import CellState, Group, names_of
+from shortv.workers.campaign.comparisons import ALL, HARD
 from shortv.workers.campaign.plans import FULL
 
 Row = Mapping[str, Any]
@@ -71,10 +72,20 @@ def _print_group(group: Group, rows: Rows, console: Console) -> None:
     )
     table.add_column("plan", no_wrap=True)
     score = escape(printable(metric or "score"))
-    names = ("FLOPs", score, "to full (95 % interval)", "changed", "prefill", "samples/s", *(_LEARNED * learned))
+    names = (
+        "FLOPs",
+        score,
+        "to full (95 % interval)",
+        "p (Holm)",
+        "changed",
+        "prefill",
+        "samples/s",
+        *(_LEARNED * learned),
+    )
     for name in names:
         table.add_column(name, justify="right", no_wrap=name.startswith("to full"))
-    compared = {row["plan"]: row for row in rows["comparisons"] if (row["metric"], row["against"]) == (metric, FULL)}
+    judged = [row for row in rows["comparisons"] if row["metric"] == metric]
+    compared = {row["plan"]: row for row in judged if (row["against"], row["subset"]) == (FULL, ALL)}
     speeds = {row["plan"]: row for row in rows["speed"]}
     for row in rows["cells"]:
         plan = row["plan"]
@@ -90,11 +101,12 @@ def _print_group(group: Group, rows: Rows, console: Console) -> None:
 
 def _columns(row: Row, speed: Row, value: float | None, compared: Row | None) -> Iterator[str]:
     if row["state"] == CellState.FAILED:
-        yield from ("", "failed" if row["n"] else "not run", "", "", "", "")
+        yield from ("", "failed" if row["n"] else "not run", "", "", "", "", "")
         return
     yield _text(row["flops_ratio"], ".1%")
     yield _text(value, ".4f")
     yield _interval(compared) if compared else ""
+    yield f"{_share(compared['p_value'])} ({_share(compared['p_holm'])})" if compared else ""
     yield _text(compared["share_changed"], ".1%") if compared else ""
     yield _text(speed["prefill_ratio"], ".2f")
     yield _text(speed["samples_per_second"], ".1f")
@@ -111,12 +123,17 @@ def _learned(row: Row) -> Iterator[str]:
 
 
 def _findings(rows: Rows, metric: str | None) -> Iterator[str]:
-    for row in rows["comparisons"]:
-        if row["against"] != FULL and row["metric"] == metric:
+    judged = [row for row in rows["comparisons"] if row["metric"] == metric]
+    for row in judged:
+        if row["against"] != FULL and row["subset"] == ALL:
             better = "less" if row["ci_low"] > 0 else "more"
             decided = row["ci_low"] > 0 or row["ci_high"] < 0
             verdict = f"loses {better} than random" if decided else "is no better than random"
             yield f"{row['plan']} {verdict}: {_interval(row)} against the {row['against']}"
+    for row in judged:
+        if row["against"] == FULL and row["subset"] == HARD:
+            hard = f"the {row['n']} questions that smaller images get wrong"
+            yield f"{row['plan']} on {hard}: {_interval(row)} to full"
     for row in rows["cells"]:
         if row["same_as"] is not None:
             yield f"{row['plan']} is a tie with {row['same_as']}: the same layers in the same modes, run once"
@@ -124,6 +141,11 @@ def _findings(rows: Rows, metric: str | None) -> Iterator[str]:
 
 def _interval(row: Row) -> str:
     return f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+
+
+def _share(p_value: float) -> str:
+    """Return a p-value without the zero in front."""
+    return "<.001" if p_value < 0.001 else f"{p_value:.3f}".removeprefix("0")
 
 
 def _text(value: Any, form: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reports.comparing import Comparison, Side, compare
+from shortv.costs import layer_flops
 from shortv.errors import one_line
 from shortv.evals.judging import Judge
 from shortv.evals.scoring import MetricRow
 from shortv.learned.dyvte import measured_exit_ratio
 from shortv.learned.registry import plan_flops_ratio
-from shortv.plan import PartsKind
+from shortv.plan import Mode, PartsKind
 from shortv.workers.campaign.cells import Cell, CellState, Group
+from shortv.workers.campaign.comparisons import comparisons, sides_of
 from shortv.workers.campaign.folder import CampaignFolder
-from shortv.workers.campaign.plans import FULL, PlanKind, Training
+from shortv.workers.campaign.plans import Training
 from shortv.workers.campaign.producer import judge_rows
 
 Row = Mapping[str, Any]
@@ -58,7 +59,9 @@ def group_tables(
     measured = folder.measured()
     found: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {}
     for key, cell in group.distinct.items():
-        found[key] = _cell(cell, answers[key], measured.get(key, {}), problem, judge)
+        found[key] = _, _, speed = _cell(cell, answers[key], measured.get(key, {}), problem, judge)
+        if cell.entry.plan.downsample is not None:
+            speed["flops_ratio"] = _downsampled_ratio(cell, speed, found[group.cells[0].key][2])
     folder.commit_judged(judge_rows(group.task.name, judge))
     rows: Rows = {"cells": [], "metrics": [], "speed": [], "comparisons": []}
     for cell in group.cells:
@@ -189,39 +192,8 @@ def _flops_ratio(cell: Cell, counted: pa.Table, text: NDArray[Any], visual: NDAr
     return measured_exit_ratio(sizes, [(layer, t, v) for layer, t, v in exits if layer is not None])
 
 
-def comparisons(group: Group, sides: Mapping[str, Mapping[str, Side]], *, seed: int) -> list[dict[str, Any]]:
-    """Compare plans with the full model, and those that are not controls with the mean of their random controls too."""
-    return [row for cell in group.cells for row in _comparisons_of(cell, group, sides, seed)]
-
-
-def _comparisons_of(
-    cell: Cell, group: Group, sides: Mapping[str, Mapping[str, Side]], seed: int
-) -> Iterator[dict[str, Any]]:
-    if cell.entry.kind is PlanKind.FULL:
-        return
-    controls = [other for other in group.cells if other.entry.is_control_of(cell.entry)]
-    mean = f"mean of {len(controls)} random control{'s' * (len(controls) != 1)}"
-    names = {name: value for name, value in cell.names.items() if name != "cell"}
-    for others, against in ((group.cells[:1], FULL), (controls, mean)):
-        for metric, own in sorted(sides[cell.key].items()) if others else ():
-            found = [side for other in others if (side := sides[other.key].get(metric)) is not None]
-            comparison: Comparison | None = compare(own, found, seed=seed) if len(found) == len(others) else None
-            if comparison is not None and math.isfinite(comparison.difference):
-                yield names | {"metric": metric, "against": against} | asdict(comparison)
-
-
-def sides_of(answers: pa.Table, only: Callable[[str], bool] = bool) -> dict[str, Side]:
-    """Return one side of a comparison for every metric in an answers table."""
-    docs = answers["doc"].to_numpy()
-    # Only equality matters, and texts may be long.
-    numbers = np.array([hash(text) for text in answers["prediction"].to_pylist()], dtype=np.int64)
-    scores = answers["scores"].combine_chunks()
-    rows, pairs = pc.list_parent_indices(scores), pc.list_flatten(scores)
-    flat = pa.table({"row": rows, "metric": pairs.field("metric"), "value": pairs.field("value")})
-    found = {}
-    for metric in filter(only, flat["metric"].unique().to_pylist()):
-        own = flat.filter(pc.equal(flat["metric"], metric))
-        column = np.full(len(docs), np.nan)
-        column[own["row"].to_numpy()] = own["value"].to_numpy()
-        found[metric] = Side(docs=docs, values=column, answers=numbers)
-    return found
+def _downsampled_ratio(cell: Cell, speed: Row, full: Row) -> float | None:
+    """Return the FLOPs of the full model at the sizes of smaller images divided by those at the images' own sizes."""
+    sizes = [(row["t"], row["v"]) for row in (speed, full)]
+    own, whole = (layer_flops(cell.model.architecture, Mode.FULL, t or 0.0, v or 0.0) for t, v in sizes)
+    return own / whole if own and whole else None

@@ -150,7 +150,8 @@ class FakeWorkers:
         if doc in self.failing:
             return ScoredSample(doc=doc, sample_id=f"s{doc}", prediction=None, target="red", error="truncated JPEG")
         changed = [layer for layer, mode in enumerate(plan.modes) if mode is not Mode.FULL] if plan else []
-        harm = sum(LAYERS - layer for layer in changed) / 25
+        share = (plan and plan.downsample) or 1.0
+        harm = sum(LAYERS - layer for layer in changed) / 25 + 1 - share
         luck = int(hashlib.sha256(f"{model} s{doc} {changed}".encode()).hexdigest()[:8], 16) / 2**32
         right = luck > 0.1 + harm / 2
         score = float("nan") if self.nan and doc % 2 else float(right)
@@ -168,8 +169,8 @@ class FakeWorkers:
             prefill_batch=16,
             decode_ms=4.0,
             busy_ms=40.0,
-            prompt_tokens=40,
-            visual_tokens=30,
+            prompt_tokens=10 + int(30 * share),
+            visual_tokens=int(30 * share),
             completion_tokens=2,
             values=str(score),
         )
