@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
+from reports.changes import documents_of
 from reports.manifest import CampaignManifest, State, plain, utc_now, versions
 from reports.store import Folder
 from shortv.errors import Refused, ShortVError, one_line
@@ -229,6 +230,21 @@ class _Work:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             raise first from None
+        await self._look_at_changes(streams)
+
+    async def _look_at_changes(self, streams: Sequence[_Stream]) -> None:
+        """Write what plans changed, with questions and pictures of those documents that the page shows."""
+        rows = await asyncio.to_thread(self._folder.changes, [stream.group for stream in streams])
+        known = {(row["task"], row["doc"]): row for row in await asyncio.to_thread(self._folder.thumbnails)}
+        shown = []
+        for task, docs in documents_of(rows).items():
+            shown += [known[task, doc] for doc in docs if (task, doc) in known]
+            new = [doc for doc in docs if (task, doc) not in known]
+            try:
+                shown += await self._pool.pictures(self._pool.sources[task], new) if new else []
+            except Exception as error:  # tables and answers are there without them
+                self._tables.warn(f"documents of {task} have no pictures: {_line(error)}")
+        await asyncio.to_thread(self._folder.write_changes, rows, shown)
 
     async def _hand_out(self, streams: Sequence[_Stream], tasks: asyncio.TaskGroup) -> None:
         if not streams:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reports.answers import Answers
+from reports.changes import Compared, changes, with_questions
 from reports.store import Folder
 from shortv.errors import ShortVError
 from shortv.workers.campaign.cells import Group
@@ -144,6 +145,32 @@ class CampaignFolder:
     def measured(self) -> dict[str, dict[str, Any]]:
         """Return the last measured speed of each cell, by key."""
         return {row["cell"]: row for row in self.folder.read_tables("measured").to_pylist()}
+
+    def changes(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        """Return rows of the table `changes`, without questions."""
+        self.answers.update()
+        compared = [
+            Compared(
+                model=group.model.name,
+                task=group.task.name,
+                metric=group.task.main_metric,
+                cells={cell.entry.name: cell.key for cell in group.cells if cell.entry.same_as is None},
+            )
+            for group in groups
+        ]
+        return changes(self.answers, compared)
+
+    def thumbnails(self) -> list[dict[str, Any]]:
+        """Return the rows of the table `thumbnails` that are there."""
+        try:
+            return list(self.folder.read_table("thumbnails").to_pylist())
+        except ShortVError:  # none yet, or damaged: they are made again
+            return []
+
+    def write_changes(self, rows: Sequence[Mapping[str, Any]], thumbnails: Sequence[Mapping[str, Any]]) -> None:
+        """Write the tables `thumbnails` and `changes`."""
+        self.folder.write_table("thumbnails", thumbnails)
+        self.folder.write_table("changes", with_questions(rows, thumbnails))
 
     def write_tables(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Replace all tables of the campaign, one after the other."""
