@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from shortv.bench.rows import Row
-from shortv.spec import Count, Spec
+from shortv.spec import Count, Spec, Texts
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 Layers = Annotated[int, Field(ge=2, le=10_000)]
@@ -94,11 +94,59 @@ class TrainingBench(ShapeBench):
 
 
 class CampaignBench(Bench):
-    """The bundled model: a campaign against lmms-eval, an endpoint under overload, and scores by every interface."""
+    """The bundled model: a campaign against runs of lmms-eval, and scores by every interface."""
 
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(500, description="Documents per plan.")
-    seconds: Annotated[float, Field(ge=1, le=10**6)] = Field(120.0, description="Length of the overload.")
-    parts: tuple[Literal["speed", "load", "scores"], ...] = Field(
+    tasks: Texts = Field(("photos_vqa", "shapes_vqa"), description="Photographs, small pictures, or both.")
+    replicas: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = Field(
+        (1, 2), description="Numbers of replicas, a campaign each.", json_schema_extra={"metavar": "TEXT"}
+    )
+    batch_sizes: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = Field(
+        (1, 8), description="Batch sizes of lmms_eval.", json_schema_extra={"metavar": "TEXT"}
+    )
+    parts: tuple[Literal["speed", "scores"], ...] = Field(
+        (), description="A part to run; may be repeated. [default: all]", json_schema_extra={"flag": "--part"}
+    )
+
+
+class LoadBench(Bench):
+    """MLPerf's loads, Offline and Server, and 1 to 32 clients, on an endpoint and on the replicas of a campaign.
+
+    Plans shorten the prefill, and those of bypass-visual the KV cache; they do not shorten decoding.
+    """
+
+    requests: Count = Field(256, description="Requests of the Offline load, all sent at once.")
+    rate_share: Annotated[float, Field(gt=0, le=100)] = Field(
+        0.7,
+        description="Rate of the Server load (Poisson arrivals), as a share of the Offline throughput.",
+    )
+    concurrency: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = Field(
+        (1, 2, 4, 8, 16, 32), description="Numbers of clients.", json_schema_extra={"metavar": "TEXT"}
+    )
+    tokens: Count = Field(16, description="Tokens of each completion.")
+    seconds: Annotated[float, Field(ge=1, le=10**6)] = Field(10.0, description="Length of each load but Offline.")
+    overload_seconds: Annotated[float, Field(ge=1, le=10**6)] = Field(120.0, description="Length of the overload.")
+    parts: tuple[Literal["campaign", "endpoint", "overload"], ...] = Field(
+        (), description="A part to run; may be repeated. [default: all]", json_schema_extra={"flag": "--part"}
+    )
+
+
+class ScaleBench(Bench):
+    """A campaign on replicas that only wait: what the driver, producers and Serve cost when there are many.
+
+    The share of the ideal throughput counts while all replicas work; the ideal is batches without a pause.
+    """
+
+    replicas: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = Field(
+        (16, 64, 256, 1000), description="Numbers of replicas.", json_schema_extra={"metavar": "TEXT"}
+    )
+    processes: Count = Field(16, description="Serve replicas that simulate them, at most.")
+    real_replicas: Count = Field(64, description="Serve replicas that wait themselves; each takes 0.13 GB.")
+    service_seconds: Annotated[float, Field(ge=0.01, le=10**6)] = Field(
+        0.8, description="Time of a batch of 16 documents under one plan; there are six."
+    )
+    seconds: Annotated[float, Field(ge=1, le=10**6)] = Field(15.0, description="Time to measure, beside the ramps.")
+    parts: tuple[Literal["simulated", "images", "real"], ...] = Field(
         (), description="A part to run; may be repeated. [default: all]", json_schema_extra={"flag": "--part"}
     )
 
@@ -139,6 +187,8 @@ BENCHMARKS: Mapping[str, type[Bench]] = {
     "sizing": SizingBench,
     "training": TrainingBench,
     "campaign": CampaignBench,
+    "load": LoadBench,
+    "scale": ScaleBench,
     "scheduling": SchedulingBench,
     "kills": KillsBench,
     "gpu": GpuBench,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
@@ -270,7 +271,10 @@ class _Work:
         facts = streams[0].group.model
         model = self._spec.of_model(facts.name).model_copy(update={"revision": facts.revision})
         cells = {cell.entry.name: cell.plan for stream in streams for cell in stream.group.distinct.values()}
-        return await self._pool.start(model, tuple(plan for plan in cells.values() if plan is not None))
+        began = time.monotonic()
+        app = await self._pool.start(model, tuple(plan for plan in cells.values() if plan is not None))
+        self._tables.note(f"replicas of {facts.name} run after {time.monotonic() - began:.0f} s")
+        return app
 
     async def _answer(self, stream: _Stream, unit: Unit) -> None:
         try:
@@ -362,7 +366,11 @@ class _Tables:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        say(self._console, f"Warning: {text}")
+        self.note(f"Warning: {text}")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        say(self._console, text)
 
     async def end(self, stream: _Stream, problem: str | None) -> None:
         """Make the rows of a group, write all tables, and print the group's results."""

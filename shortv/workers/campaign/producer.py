@@ -201,14 +201,18 @@ class Producer:
 
     def _benchmark(self, task: TaskSource) -> Benchmark:
         if task not in self._benchmarks:
-            folders = [one.local() if isinstance(one, ShippedFolder) else one for one in task.folders]
-            found = Benchmark(task.name, include_path=folders, **task.settings)
+            found = self.load(task)
             if found.digest != task.digest:
                 problem = f"task {task.name!r} on this node is not the driver's: its configuration or code differs"
                 raise ShortVError(f"{problem}; install the same release of the task on every node")
             found.instances(())
             self._benchmarks[task] = found
         return self._benchmarks[task]
+
+    def load(self, task: TaskSource) -> Benchmark:
+        """Load a task. Raises ShortVError when it cannot be loaded here."""
+        folders = [one.local() if isinstance(one, ShippedFolder) else one for one in task.folders]
+        return Benchmark(task.name, include_path=folders, **task.settings)
 
     async def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

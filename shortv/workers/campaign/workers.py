@@ -83,6 +83,8 @@ class Pool:
     All but `close` is for one event loop.
     """
 
+    producer = Producer
+
     def __init__(
         self, spec: CampaignSpec, loader: ModelLoader, placement: Placement, sources: Mapping[str, TaskSource]
     ) -> None:
@@ -104,14 +106,16 @@ class Pool:
         Raises ShortVError when they do not start.
         """
         name = f"shortv-campaign-{secrets.token_hex(4)}"
-        batch = self._spec.batch_size
+        self._apps[name] = self._placement.low
+        await asyncio.to_thread(deploy, self.application(model, plans), name=name)
+        return name
+
+    def application(self, model: ModelSpec, plans: Sequence[Plan]) -> Any:
+        """Return the bound deployment of replicas."""
         # Routing is not exact: now and then a replica has the documents of two.
         queued = 2 * self._window_of_replica * (len(plans) + 1)
-        engine = EngineSettings(batch_size=batch, max_queued=queued)
-        app = replica_app(remote_model(self._loader, model), plans, self._placement, engine=engine)
-        self._apps[name] = self._placement.low
-        await asyncio.to_thread(deploy, app, name=name)
-        return name
+        engine = EngineSettings(batch_size=self._spec.batch_size, max_queued=queued)
+        return replica_app(remote_model(self._loader, model), plans, self._placement, engine=engine)
 
     async def stop(self, app: str) -> None:
         """End the replicas of an application."""
@@ -207,7 +211,7 @@ class Pool:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
                 # Many calls at once: each is a unit that mostly waits.
                 options: Any = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": there}
-                producer: Any = ray.remote(**options)(Producer).remote(client_of)
+                producer: Any = ray.remote(**options)(self.producer).remote(client_of)
                 self._producers[producer] = node["NodeID"]
                 for source in self.sources.values():
                     producer.prepare.remote(source)

@@ -1,7 +1,7 @@
 """An endpoint that runs until it is stopped: replicas on Serve, HTTP in this process.
 
 Serve's proxies would cost more than the answers of a small model: two more hops through Ray per request, which a
-refusal pays too (see jobs/bench.py campaign). Behind proxies runs `app.endpoint`, for `serve run` and `serve deploy`.
+refusal pays too (see jobs/bench.py load). Behind proxies runs `app.endpoint`, for `serve run` and `serve deploy`.
 """
 
 from __future__ import annotations
