@@ -12,8 +12,8 @@ from reports.page.document import Cards, Row, cut
 from reports.store import Folder
 
 MAX_TEXT_BYTES: Final = 1_000_000
-MAX_IMAGE_BYTES: Final = 1_800_000
-"""Bounds on questions and answers, and on their images, in the page: encoded, before compression of the transport."""
+MAX_IMAGE_BYTES: Final = 1_600_000
+"""Bounds on questions and answers, and on their images, as the page has them: JSON and base64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

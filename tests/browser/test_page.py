@@ -9,7 +9,7 @@ import pytest
 from reports.page import build_page, write_page
 from reports.page.document import render
 from reports.store import Folder
-from tests.reports.page.campaigns import DYVTE, Exiting, make_judged
+from tests.reports.page.campaigns import DYVTE, Exiting, add_changes, make_judged
 from tests.reports.runs import MODES, make_sweep, sweep_manifest
 
 pytestmark = pytest.mark.browser
@@ -48,6 +48,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     # Beside the front's cheapest plan two more, whose names would lie on its name.
     crowd = [Exiting(f"dyvte-{place}", place / 10, 0.3 + place / 500, 0.5 + place / 200) for place in range(1, 4)]
     folder = make_judged(tmp_path_factory.mktemp("runs") / "a campaign", failed=3, learned=[*DYVTE, *crowd])
+    add_changes(folder)
     write_page(folder)
     return folder
 
@@ -74,7 +75,7 @@ def test_every_chart_is_drawn_without_a_word_or_a_request(
     for place in places:
         assert place.evaluate(DRAWN) > 5 and place.bounding_box()["height"] > 40
     assert opened.said == []
-    assert opened.asked == [opened.page.url]
+    assert [url for url in opened.asked if not url.startswith("data:image/jpeg")] == [opened.page.url]
     opened.page.context.close()
 
 
@@ -151,6 +152,38 @@ def test_names_are_apart_and_legends_whole_at_every_width(chromium: Any, campaig
         assert not crossing, f"{one} and {other}"
     for key in ("accuracy-0", "speed-0", "plans-0"):
         assert page.locator(f"#chart-{key} svg").evaluate(LEGEND), key
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_changed_answers_are_filtered_and_shown_little_by_little(chromium: Any, campaign: Folder, scheme: str) -> None:
+    opened = open_page(chromium, campaign, scheme=scheme)
+    page, cards = opened.page, opened.page.locator(".card")
+    form, found, more = page.locator("#filters"), page.locator("#found"), page.locator("#more")
+    assert cards.count() == 20 and found.inner_text() == "30 questions, 210 changed answers"
+    # By keyboard, the focus goes on at the first of the new cards.
+    more.focus()
+    page.keyboard.press("Enter")
+    assert cards.count() == 30 and more.is_hidden()
+    assert cards.nth(20).evaluate("card => card === document.activeElement")
+    form.get_by_label("plan").select_option("lc-2")
+    assert cards.count() == 20 and found.inner_text() == "30 questions, 30 changed answers"
+    # Worse ones come first.
+    assert cards.locator(".change").all_inner_texts()[:11] == ["worse"] * 10 + ["better"]
+    form.get_by_label("kind").select_option("colour")
+    form.get_by_label("change").select_option("better")
+    assert found.inner_text() == "5 questions, 5 changed answers" and more.is_hidden()
+    rows = cards.nth(0).locator("tr").all_inner_texts()
+    assert [row.split("\t") for row in rows] == [
+        ["target", "red", "", ""],
+        ["full model", "blue", "0.5", ""],
+        ["lc-2", "lc-2 says 1", "1", "better"],
+    ]
+    image = cards.nth(0).locator("img")
+    assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    assert opened.said == [] and opened.asked[0] == page.url
+    assert all(url.startswith("data:image/jpeg") for url in opened.asked[1:])
+    narrow = open_page(chromium, campaign, width=380).page
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 380
 
 
 def test_it_follows_the_colour_scheme_and_narrow_screens(chromium: Any, sweep: Folder) -> None:

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
+from reports.changes import CHANGES
 from reports.manifest import CampaignManifest
 from reports.schemas import SCHEMAS
 from reports.store import Folder
+from shortv.evals.preview import thumbnail
 from tests.reports.runs import make_campaign, write_answers
 
 SAMPLES, LAYERS = 50, 5
@@ -61,3 +65,28 @@ def _answer(cell: dict[str, Any], place: int, exits: bool) -> dict[str, Any]:
         "exit_layer": place % LAYERS if exits else None,
     }
     return row | {"error": "the prompt is too long"} if place < cell["errors"] else row
+
+
+def add_changes(
+    folder: Folder, *, docs: int = 30, tasks: Sequence[str] = ("shapes",), text: str = "What is it?"
+) -> None:
+    """Write changed answers of every plan but the full one: each plan changed every document, in each way in turn.
+
+    Two documents in a row have the same image, and the third one has none.
+    """
+    plans = [plan for plan in CampaignManifest.load(folder).plans if plan["name"] != "full"]
+    rows, thumbnails = [], []
+    for task in tasks:
+        for place, plan in enumerate(plans):
+            for doc in range(docs):
+                change = CHANGES[(doc + place) % 3]
+                row = {"model": plan["model"], "task": task, "plan": plan["name"], "doc": doc, "sample_id": f"s{doc}"}
+                row |= {"kind": ("count", "colour")[doc % 2], "target": "red", "question": f"{text} {doc}"}
+                row |= {"full_prediction": "blue", "prediction": f"{plan['name']} says {doc}", "full_score": 0.5}
+                rows.append(row | {"score": {"worse": 0.0, "better": 1.0}.get(change), "change": change, "total": docs})
+        for doc in range(docs):
+            image = Image.new("RGB", (64, 48), (doc // 3 * 8 % 256, len(task), 99)) if doc % 3 != 2 else None
+            row = {"task": task, "doc": doc, "sample_id": f"s{doc}", "question": f"{text} {doc}"}
+            thumbnails.append(row | {"image": thumbnail([image] if image else [])})
+    folder.write_table("changes", rows)
+    folder.write_table("thumbnails", thumbnails)
