@@ -2,6 +2,7 @@
 
 import re
 import sys
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from jobs.campaign import main
 from jobs.common import run
+from reports.store import Folder
 from shortv.errors import Refused
 from shortv.spec import load_spec
 from shortv.workers.campaign.spec import CampaignSpec
@@ -62,6 +64,27 @@ def test_failures_are_status_3_and_refusals_status_2_in_one_line(job: Any, tmp_p
         status, output = job(*given)
         assert status == 2 and message in output and output.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_power_reads_what_is_there_and_starts_nothing(job: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert job("--task", "shapes", "--plans", "first@3,last@3,exit@7", "--output-path", out)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    asked = len(job.workers.asked)
+    status, output = job("--power", "0.1", "--output-path", out)
+    rows = [line.split() for line in output.splitlines() if line.split()[:1] in (["first-3"], ["last-3"], ["exit-7"])]
+    assert status == 0 and "on shapes, exact_match" in output and "needed for 0.1" in output
+    assert [row[:2] for row in rows] == [["first-3", "60"], ["last-3", "60"], ["exit-7", "60"]]
+    table = Folder(out).read_table("comparisons").to_pylist()
+    for row, wanted in zip(rows, [one for one in table if one["metric"] == "exact_match"], strict=True):
+        share = wanted["discordant"]
+        assert row[2] == f"{share:.1%}" and row[5] == f"{ceil(7.8489 * (max(share, 0.1) - 0.01) / 0.01):,}"
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()} and len(job.workers.asked) == asked
+    (tmp_path / "empty").mkdir()
+    for given in (("0.1", tmp_path / "none"), ("0.1", tmp_path / "empty"), ("0", out)):
+        status, output = job("--power", given[0], "--output-path", given[1])
+        assert status == 2 and "Traceback" not in output
+    assert job("--power", "0.1", "--output-path", tmp_path / "empty")[1].count("\n") == 1
 
 
 def test_flags_have_the_form_of_lmms_eval_and_a_recipe_has_tables(tmp_path: Path) -> None:
