@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,9 @@ _POLL_S: Final = 0.5
 _LIMIT_S: Final = 3600.0
 # What Ray names the processes of replicas and producers.
 _VICTIMS: Final = {"replica": "ServeReplica:shortv-campaign", "producer": "Producer"}
-_CLOCKS: Final = ("_ms", "_seconds", "_per_second", "started", "finished")
+# What of the tables does not depend on clocks.
+_TIMELESS: Final = {"speed": ("cell", "model", "plan", "task", "n", "t", "v", "flops_ratio")}
+_CLOCKS: Final = ("busy_seconds",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,7 @@ def bench(spec: specs.KillsBench) -> Iterator[Row]:
                 driver_s=max(10.0, whole.seconds / (spec.drivers + 1)),
             )
             run(killed, command, kills)
+            left = len(_found("replica"))
         finally:
             ray.shutdown()
         yield Row(
@@ -86,6 +89,7 @@ def bench(spec: specs.KillsBench) -> Iterator[Row]:
             figures={
                 **{f"{kind}s_killed": killed.kills[kind] for kind in (*_VICTIMS, "driver")},
                 **compared(whole.folder, killed.folder),
+                "replicas_left": left,
                 "added_s": killed.seconds - whole.seconds,
             },
         )
@@ -135,15 +139,16 @@ def _watch(
     """Return when the driver has ended, by itself or by a kill; kill replicas and producers meanwhile."""
     working: float | None = None
     due: dict[str, float] = {}
+    before = _parts(outcome.folder)
     while driver.poll() is None:
         if time.monotonic() > deadline:
             raise ShortVError(f"the campaign does not end within {_LIMIT_S:.0f} s")
         time.sleep(_POLL_S)
-        now, parts = time.monotonic(), len(list(outcome.folder.glob("answers/*.parquet")))
-        if kills is None or not parts:
+        now = time.monotonic()
+        if kills is None or _parts(outcome.folder) == before:
             continue
         if working is None:
-            # Each process commits something before the next kill, so that the run ends.
+            # A driver commits something before the first kill, so that the run ends.
             working, due = now, {"replica": now + kills.replica_s, "producer": now + kills.producer_s}
         for kind, pause in (("replica", kills.replica_s), ("producer", kills.producer_s)):
             if now >= due[kind] and _kill(kind, draw):
@@ -155,12 +160,21 @@ def _watch(
             return
 
 
+def _parts(folder: Path) -> int:
+    return len(list(folder.glob("answers/*.parquet")))
+
+
 def _kill(kind: str, draw: random.Random) -> bool:
-    found = [one for one in psutil.Process().children(recursive=True) if _VICTIMS[kind] in _title(one)]
+    found = _found(kind)
     if found:
         with suppress(psutil.NoSuchProcess):
             draw.choice(found).kill()
     return bool(found)
+
+
+def _found(kind: str) -> list[psutil.Process]:
+    """Return the processes of replicas or producers on this machine's Ray, which is a child of this process."""
+    return [one for one in psutil.Process().children(recursive=True) if _VICTIMS[kind] in _title(one)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -186,18 +200,15 @@ def compared(whole: Path, killed: Path) -> dict[str, float]:
     }
 
 
-def _tables(folder: Path) -> Iterator[list[Mapping[str, Any]]]:
+def _tables(folder: Path) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each table without times, the answers last and in one order."""
     for name in TABLES:
-        yield [_without_times(row) for row in Folder(str(folder)).read_table(name).to_pylist()]
-    yield [_without_times(row) for row in _answers(folder)]
+        table = Folder(str(folder)).read_table(name, _TIMELESS.get(name))
+        yield table.drop_columns([column for column in _CLOCKS if column in table.column_names]).to_pylist()
+    yield _answers(folder)
 
 
 def _answers(folder: Path) -> list[dict[str, Any]]:
     columns = ("cell", "doc", "sample_id", "prediction", "target", "scores", "error", "values")
     rows = [row for part in Answers(Folder(str(folder))).scan(columns) for row in part.to_pylist()]
     return sorted(rows, key=lambda row: (row["cell"], row["doc"]))
-
-
-def _without_times(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {name: value for name, value in row.items() if not name.endswith(_CLOCKS) and "ms" not in name.split("_")}

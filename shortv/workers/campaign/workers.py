@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import secrets
 import threading
@@ -17,6 +18,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
+from reports.store import Folder
 from shortv.errors import ShortVError
 from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
@@ -31,7 +33,15 @@ from shortv.workers.cluster import connected, free_nodes, living_nodes
 from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.placement import Placement
 from shortv.workers.run import stop_on_signal
-from shortv.workers.serving.app import REPLICA, deploy, place_replicas, replica_app, running_replicas, undeploy
+from shortv.workers.serving.app import (
+    REPLICA,
+    applications,
+    deploy,
+    place_replicas,
+    replica_app,
+    running_replicas,
+    undeploy,
+)
 from shortv.workers.serving.client import ReplicaClient
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.shipping import offer
@@ -65,6 +75,9 @@ class CampaignWorkers:
         # Ray's C++ layer takes the signals for itself when it starts, and ends the process with them.
         with connected(), stop_on_signal():
             serve.start(proxy_location="Disabled")
+            # Replicas outlive a driver that is killed; two drivers never share a folder.
+            for name in applications(_app_prefix(spec)):
+                undeploy(name)
             placement = place_replicas(
                 free_nodes(), replicas=spec.replicas, gpus=spec.gpus_per_replica, device=spec.device
             )
@@ -105,7 +118,7 @@ class Pool:
 
         Raises ShortVError when they do not start.
         """
-        name = f"shortv-campaign-{secrets.token_hex(4)}"
+        name = f"{_app_prefix(self._spec)}{secrets.token_hex(4)}"
         self._apps[name] = self._placement.low
         await asyncio.to_thread(deploy, self.application(model, plans), name=name)
         return name
@@ -227,6 +240,13 @@ class Pool:
 def client_of(app: str) -> ReplicaClient:
     """Connect to an application of replicas, from a producer."""
     return ReplicaClient(serve.get_deployment_handle(REPLICA, app_name=app), patient=True)
+
+
+def _app_prefix(spec: CampaignSpec) -> str:
+    """Return how the names of a campaign's applications begin, which depends on its folder alone."""
+    folder = Folder(spec.output_path)
+    place = str(folder.local_path or folder.shown)
+    return f"shortv-campaign-{hashlib.sha256(place.encode()).hexdigest()[:8]}-"
 
 
 def source_of(task: Benchmark, spec: CampaignSpec) -> TaskSource:

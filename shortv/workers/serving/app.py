@@ -214,6 +214,11 @@ def application_status(name: str) -> ApplicationStatus | None:
     return application.status if application else None
 
 
+def applications(prefix: str) -> list[str]:
+    """Return the names of the applications whose names begin so."""
+    return [name for name in serve.status().applications if name.startswith(prefix)]
+
+
 def running_replicas(name: str) -> int:
     """Return how many replicas of an application run."""
     application = serve.status().applications.get(name)
