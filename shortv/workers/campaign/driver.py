@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +28,7 @@ from shortv.workers.campaign.producer import MEASURED_DOCUMENTS, ProducerLost, l
 from shortv.workers.campaign.spec import CampaignSpec
 from shortv.workers.campaign.summary import print_summary, result_line
 from shortv.workers.campaign.tables import Rows, group_tables
-from shortv.workers.campaign.units import Unit, shards
+from shortv.workers.campaign.units import SHARD, Unit, shards
 from shortv.workers.progress import SampleProgress
 from shortv.workers.run import (
     Stopped,
@@ -181,6 +181,7 @@ class _Stream:
         self.group = group
         missing = folder.missing(group, retry_failed=spec.retry_failed)
         self.missing = {key: lacking for key, lacking in missing.items() if key not in claimed}
+        self.unscored = folder.unscored(group) if spec.retry_failed else []
         self.unmeasured = bool(group.task.num_docs) and not self.missing.keys() <= folder.measured().keys()
         self.clocks: dict[str, EngineClock] = {}
         self.problem: str | None = None
@@ -188,12 +189,19 @@ class _Stream:
 
     @property
     def pairs(self) -> int:
-        """Answers that are missing."""
-        return sum(int(lacking.sum()) for lacking in self.missing.values())
+        """Answers that are missing, or lack their scores."""
+        return sum(int(lacking.sum()) for lacking in self.missing.values()) + len(self.unscored)
 
-    def units(self, app: str, pool: Pool) -> list[Unit]:
-        """Return the units that are missing."""
-        return [self.unit(app, pool, docs, cells) for docs, cells in shards(self.missing)]
+    def units(self, app: str, pool: Pool) -> Iterator[Unit]:
+        """Yield the units that are missing."""
+        for docs, cells in shards(self.missing):
+            yield self.unit(app, pool, docs, cells)
+        by_shard: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        for row in self.unscored:
+            by_shard[row["doc"] // SHARD].append(row)
+        for rows in by_shard.values():
+            docs, cells = tuple(sorted({row["doc"] for row in rows})), tuple({row["cell"]: None for row in rows})
+            yield replace(self.unit(app, pool, docs, cells), unscored=tuple(rows))
 
     def unit(self, app: str, pool: Pool, docs: Sequence[int], cells: Sequence[str]) -> Unit:
         """Return a unit of the group."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from reports.answers import Answers
 from reports.changes import Compared, changes, with_questions
+from reports.schemas import schema_of
 from reports.store import Folder
 from shortv.errors import ShortVError
 from shortv.workers.campaign.cells import Group
@@ -100,15 +101,16 @@ class CampaignFolder:
     def missing(self, group: Group, *, retry_failed: bool) -> dict[str, NDArray[np.bool_]]:
         """Return which documents each cell of a group lacks, by key, and those that failed if they are to be retried.
 
-        An answer to a document that has changed since is missing.
+        An answer to a document that has changed since is missing; one whose scoring failed is there (`unscored`).
         """
         keys, count = group.distinct.keys(), group.task.num_docs
         missing = {key: np.ones(count, bool) for key in keys}
         if not keys & set(self.answers.cells):
             return missing
         digests = group.task.document_digests
-        for part in self.answers.scan(("cell", "doc", "doc_digest", "error"), cells=keys):
-            failed_R = part["error"].is_valid().to_numpy(zero_copy_only=False)
+        for part in self.answers.scan(("cell", "doc", "doc_digest", "error", "responses"), cells=keys):
+            failed = pc.and_(pc.is_valid(part["error"]), pc.is_null(part["responses"]))
+            failed_R = failed.to_numpy(zero_copy_only=False)
             doc_R, digest_R = part["doc"].to_numpy(), part["doc_digest"].to_numpy()
             for key in keys:
                 own_R = pc.equal(part["cell"], key).to_numpy(zero_copy_only=False) & (doc_R < count)
@@ -116,6 +118,16 @@ class CampaignFolder:
                 doc = doc_R[own_R]
                 missing[key][doc[digests[doc] == digest_R[own_R]]] = False
         return missing
+
+    def unscored(self, group: Group) -> list[dict[str, Any]]:
+        """Return the answers of a group whose scoring failed, so that they can be scored again without being asked."""
+        digests, keys = group.task.document_digests, group.distinct.keys()
+        found = [
+            row
+            for part in self.answers.scan(schema_of("answers").names, cells=keys)
+            for row in part.filter(pc.is_valid(part["responses"])).to_pylist()
+        ]
+        return [row for row in found if row["doc"] < len(digests) and digests[row["doc"]] == row["doc_digest"]]
 
     def commit(self, result: UnitResult) -> None:
         """Write a finished unit, its answers last."""

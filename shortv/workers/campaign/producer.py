@@ -22,7 +22,7 @@ from shortv.evals.benchmark import Benchmark
 from shortv.evals.dispatch import Response, WorkClient, respond_under_plans
 from shortv.evals.judging import Judge
 from shortv.evals.preview import Preview, preview
-from shortv.evals.scoring import ScoredSample
+from shortv.evals.scoring import ScoredSample, stored_responses
 from shortv.request import EngineClock, Failure, PlanSpeed, Reason, Replies, Work
 from shortv.workers.campaign.units import TaskSource, Unit, UnitCell
 from shortv.workers.shipping import ShippedFolder
@@ -31,6 +31,10 @@ REQUEST_SECONDS: Final = 600.0
 """How long one request may take, including the time until a lost replica is back."""
 MEASURED_DOCUMENTS: Final = 16
 """Documents on which the speed of plans is measured."""
+
+
+# What scoring says of an answer.
+_SCORED: Final = ("prediction", "target", "kind", "scores", "error", "responses", "values")
 
 
 class ProducerLost(Exception):
@@ -148,10 +152,12 @@ class Producer:
         self._window.size = window
         benchmark = await self._in_pool(self._benchmark, unit.task)
         await self._in_pool(_check_documents, unit, benchmark)
-        starts = range(0, len(unit.docs), pack)
-        packs = [slice(start, start + pack) for start in starts]
-        clocks: dict[str, EngineClock] = {}
         judge = Judge(unit.judged)
+        if unit.unscored:
+            scored: UnitResult = await self._in_pool(_score_again, unit, benchmark, judge)
+            return scored
+        packs = [slice(start, start + pack) for start in range(0, len(unit.docs), pack)]
+        clocks: dict[str, EngineClock] = {}
         tasks = [asyncio.create_task(self._run_pack(unit, benchmark, judge, some, clocks)) for some in packs]
         try:
             found = await asyncio.gather(*tasks)
@@ -259,6 +265,19 @@ def _rows(
                 )
                 rows.append(answer_row(cell, digests[doc], sample))
     return rows
+
+
+def _score_again(unit: Unit, benchmark: Benchmark, judge: Judge) -> UnitResult:
+    """Score stored answers; what they cost stays as it was."""
+    rows = []
+    for cell in unit.cells:
+        own = {row["doc"]: row for row in unit.unscored if row["cell"] == cell.cell}
+        docs = sorted(own)
+        responses = [response for doc in docs for response in stored_responses(own[doc]["responses"])]
+        for sample in benchmark.score(docs, responses, judge=judge):
+            found = answer_row(cell, own[sample.doc]["doc_digest"], sample)
+            rows.append({**own[sample.doc], **{name: found[name] for name in _SCORED}})
+    return result_of(rows, judged=judge_rows(unit.task.name, judge))
 
 
 def _checked(cell: UnitCell, response: Response) -> Response:

@@ -56,16 +56,19 @@ class Unit:
     cells: tuple[UnitCell, ...]
     judged: Mapping[str, str] = field(default_factory=dict)
     """Earlier replies of an LLM judge about these documents, by the digests of its calls."""
+    unscored: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """Rows of the table `answers` whose scoring failed. A unit that has them asks nothing, it scores them again."""
 
     @property
     def pairs(self) -> int:
         """Number of answers."""
-        return len(self.docs) * len(self.cells)
+        return len(self.unscored) or len(self.docs) * len(self.cells)
 
     def singles(self) -> Iterator[Unit]:
         """Yield the unit's documents, each as a unit of its own."""
         for doc, digest in zip(self.docs, self.digests, strict=True):
-            yield replace(self, docs=(doc,), digests=(digest,))
+            unscored = tuple(row for row in self.unscored if row["doc"] == doc)
+            yield replace(self, docs=(doc,), digests=(digest,), unscored=unscored)
 
 
 def shards(missing: Mapping[str, NDArray[np.bool_]]) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:

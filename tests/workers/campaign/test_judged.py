@@ -74,8 +74,13 @@ def test_a_failed_judge_call_is_an_error_row_and_never_a_zero(
     asked = len(server.asked)
     workers = LocalWorkers()
     campaign(spec(tmp_path, retry_failed=True), workers)
-    assert len(server.asked) == asked + 2 and [doc for *_, doc in workers.asked] == [1, 3]
-    assert [row["n"] for row in tables(tmp_path / "out")["metrics"]] == [N_DOCS]
+    # The model is not asked again.
+    assert len(server.asked) == asked + 2 and [doc for *_, doc in workers.asked] == [1, 3] and workers.works == []
+    again = tables(tmp_path / "out")
+    assert [row["n"] for row in again["metrics"]] == [N_DOCS] and not any(row["error"] for row in again["answers"])
+    scoring = ("scores", "error", "responses", "values")
+    before, after = ([{**row, **dict.fromkeys(scoring)} for row in one["answers"]] for one in (found, again))
+    assert after == before
 
 
 def test_a_judge_that_is_called_when_metrics_are_aggregated(tmp_path: Path, server: FlakyJudge) -> None:
