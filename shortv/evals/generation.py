@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from shortv.errors import SampleError
 from shortv.families import LoadedModel
-from shortv.families.preprocessing import Prompt, batch_of
+from shortv.families.preprocessing import Batch, EncodedPrompt, Preprocessor, Prompt, batch_of, encode_one, join
 from shortv.families.supervised import continuation_ids
 from shortv.layers.progress import prompted
 from shortv.request import Completion, Likelihood
@@ -92,28 +92,43 @@ def likelihoods(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[Likeliho
     last token of the prompt merges with the first of the continuation, the merged token belongs to the continuation.
 
     Raises:
-        SampleError: as `batch_of`; or a continuation is empty, or the processor changes its tokens.
+        SampleError: as `encode_continuation`.
     """
-    labels = [continuation_ids(loaded, prompt.text, prompt.continuation) for prompt in prompts]
-    if not all(labels):
+    pairs = [encode_continuation(loaded, prompt) for prompt in prompts]
+    batch = join(loaded, [encoded for encoded, _ in pairs], padding_side="left")
+    return scored(loaded, batch, [labels for _, labels in pairs])
+
+
+def encode_continuation(preprocessor: Preprocessor, prompt: Prompt) -> tuple[EncodedPrompt, tuple[int, ...]]:
+    """Encode a prompt with its continuation; also returns the tokens that are to be scored.
+
+    Raises:
+        SampleError: as `encode_one`; or the continuation is empty, or the processor changes its tokens.
+    """
+    labels = continuation_ids(preprocessor, prompt.text, prompt.continuation)
+    if not labels:
         raise _unusable("the likelihood of an empty continuation is not defined; correct the task's choices")
-    inputs = batch_of(loaded, prompts, padding_side="left").on(loaded).inputs
-    for prompt, label, ids_T in zip(prompts, labels, inputs["input_ids"], strict=True):
-        if ids_T[-len(label) :].tolist() != label:
-            raise _unusable(f"the tokens of the prompt do not end with those of {prompt.continuation!r:.100}")
-    prompt_BT = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    encoded = encode_one(preprocessor, prompt)
+    if encoded.ids[-len(labels) :] != labels:
+        raise _unusable(f"the tokens of the prompt do not end with those of {prompt.continuation!r:.100}")
+    return encoded, tuple(labels)
+
+
+def scored(loaded: LoadedModel, batch: Batch, labels: Sequence[Sequence[int]]) -> list[Likelihood]:
+    """Score the last tokens of each sequence of a batch in CPU memory that is padded on the left."""
+    prompt_BT = torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool)
     for prompt_T, label in zip(prompt_BT, labels, strict=True):
         prompt_T[-len(label) :] = False
     with torch.inference_mode(), prompted(loaded.decoder, prompt_BT):
-        logits_BTV = loaded.model(**inputs, use_cache=False, logits_to_keep=max(map(len, labels)) + 1).logits
-    return [_score(logits_TV, label) for logits_TV, label in zip(logits_BTV, labels, strict=True)]
+        output = loaded.model(**batch.on(loaded).inputs, use_cache=False, logits_to_keep=max(map(len, labels)) + 1)
+    return [_score(logits_TV, label) for logits_TV, label in zip(output.logits, labels, strict=True)]
 
 
 def _unusable(message: str) -> SampleError:
     return SampleError(stage="tokenise", error="continuation", message=message)
 
 
-def _score(logits_TV: Tensor, labels: list[int]) -> Likelihood:
+def _score(logits_TV: Tensor, labels: Sequence[int]) -> Likelihood:
     # The last position predicts what would come after the continuation.
     relevant_TV = logits_TV[-len(labels) - 1 : -1].float()
     labels_T = torch.tensor(labels, device=relevant_TV.device)

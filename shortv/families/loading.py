@@ -32,6 +32,17 @@ class LoadedModel(Preprocessor):
     device: torch.device
     """The device of the inputs; layers may be on other devices if the model is spread over several."""
 
+    @property
+    def cuda_devices(self) -> set[torch.device]:
+        """The GPUs that hold layers of the model or take its inputs."""
+        devices = {self.device, *(self.decoder.device(layer) for layer in self.decoder.layers)}
+        return {device for device in devices if device.type == "cuda"}
+
+    def synchronize(self) -> None:
+        """Wait until the GPUs of the model have done their work."""
+        for device in self.cuda_devices:
+            torch.cuda.synchronize(device)
+
     def end_tokens(self, stop: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
         """Return the ids that end a completion (the model's own and stops that are special tokens), and other stops."""
         tokenizer = self.processor.tokenizer

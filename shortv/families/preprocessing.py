@@ -1,19 +1,22 @@
 """From messages to model inputs: images, the processor's chat template, tokens and padding. Needs no weights.
 
 Sweeps, replicas, the model in one process and training all prepare their prompts here:
-`Sample` -> `Message` (`message_of`) -> `Prompt` (`prompt_of`) -> `Batch` (`batch_of`).
+`Sample` -> `Message` (`message_of`) -> `Prompt` (`prompt_of`) -> `EncodedPrompt` (`encode_one`) -> `Batch` (`join`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from shortv.errors import SampleError, one_line
+from shortv.families.pixels import PIXEL_INPUTS, Pixels, images_of, stacked
 from shortv.families.table import Family
 from shortv.families.tokens import TokenTypes, token_types
 from shortv.request import Message
@@ -53,11 +56,31 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt as the processor encodes it, in CPU memory and without padding."""
+
+    inputs: Mapping[str, Tensor]
+    """A batch of one."""
+    images: tuple[Pixels, ...]
+    """Its images as the vision tower gets them, in their order."""
+    n_text: int
+    n_visual: int
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens, visual ones as placeholders."""
+        found: list[int] = self.inputs["input_ids"][0].tolist()
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A padded batch: keyword arguments for the model, and the type of each position."""
 
     inputs: dict[str, Tensor]
     types: TokenTypes
+    images: tuple[Pixels, ...] | None = None
+    """The images of its prompts, in their order, where the batch was joined; always in CPU memory."""
 
     def on(self, loaded: LoadedModel) -> Batch:
         """Return the batch on the model's device, pixels in the model's dtype."""
@@ -66,7 +89,7 @@ class Batch:
             name: value.to(loaded.device, dtype if value.is_floating_point() else None)
             for name, value in self.inputs.items()
         }
-        return Batch(inputs=moved, types=self.types.on(loaded.device))
+        return replace(self, inputs=moved, types=self.types.on(loaded.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,42 +178,92 @@ def batch_of(
 ) -> Batch:
     """Encode prompts with their continuations into one padded batch in CPU memory.
 
-    Some processors take prompts with images or prompts without, not both at once.
-
     Args:
-        padding_side: the tokenizer's own unless given; generation needs the left.
+        padding_side: the processor's own unless given; generation needs the left.
 
     Raises:
-        SampleError: the processor fails on a prompt, images became no visual tokens, or a prompt exceeds the model's
-            context. To find out which one, encode each alone.
+        SampleError: as `encode_one`, for the first prompt that cannot be encoded.
     """
-    texts = [prompt.text + prompt.continuation for prompt in prompts]
-    # One list per prompt, as the processors' own apply_chat_template passes them: LLaVA-OneVision tiles an image only
-    # where it is a prompt's only one, and Gemma 3 takes a flat list for the images of one prompt.
-    images = [list(prompt.images) for prompt in prompts]
+    return join(preprocessor, [encode_one(preprocessor, prompt) for prompt in prompts], padding_side=padding_side)
+
+
+def encode_one(preprocessor: Preprocessor, prompt: Prompt) -> EncodedPrompt:
+    """Encode a prompt with its continuation.
+
+    Raises:
+        SampleError: the processor fails on it, images became no visual tokens, or it exceeds the model's context.
+    """
+    text, images = prompt.text + prompt.continuation, list(prompt.images)
     try:
         encoded: Any = preprocessor.processor(
-            images=images if any(images) else None,
-            text=texts,
-            padding=True,
+            # One list per prompt, as the processors' own apply_chat_template passes them: LLaVA-OneVision tiles an
+            # image only where it is a prompt's only one, and Gemma 3 takes a flat list for the images of one prompt.
+            images=[images] if images else None,
+            text=[text],
             return_tensors="pt",
-            add_special_tokens=adds_special_tokens(preprocessor, texts[0]),
-            **({"padding_side": padding_side} if padding_side else {}),
+            add_special_tokens=adds_special_tokens(preprocessor, text),
         )
     except Exception as error:  # processors raise whatever their libraries raise on odd sizes and texts
         raise SampleError("tokenise", type(error).__name__, one_line(error, limit=500)) from error
     inputs: dict[str, Tensor] = dict(encoded)
     types = token_types(inputs["input_ids"], inputs["attention_mask"], preprocessor.visual_ids)
-    for own, n_text, n_visual in zip(images, types.n_text, types.n_visual, strict=True):
-        if bool(own) != bool(n_visual):
-            message = f"{len(own)} images became {n_visual} visual tokens; does the chat template place images?"
-            raise SampleError("tokenise", "visual-tokens", message)
-        if n_text + n_visual > preprocessor.context:
-            message = f"{n_text} text and {n_visual} visual tokens exceed the model's context of {preprocessor.context}"
-            raise SampleError("tokenise", "context", message)
+    (n_text,), (n_visual,) = types.n_text, types.n_visual
+    if bool(images) != bool(n_visual):
+        message = f"{len(images)} images became {n_visual} visual tokens; does the chat template place images?"
+        raise SampleError("tokenise", "visual-tokens", message)
+    if n_text + n_visual > preprocessor.context:
+        message = f"{n_text} text and {n_visual} visual tokens exceed the model's context of {preprocessor.context}"
+        raise SampleError("tokenise", "context", message)
+    seen = images_of(preprocessor.family, inputs)
+    return EncodedPrompt(inputs=inputs, images=seen, n_text=n_text, n_visual=n_visual)
+
+
+def join(
+    preprocessor: Preprocessor,
+    encoded: Sequence[EncodedPrompt],
+    *,
+    padding_side: PaddingSide | None = None,
+    pixels: bool = True,
+) -> Batch:
+    """Pad encoded prompts to one batch, as the processor would have encoded them together.
+
+    Args:
+        padding_side: the processor's own unless given; generation needs the left.
+        pixels: without them `pixel_values` has no content: for `VisionCache.reusing`, which has the images.
+    """
+    lengths = [one.inputs["input_ids"].shape[1] for one in encoded]
+    left = (padding_side or _padding_side(preprocessor)) == "left" if len(set(lengths)) > 1 else True
+    sides = [(max(lengths) - length, 0) if left else (0, max(lengths) - length) for length in lengths]
+    inputs: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for one in encoded for name in one.inputs):
+        if name == "pixel_values" and not pixels:
+            inputs[name] = torch.empty(1)
+        elif name in PIXEL_INPUTS:
+            inputs[name] = _joined_pixels(preprocessor.family, name, encoded)
+        else:
+            fill = (preprocessor.processor.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+            padded = [pad(one.inputs[name], side, value=fill) for one, side in zip(encoded, sides, strict=True)]
+            inputs[name] = torch.cat(padded)
     if preprocessor.family.positions_from_mask:
         inputs["position_ids"] = positions_of(inputs["attention_mask"])
-    return Batch(inputs=inputs, types=types)
+    types = token_types(inputs["input_ids"], inputs["attention_mask"], preprocessor.visual_ids)
+    return Batch(inputs=inputs, types=types, images=tuple(image for one in encoded for image in one.images))
+
+
+def _padding_side(preprocessor: Preprocessor) -> PaddingSide:
+    """Find out on which side the processor pads: some have a default that is not their tokenizer's."""
+    mask_BT = preprocessor.processor(text=["a", "a a"], padding=True, return_tensors="pt")["attention_mask"]
+    return "right" if mask_BT[0, 0] else "left"
+
+
+def _joined_pixels(family: Family, name: str, encoded: Sequence[EncodedPrompt]) -> Tensor:
+    parts = [one.inputs.get(name) for one in encoded]
+    found = [part for part in parts if part is not None]
+    if family.pixels == "nested":
+        # A row for each prompt, also for those without images.
+        empty = found[0].new_zeros(1, 0, *found[0].shape[2:])
+        found = [empty if part is None else part for part in parts]
+    return stacked(found)
 
 
 def positions_of(mask_BT: Tensor) -> Tensor:
@@ -207,29 +280,14 @@ def adds_special_tokens(preprocessor: Preprocessor, text: str) -> bool:
 def preprocess(preprocessor: Preprocessor, samples: Sequence[Sample]) -> Encoded:
     """Encode samples into one padded batch in CPU memory; one that cannot be used is an error of its own."""
     errors: list[tuple[Sample, SampleError]] = []
-    usable: list[tuple[Sample, Prompt]] = []
+    usable: list[tuple[Sample, EncodedPrompt]] = []
     for sample in samples:
         try:
-            usable.append((sample, prompt_of(preprocessor, [message_of(sample)])))
+            usable.append((sample, encode_one(preprocessor, prompt_of(preprocessor, [message_of(sample)]))))
         except SampleError as error:
             errors.append((sample, error))
-    batch = None
-    try:
-        batch = batch_of(preprocessor, [prompt for _, prompt in usable]) if usable else None
-    except SampleError:
-        faults = [_fault(preprocessor, prompt) for _, prompt in usable]
-        errors += [(sample, fault) for (sample, _), fault in zip(usable, faults, strict=True) if fault]
-        usable = [pair for pair, fault in zip(usable, faults, strict=True) if not fault]
-        batch = batch_of(preprocessor, [prompt for _, prompt in usable]) if usable else None
+    batch = join(preprocessor, [one for _, one in usable]) if usable else None
     return Encoded(batch=batch, samples=tuple(sample for sample, _ in usable), errors=tuple(errors))
-
-
-def _fault(preprocessor: Preprocessor, prompt: Prompt) -> SampleError | None:
-    try:
-        batch_of(preprocessor, [prompt])
-    except SampleError as error:
-        return error
-    return None
 
 
 def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> Encoded:

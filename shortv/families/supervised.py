@@ -11,7 +11,15 @@ from torch import Tensor
 
 from shortv.errors import SampleError
 from shortv.families.loading import LoadedModel
-from shortv.families.preprocessing import Batch, PaddingSide, adds_special_tokens, batch_of, message_of, prompt_of
+from shortv.families.preprocessing import (
+    Batch,
+    PaddingSide,
+    Preprocessor,
+    adds_special_tokens,
+    batch_of,
+    message_of,
+    prompt_of,
+)
 from shortv.request import Message
 from shortv.sample import Sample
 
@@ -69,14 +77,14 @@ def supervised(
     return Supervised(batch=batch.on(loaded), labels_BT=labels_BT.to(loaded.device))
 
 
-def continuation_ids(loaded: LoadedModel, text: str, continuation: str) -> list[int]:
+def continuation_ids(preprocessor: Preprocessor, text: str, continuation: str) -> list[int]:
     """Return the tokens by which a prompt's text with a continuation differs from the text alone; images are ignored.
 
     Where the last token of the prompt merges with the first of the continuation, the merged token counts as part of
     the continuation.
     """
-    tokenizer = loaded.processor.tokenizer
-    special = adds_special_tokens(loaded, text)
+    tokenizer = preprocessor.processor.tokenizer
+    special = adds_special_tokens(preprocessor, text)
     before, whole = (tokenizer(whole, add_special_tokens=special)["input_ids"] for whole in (text, text + continuation))
     ids: list[int] = whole[_common(before, whole) :]
     return ids

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from shortv.errors import Refused
 from shortv.families import Batch, LoadedModel
+from shortv.families.pixels import LAYOUTS
 from shortv.families.preprocessing import batch_of, message_of, prompt_of
-from shortv.families.vision import LAYOUTS, VisionCache
+from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
 from shortv.sample import Sample
@@ -87,7 +88,11 @@ def test_logits_are_the_models_and_the_tower_runs_once_per_image(loaded: LoadedM
         first = [logits(loaded, batch) for batch in batches[:2]]
     assert [check(loaded, batch, cache) for batch in batches * 2] == [alone[:1], alone[1:], *[[]] * 8]
     assert cache.misses > 3 and cache.hits > 2 * cache.misses
-    assert cache.bytes == sum(part.untyped_storage().nbytes() for kept in cache._kept.values() for part in kept) > 0
+    assert (
+        cache.bytes
+        == sum(part.untyped_storage().nbytes() for kept in cache._kept.values() for part in kept.features)
+        > 0
+    )
     assert torch.equal(logits(loaded, batches[0], VisionCache(loaded)), first[0])
 
 

@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
 
-import torch
-from transformers import DynamicCache
-
-from shortv.evals.generation import likelihoods
+from shortv.evals.generation import scored
 from shortv.families import LoadedModel
-from shortv.families.preprocessing import batch_of, positions_of
-from shortv.families.vision import VisionCache
-from shortv.layers.cache import keep_rows
-from shortv.learned.dyvte.run import exit_layers
+from shortv.families.preprocessing import join
+from shortv.families.vision import TowerTimes, VisionCache
 from shortv.request import Reason
+from shortv.workers.serving.forward import CachedForward
 from shortv.workers.serving.sampling import choose_all
 from shortv.workers.serving.sequence import Sequence
 
@@ -32,66 +25,36 @@ class RunningBatch:
     """
 
     def __init__(self, loaded: LoadedModel, vision: VisionCache, sequences: Iterable[Sequence]) -> None:
-        """Prefill, and choose the first token of each sequence.
-
-        Raises:
-            SampleError: a prompt cannot be encoded; encode each alone to find out which.
-        """
-        self._loaded = loaded
+        """Prefill, and choose the first token of each sequence."""
         self.sequences = list(sequences)
         started = time.monotonic()
-        encoded = batch_of(loaded, [sequence.prompt for sequence in self.sequences], padding_side="left")
-        ids_BT, types = encoded.inputs["input_ids"], encoded.types
-        inputs = encoded.on(loaded).inputs
-        self._mask_BT = inputs["attention_mask"]
-        for at, sequence in enumerate(self.sequences):
-            sequence.begin(loaded, ids_BT[at][encoded.inputs["attention_mask"][at].bool()].tolist(), started=started)
-            sequence.n_text, sequence.n_visual = types.n_text[at], types.n_visual[at]
-        self._cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
-        run, has_images = self.sequences[0].run, bool(self.sequences[0].prompt.images)
-        has_own_positions = has_images and not loaded.decoder.family.positions_from_mask
-        if not has_own_positions:
-            inputs.setdefault("position_ids", positions_of(self._mask_BT))
-        # Such parts read states inside the vision tower, so it has to run.
-        by_tower = run is not None and run.needs_tower
-        with torch.inference_mode(), nullcontext() if by_tower else vision.reusing(encoded):
-            output = loaded.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._delta_B1 = torch.zeros_like(self._mask_BT[:, :1])
-        if has_own_positions:
-            # The model keeps it for the batch it saw last, and there may be several.
-            deltas_B1: Any = loaded.decoder.backbone.rope_deltas
-            self._delta_B1 = deltas_B1.to(self._delta_B1)
-        exits = exit_layers(self._cache)
+        for sequence in self.sequences:
+            sequence.begin(loaded, sequence.prepared.encoded.ids, started=started)
+        encoded = [sequence.prepared.encoded for sequence in self.sequences]
+        self._forward = CachedForward(loaded, vision, encoded, self.sequences[0].run)
+        _note_prefill(self.sequences, self._forward.prefill_ms, self._forward.tower)
+        exits = self._forward.exits
         for sequence, layer in zip(self.sequences, exits or (), strict=exits is not None):
-            sequence.exit_layer = layer if sequence.n_visual else None
-        self._choose(output, prefill_since=started)
+            sequence.exit_layer = layer if sequence.prepared.encoded.n_visual else None
+        self._choose(started, after_prefill=True)
 
     def step(self) -> None:
         """Generate one token for each sequence."""
+        started = time.monotonic()
         self._leave()
-        if not self.sequences:
-            return
-        device = self._mask_BT.device
-        tokens_B1 = torch.tensor([[sequence.sampler.last] for sequence in self.sequences], device=device)
-        self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(tokens_B1)], dim=1)
-        with torch.inference_mode():
-            output = self._loaded.model(
-                input_ids=tokens_B1,
-                attention_mask=self._mask_BT,
-                position_ids=self._mask_BT.sum(1, keepdim=True) - 1 + self._delta_B1,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._choose(output)
+        if self.sequences:
+            self._forward.step([sequence.sampler.last for sequence in self.sequences])
+            self._choose(started)
 
-    def _choose(self, output: Any, prefill_since: float | None = None) -> None:
-        chosen = choose_all([sequence.sampler for sequence in self.sequences], output.logits[:, -1].float())
+    def _choose(self, started: float, *, after_prefill: bool = False) -> None:
+        chosen = choose_all([sequence.sampler for sequence in self.sequences], self._forward.logits_BV)
         # Choosing has waited for the device.
         now = time.monotonic()
+        share_ms = 1e3 * (now - started) / len(self.sequences)
         for sequence, one in zip(self.sequences, chosen, strict=True):
-            if prefill_since is not None:
-                sequence.prefill_ms, sequence.prefilled_at = 1e3 * (now - prefill_since), now
+            sequence.busy_ms += share_ms
+            if after_prefill:
+                sequence.prefilled_at = now
             if one is None:
                 sequence.fail(Reason.INTERNAL, NOT_FINITE)
             elif not sequence.over:
@@ -104,9 +67,7 @@ class RunningBatch:
             return
         self.sequences = [self.sequences[index] for index in staying]
         if self.sequences:
-            index_R = torch.tensor(staying, device=self._mask_BT.device)
-            keep_rows(self._cache, index_R)
-            self._mask_BT, self._delta_B1 = self._mask_BT[index_R], self._delta_B1[index_R]
+            self._forward.keep(staying)
 
     @property
     def size(self) -> int:
@@ -114,16 +75,30 @@ class RunningBatch:
         return sum(not sequence.over for sequence in self.sequences)
 
 
-def score(loaded: LoadedModel, sequences: Iterable[Sequence]) -> None:
-    """Finish sequences with the log-likelihood of their requests' continuations, in one forward.
-
-    Raises:
-        ShortVError: a continuation cannot be scored; score each alone to find out which.
-    """
+def score(loaded: LoadedModel, vision: VisionCache, sequences: Iterable[Sequence]) -> None:
+    """Finish sequences with the log-likelihood of their requests' continuations, in one forward."""
     sequences = list(sequences)
-    prompts = [replace(one.prompt, continuation=one.request.continuation or "") for one in sequences]
-    for one, found in zip(sequences, likelihoods(loaded, prompts), strict=True):
-        if math.isnan(found.log_probability):
-            one.fail(Reason.INTERNAL, NOT_FINITE)
+    started = time.monotonic()
+    for sequence in sequences:
+        sequence.queue_ms = 1e3 * (started - sequence.arrived)
+    run = sequences[0].run
+    by_tower = run is not None and run.needs_tower
+    encoded = [sequence.prepared.encoded for sequence in sequences]
+    batch = join(loaded, encoded, padding_side="left", pixels=by_tower)
+    with vision.reusing(batch, own=by_tower) as tower:
+        found = scored(loaded, batch, [sequence.prepared.continuation for sequence in sequences])
+    took_ms = 1e3 * (time.monotonic() - started)
+    _note_prefill(sequences, took_ms - tower.now_ms, tower)
+    for sequence, likelihood in zip(sequences, found, strict=True):
+        sequence.busy_ms += took_ms / len(sequences)
+        if math.isnan(likelihood.log_probability):
+            sequence.fail(Reason.INTERNAL, NOT_FINITE)
         else:
-            one.finish(found)
+            sequence.end_scored(likelihood)
+
+
+def _note_prefill(sequences: Iterable[Sequence], prefill_ms: float, tower: TowerTimes) -> None:
+    sequences = list(sequences)
+    for sequence in sequences:
+        sequence.prefill_ms, sequence.prefill_batch = prefill_ms, len(sequences)
+        sequence.vision_ms = sum(tower.by_image.get(image.key, 0.0) for image in sequence.prepared.encoded.images)

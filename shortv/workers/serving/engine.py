@@ -10,16 +10,18 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from time import monotonic
+from typing import Any, NamedTuple, TypeVar
 
 from shortv.errors import SampleError, ShortVError
 from shortv.families import LoadedModel
 from shortv.families.vision import VisionCache
 from shortv.layers.apply import executing
 from shortv.plan import Mode
-from shortv.request import Reason
+from shortv.request import EngineClock, Failure, Reason
 from shortv.workers.serving.batch import RunningBatch, score
 from shortv.workers.serving.scheduler import EngineSettings, Scheduler
 from shortv.workers.serving.sequence import Sequence
@@ -27,6 +29,12 @@ from shortv.workers.serving.sequence import Sequence
 LOG = logging.getLogger("shortv.engine")
 # Errors after which a CUDA process can compute nothing any more.
 POISONED = ("AcceleratorError", "CudaError")
+T = TypeVar("T")
+
+
+class _Job(NamedTuple):
+    work: Callable[[], Any]
+    future: Future[Any]
 
 
 class Engine:
@@ -38,7 +46,9 @@ class Engine:
         self.vision = VisionCache(loaded, max_bytes=settings.vision_bytes)
         self.scheduler = Scheduler(settings)
         self._loaded = loaded
-        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence | _Job | None] = queue.SimpleQueue()
+        self._jobs: list[_Job] = []
+        self._clock = _IdleClock()
         self._applied = ExitStack()
         self._plan: tuple[tuple[Mode, ...], Hashable] | None = None
         self._stopping = False
@@ -60,6 +70,19 @@ class Engine:
         self._inbox.put(sequence)
         if self._ended:
             self._empty_inbox()
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Have the thread run a function between two steps, while the model is under no plan; from any thread."""
+        job = _Job(work, Future())
+        self._inbox.put(job)
+        if self._ended:
+            self._empty_inbox()
+        return job.future
+
+    def clock(self, replica: str) -> EngineClock:
+        """Return the times so far, under the name of a replica; from any thread."""
+        busy_s, idle_s = self._clock.read()
+        return EngineClock(replica=replica, busy_s=busy_s, idle_s=idle_s)
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread after its current step; the sequences left fail with `Reason.LOST`."""
@@ -90,8 +113,9 @@ class Engine:
         finally:
             self._applied.close()
             self._ended = True
-            for sequence in self.scheduler.all:
-                self._send_away(sequence)
+            left: list[Sequence | _Job] = [*self.scheduler.all, *self._jobs]
+            for one in left:
+                self._send_away(one)
             self._empty_inbox()
 
     def _note_progress(self, *_: object) -> None:
@@ -100,6 +124,8 @@ class Engine:
     def _iterate(self) -> None:
         """Prefill at most one batch, and step each running one; keep no batch that has ended."""
         self._receive()
+        while self._jobs and self._lost is None:
+            self._run_job(self._jobs[0])
         self.scheduler.drop_finished()
         sequences = self.scheduler.next_batch()
         if sequences:
@@ -117,18 +143,33 @@ class Engine:
         self._progress_at = monotonic() if timeout is not None else float("inf")
         with suppress(queue.Empty):
             while True:
-                sequence = self._inbox.get(block=timeout != 0, timeout=timeout)
-                if sequence is not None:
-                    self.scheduler.waiting.append(sequence)
+                with self._clock.idle() if timeout != 0 else nullcontext():
+                    one = self._inbox.get(block=timeout != 0, timeout=timeout)
+                if isinstance(one, Sequence):
+                    self._clock.begin()
+                    self.scheduler.waiting.append(one)
+                elif one is not None:
+                    self._jobs.append(one)
                 timeout = 0.0
         self._note_progress()
+
+    def _run_job(self, job: _Job) -> None:
+        self._applied.close()
+        self._plan = None
+        try:
+            job.future.set_result(job.work())
+        except Exception as error:  # whatever the model or its device raises
+            self._note_loss(error)
+            LOG.error("a job of the engine failed: %s\n%s", type(error).__name__, _frames(error))
+            job.future.set_exception(error)
+        self._jobs.remove(job)
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         self._apply_plan_of(sequences[0])
         if sequences[0].request.continuation is None:
             self.scheduler.begin(RunningBatch(self._loaded, self.vision, sequences))
         else:
-            score(self._loaded, sequences)
+            score(self._loaded, self.vision, sequences)
 
     def _step(self, batch: RunningBatch) -> None:
         self._apply_plan_of(batch.sequences[0])
@@ -149,34 +190,75 @@ class Engine:
         try:
             work(argument)
             return
-        except Exception as error:  # whatever the model, its processor or its device raises
-            if any(kind.__name__ in POISONED for kind in type(error).__mro__):
-                self._lost = f"the device was lost: {type(error).__name__}"
+        except Exception as error:  # whatever the model or its device raises
+            if self._note_loss(error):
                 return
             if len(sequences) == 1:
-                _fail(sequences[0], error)
+                sequences[0].finish(failure_of(error))
         # Outside the handler: its traceback holds the tensors of the batch.
         self.scheduler.retry(sequences)
 
+    def _note_loss(self, error: Exception) -> bool:
+        """Tell whether an error means that the device is lost, and keep that."""
+        if any(kind.__name__ in POISONED for kind in type(error).__mro__):
+            self._lost = f"the device was lost: {type(error).__name__}"
+        return self._lost is not None
+
     def _empty_inbox(self) -> None:
-        """Fail sequences that arrive while the thread ends, or after it; from any thread."""
+        """Fail what arrives while the thread ends, or after it; from any thread."""
         with suppress(queue.Empty):
             while True:
-                sequence = self._inbox.get_nowait()
-                if sequence is not None:
-                    self._send_away(sequence)
+                one = self._inbox.get_nowait()
+                if one is not None:
+                    self._send_away(one)
 
-    def _send_away(self, sequence: Sequence) -> None:
-        sequence.fail(Reason.LOST, self._lost or "this replica is stopping")
+    def _send_away(self, one: Sequence | _Job) -> None:
+        problem = self._lost or "this replica is stopping"
+        if isinstance(one, Sequence):
+            one.fail(Reason.LOST, problem)
+        elif not one.future.done():
+            one.future.set_exception(ShortVError(problem))
 
 
-def _fail(sequence: Sequence, error: Exception) -> None:
+class _IdleClock:
+    """Seconds since the first sequence, and how many of them the thread waited with nothing to run."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._waits_since: float | None = None
+        self._idle_s = 0.0
+
+    def begin(self) -> None:
+        if self._began is None:
+            self._began = monotonic()
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        if self._began is None:
+            yield
+            return
+        self._waits_since = monotonic()
+        try:
+            yield
+        finally:
+            self._idle_s += monotonic() - self._waits_since
+            self._waits_since = None
+
+    def read(self) -> tuple[float, float]:
+        """Return busy and idle seconds."""
+        now, since, idle_s = monotonic(), self._waits_since, self._idle_s
+        idle_s += 0.0 if since is None else now - since
+        return (0.0 if self._began is None else max(0.0, now - self._began - idle_s)), idle_s
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return what an error of one request means for its caller."""
     if isinstance(error, SampleError | ShortVError):
-        sequence.fail(Reason.INVALID, str(error))
-        return
+        return Failure(reason=Reason.INVALID, message=str(error))
     # The message of a foreign error may contain a part of the conversation; the frames do not.
     LOG.error("a request failed: %s\n%s", type(error).__name__, _frames(error))
-    sequence.fail(Reason.INTERNAL, f"the request failed with {type(error).__name__}; the replica goes on")
+    message = f"the request failed with {type(error).__name__}; the replica goes on"
+    return Failure(reason=Reason.INTERNAL, message=message)
 
 
 def _frames(error: BaseException) -> str:

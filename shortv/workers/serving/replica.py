@@ -9,10 +9,9 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Listed
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -21,8 +20,6 @@ from ray.util.metrics import Counter, Histogram
 from shortv.architecture import Architecture
 from shortv.errors import Refused, SampleError
 from shortv.families import LoadedModel, quiet_transformers
-from shortv.families.downsampling import downsampled
-from shortv.families.preprocessing import adds_special_tokens, prompt_of
 from shortv.layers.progress import LearnedRun
 from shortv.learned.files import PartsCache
 from shortv.plan import Mode, Plan
@@ -30,7 +27,6 @@ from shortv.request import (
     FULL_MODEL,
     Chunk,
     Completion,
-    EngineClock,
     Failure,
     Message,
     PlanSpeed,
@@ -42,7 +38,9 @@ from shortv.request import (
 )
 from shortv.untrusted import image_size
 from shortv.workers.models import RemoteModel
-from shortv.workers.serving.engine import Engine
+from shortv.workers.serving.engine import Engine, failure_of
+from shortv.workers.serving.measuring import MeasuredPlan, measure_plans
+from shortv.workers.serving.preparing import Prepared, Preparer
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.sequence import Event, Sequence
 from shortv.workers.shipping import ShippedFolder
@@ -62,6 +60,7 @@ class ServedPlan(NamedTuple):
     run: LearnedRun | None = None
     digest: str | None = None
     downsample: float | None = None
+    """The prefill FLOPs, of the full model's, to which images are made smaller."""
 
 
 def read_plans(sources: Iterable[str | Mapping[str, Any]]) -> list[Plan]:
@@ -136,9 +135,8 @@ class Replica:
         self._parts = PartsCache(folders={path: folder.local for path, folder in (parts or {}).items()})
         self._plans = self._fitting({})
         self._image_bytes, self._most_image_bytes = 0, settings.image_bytes
-        # A tokenizer is for one thread at a time, and the processor's own is the engine's.
-        self._ahead = replace(self._loaded, processor=deepcopy(self._loaded.processor))
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="shortv-prompts")
+        self._preparer = Preparer(self._loaded)
+        self._batch_size = settings.batch_size
         self._engine = Engine(self._loaded, settings)
         self._engine.start()
         self._metrics = _Metrics()
@@ -180,119 +178,140 @@ class Replica:
     async def complete_all(self, works: Listed[Work]) -> Replies:
         """Complete requests, or score their continuations, each under all of its plans."""
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                {plan: group.create_task(self.complete(replace(work.request, plan=plan))) for plan in work.plans}
-                for work in works
-            ]
-        results = tuple({plan: task.result() for plan, task in found.items()} for found in tasks)
-        return Replies(results=results, clock=EngineClock(replica=self._id, busy_s=0.0, idle_s=0.0))
+            tasks = [group.create_task(self._complete(work)) for work in works]
+        results = tuple(task.result() for task in tasks)
+        return Replies(results=results, clock=self._engine.clock(self._id))
 
-    async def measure(self, works: Listed[Work], *, seconds: float) -> tuple[PlanSpeed, ...] | Failure:
-        """Measure the speed of the plans of these works, and of the full model, on their documents.
+    async def _complete(self, work: Work) -> dict[str, Result]:
+        started, done, loop = time.monotonic(), asyncio.Event(), asyncio.get_running_loop()
+        results: dict[str, Result] = {}
 
-        Everything is preprocessed before and runs as one batch of at most `batch_size`; nothing else runs meanwhile.
-        It ends when every ratio's standard error is below 0.5 %, or after `seconds`, with three rounds at least.
-        """
-        plans = dict.fromkeys((FULL_MODEL, *(plan for work in works for plan in work.plans)))
-        replies = await self.complete_all([replace(work, plans=tuple(plans)) for work in works])
-        found: dict[str, list[Completion]] = {
-            plan: [one for each in replies.results if isinstance(one := each[plan], Completion)] for plan in plans
-        }
-        if not all(found.values()):
-            return Failure(reason=Reason.INVALID, message="none of the documents can be completed")
-        prefill = {plan: sum(one.prefill_ms for one in each) / len(each) for plan, each in found.items()}
-        return tuple(
-            PlanSpeed(
-                plan=plan,
-                batch=len(works),
-                rounds=1,
-                preprocess_ms=0.0,
-                vision_ms=0.0,
-                prefill_ms=prefill[plan],
-                prefill_ratio=prefill[plan] / prefill[FULL_MODEL],
-                prefill_ratio_stderr=0.0,
-                decode_ms_per_token=0.0,
-                kv_bytes=0.0,
-                peak_bytes=None,
-            )
-            for plan in plans
-        )
+        def emit(plan: str, event: Event) -> None:
+            assert not isinstance(event, Chunk)
+            results[plan] = event
+            # The event loop is woken once for all plans. A closed loop has no listener left.
+            if len(results) == len(set(work.plans)):
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(done.set)
 
-    async def complete(self, request: Request) -> Result:
-        """Complete a request, or score its continuation."""
-        last = [event async for event in self.stream(request, in_chunks=False)][-1]
-        assert not isinstance(last, Chunk)
-        return last
+        async with self._submitted(work, emit):
+            await done.wait()
+        for plan, result in results.items():
+            self._metrics.record(plan, result, started)
+        # In the order of the plans, whichever was ready first.
+        return {plan: results[plan] for plan in work.plans}
 
-    async def stream(self, request: Request, *, in_chunks: bool = True) -> AsyncIterator[Event]:
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Complete a request in chunks; the whole completion or a failure comes last."""
-        started = time.monotonic()
-        loop = asyncio.get_running_loop()
+        started, loop = time.monotonic(), asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
-        def emit(event: Event) -> None:
-            # A closed loop has no listener left.
+        def emit(_: str, event: Event) -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        with self._image_memory(request.messages) as fits:
-            problem = "the images of other requests fill the memory; try again later"
-            full = Failure(reason=Reason.OVERLOADED, message=problem)
-            found = await self._sequence(request, emit, streams=in_chunks) if fits else full
-            if isinstance(found, Failure):
-                emit(found)
-            else:
-                self._engine.submit(found)
-            try:
-                while True:
-                    event = await events.get()
-                    yield event
-                    if not isinstance(event, Chunk):
-                        self._metrics.record(request, event, started)
-                        return
-            finally:
-                # Also when the caller goes away: the place is free after the current step.
-                if isinstance(found, Sequence):
-                    found.cancelled = True
+        async with self._submitted(Work(request=request, plans=(request.plan,)), emit, streams=True):
+            while True:
+                event = await events.get()
+                yield event
+                if not isinstance(event, Chunk):
+                    self._metrics.record(request.plan, event, started)
+                    return
 
-    async def _sequence(self, request: Request, emit: Callable[[Event], None], *, streams: bool) -> Sequence | Failure:
-        plan = self._plans.get(request.plan)
-        if plan is None:
-            problem = f"there is no plan {request.plan!r}; the plans are: {', '.join(await self.plans()) or 'none'}"
-            return Failure(reason=Reason.UNKNOWN_PLAN, message=problem)
+    @asynccontextmanager
+    async def _submitted(
+        self, work: Work, emit: Callable[[str, Event], None], *, streams: bool = False
+    ) -> AsyncIterator[None]:
+        """Have the engine work on a request under its plans; leaving frees the places, also when the caller goes away.
+
+        Args:
+            emit: called with a plan's name and each event under it, from any thread.
+        """
+        sequences: list[Sequence] = []
+        with self._image_memory(work.request.messages) as fits:
+            try:
+                if fits:
+                    sequences = await self._sequences(work, emit, streams=streams)
+                else:
+                    problem = "the images of other requests fill the memory; try again later"
+                    for plan in set(work.plans):
+                        emit(plan, Failure(reason=Reason.OVERLOADED, message=problem))
+                for sequence in sequences:
+                    self._engine.submit(sequence)
+                yield
+            finally:
+                for sequence in sequences:
+                    sequence.cancelled = True
+
+    async def _sequences(self, work: Work, emit: Callable[[str, Event], None], *, streams: bool) -> list[Sequence]:
+        """Return a sequence for each plan; where there is none, emit why. A request is prepared once for all plans."""
+        sequences = []
+        prepared: dict[float | None, Prepared | Failure] = {}
+        for name in dict.fromkeys(work.plans):
+            plan = self._plans.get(name)
+            if plan is None:
+                emit(name, await self._unknown(name))
+                continue
+            if plan.downsample not in prepared:
+                prepared[plan.downsample] = await self._prepared(work.request, plan.downsample)
+            found = prepared[plan.downsample]
+            if isinstance(found, Failure):
+                emit(name, found)
+                continue
+            sequence = Sequence(
+                request=work.request,
+                prepared=found,
+                modes=plan.modes,
+                run=plan.run,
+                plan_digest=plan.digest,
+                emit=partial(emit, name),
+                streams=streams,
+            )
+            sequences.append(sequence)
+        return sequences
+
+    async def _unknown(self, name: str) -> Failure:
+        problem = f"there is no plan {name!r}; the plans are: {', '.join(await self.plans()) or 'none'}"
+        return Failure(reason=Reason.UNKNOWN_PLAN, message=problem)
+
+    async def _prepared(self, request: Request, downsample: float | None) -> Prepared | Failure:
         if self._engine.trouble:
             return Failure(reason=Reason.LOST, message=self._engine.trouble)
-        loop = asyncio.get_running_loop()
         try:
-            prompt = await asyncio.to_thread(prompt_of, self._loaded, request.messages)
-            text = prompt.text + (request.continuation or "")
-            if len(text) > self._loaded.context:
-                await loop.run_in_executor(self._preparing, self._check_length, text)
-            if plan.downsample is not None:
-                arguments = self._ahead, prompt, plan.downsample, self._loaded.architecture
-                prompt = await loop.run_in_executor(self._preparing, downsampled, *arguments)
-        except SampleError as error:
-            return Failure(reason=Reason.INVALID, message=str(error))
-        return Sequence(
-            request=request,
-            prompt=prompt,
-            modes=plan.modes,
-            run=plan.run,
-            plan_digest=plan.digest,
-            emit=emit,
-            streams=streams,
-        )
+            return await self._preparer.prepare(request, downsample)
+        except Exception as error:  # one request's failure must not end the others of its call
+            return failure_of(error)
 
-    def _check_length(self, text: str) -> None:
-        """Refuse a prompt beyond the context before it takes the engine's time: megabytes take seconds to tokenize.
+    async def measure(self, works: Listed[Work], *, seconds: float) -> tuple[PlanSpeed, ...] | Failure:
+        """Measure the speed of the plans of these works, and of the full model, on their prompts.
 
-        Images count as their placeholders, so that some prompts that pass are still too long. Raises SampleError.
+        Everything is preprocessed before and runs as one batch of at most `batch_size`; nothing else runs meanwhile.
+        Prompts with images are preferred. It ends when every ratio's standard error is below 0.5 %, or after `seconds`,
+        with three rounds at least. A request that cannot be prepared is left out.
         """
-        special = adds_special_tokens(self._ahead, text)
-        count = len(self._ahead.processor.tokenizer(text, add_special_tokens=special)["input_ids"])
-        if count > self._loaded.context:
-            message = f"{count} text tokens exceed the model's context of {self._loaded.context}"
-            raise SampleError(stage="tokenise", error="context", message=message)
+        plans: dict[str, MeasuredPlan] = {}
+        batches: dict[float | None, list[Prepared]] = {}
+        for name in dict.fromkeys((FULL_MODEL, *(plan for work in works for plan in work.plans))):
+            plan = self._plans.get(name)
+            if plan is None:
+                return await self._unknown(name)
+            if plan.downsample not in batches:
+                batches[plan.downsample] = await self._measured_batch(works, plan.downsample)
+            if not batches[plan.downsample]:
+                return Failure(reason=Reason.INVALID, message="none of the requests can be prepared")
+            plans[name] = MeasuredPlan(modes=plan.modes, run=plan.run, prepared=batches[plan.downsample])
+        try:
+            job = self._engine.call(partial(measure_plans, self._loaded, plans, seconds=seconds))
+            return await asyncio.wrap_future(job)
+        except Exception as error:  # whatever the model or its device raises
+            return failure_of(error)
+
+    async def _measured_batch(self, works: Listed[Work], downsample: float | None) -> list[Prepared]:
+        requests = [replace(work.request, continuation=None) for work in works]
+        found = [await self._prepared(request, downsample) for request in requests]
+        usable = [one for one in found if isinstance(one, Prepared)]
+        has_images = any(one.encoded.n_visual for one in usable)
+        return [one for one in usable if bool(one.encoded.n_visual) == has_images][: self._batch_size]
 
     @contextmanager
     def _image_memory(self, messages: Iterable[Message]) -> Iterator[bool]:
@@ -300,7 +319,7 @@ class Replica:
 
         However large they are, they may be decoded while no others are.
         """
-        size = sum(_decoded_bytes(part) for message in messages for part in message.parts if isinstance(part, bytes))
+        size = sum(_decoded_bytes(part) for message in messages for part in message.parts)
         fits = not size or not self._image_bytes or self._image_bytes + size <= self._most_image_bytes
         reserved = size if fits else 0
         self._image_bytes += reserved
@@ -315,9 +334,11 @@ class Replica:
             engine.stop()
 
 
-def _decoded_bytes(image: bytes) -> int:
+def _decoded_bytes(part: Any) -> int:
+    if not isinstance(part, bytes):
+        return int(getattr(part, "nbytes", 0))  # an array, or a text
     try:
-        width, height = image_size(image)
+        width, height = image_size(part)
     except SampleError:  # decoding it fails with the same error
         return 0
     return width * height * _BYTES_PER_PIXEL
@@ -335,11 +356,11 @@ class _Metrics:
             "shortv_request_seconds", description="Time in the replica.", boundaries=_SECONDS, tag_keys=tags
         )
 
-    def record(self, request: Request, event: Event, started: float) -> None:
-        """Count a request that ended."""
+    def record(self, name: str, event: Result, started: float) -> None:
+        """Count a request that ended under the plan of that name; from any thread."""
         outcome = str(event.reason) if isinstance(event, Failure) else "answered"
         # Names that callers choose must not become labels.
-        plan = "unknown" if outcome == Reason.UNKNOWN_PLAN else request.plan or "full"
+        plan = "unknown" if outcome == Reason.UNKNOWN_PLAN else name or "full"
         tags = {"plan": plan, "outcome": outcome}
         self._requests.inc(1, tags)
         self._seconds.observe(time.monotonic() - started, tags)

@@ -6,14 +6,14 @@ import secrets
 import time
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shortv.families import LoadedModel
-from shortv.families.preprocessing import Prompt
 from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Reason, Request, TokenLogprob
+from shortv.workers.serving.preparing import Prepared
 from shortv.workers.serving.sampling import Chosen, Sampler
 
 Event = Chunk | Completion | Likelihood | Failure
@@ -86,7 +86,7 @@ class Sequence:
     """One request in the engine; only the engine's thread changes it, apart from `cancelled`."""
 
     request: Request
-    prompt: Prompt
+    prepared: Prepared
     modes: tuple[Mode, ...]
     run: LearnedRun | None = None
     plan_digest: str | None
@@ -103,10 +103,11 @@ class Sequence:
     sampler: Sampler = field(init=False)
     output: Detokenizer = field(init=False)
     queue_ms: float = 0.0
+    vision_ms: float = 0.0
     prefill_ms: float = 0.0
+    prefill_batch: int = 1
     prefilled_at: float = 0.0
-    n_text: int = 0
-    n_visual: int = 0
+    busy_ms: float = 0.0
     exit_layer: int | None = None
     """The layer after which its visual tokens left, if the plan decides that for each sample."""
     tokens: list[int] = field(default_factory=list)
@@ -125,7 +126,7 @@ class Sequence:
     @property
     def group(self) -> tuple[object, ...]:
         """Sequences of one group can run in one batch: the same plan, and images in all prompts or in none."""
-        return (*self.plan, self.request.continuation is not None, bool(self.prompt.images))
+        return (*self.plan, self.request.continuation is not None, self.prepared.encoded.n_visual > 0)
 
     @property
     def over(self) -> bool:
@@ -142,6 +143,7 @@ class Sequence:
         self.sampler = Sampler(sampling, seed=self.seed, prompt=prompt, ends=ends, tokenizer=tokenizer)
         self.output = Detokenizer(tokenizer, stop=texts, ends=ends, limit=limit)
         self.tokens, self.logprobs = [], []
+        self.busy_ms = 0.0
         self.queue_ms = 1e3 * (started - self.arrived)
 
     def add(self, chosen: Chosen) -> None:
@@ -179,17 +181,31 @@ class Sequence:
         """Finish with a failure."""
         self.finish(Failure(reason=reason, message=message))
 
+    def end_scored(self, likelihood: Likelihood) -> None:
+        """Finish with the log-likelihood of the continuation."""
+        self.finish(replace(likelihood, **self._measured()))
+
     def _completion(self, finish_reason: str) -> Completion:
         return Completion(
             text=self.output.text,
             finish_reason=finish_reason,
-            prompt_tokens=self.n_text + self.n_visual,
-            visual_tokens=self.n_visual,
-            exit_layer=self.exit_layer,
             completion_tokens=self.output.tokens,
-            plan_digest=self.plan_digest,
-            queue_ms=self.queue_ms,
-            prefill_ms=self.prefill_ms,
-            decode_ms=1e3 * (time.monotonic() - self.prefilled_at),
             logprobs=tuple(self.logprobs),
+            decode_ms=1e3 * (time.monotonic() - self.prefilled_at),
+            **self._measured(),
         )
+
+    def _measured(self) -> dict[str, Any]:
+        encoded = self.prepared.encoded
+        return {
+            "prompt_tokens": encoded.n_text + encoded.n_visual,
+            "visual_tokens": encoded.n_visual,
+            "plan_digest": self.plan_digest,
+            "exit_layer": self.exit_layer,
+            "queue_ms": self.queue_ms,
+            "preprocess_ms": self.prepared.preprocess_ms,
+            "vision_ms": self.vision_ms,
+            "prefill_ms": self.prefill_ms,
+            "prefill_batch": self.prefill_batch,
+            "busy_ms": self.busy_ms,
+        }

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shortv.families import LoadedModel
-from shortv.families.preprocessing import message_of, prompt_of
+from shortv.families.preprocessing import Prompt, message_of, prompt_of
 from shortv.layers.progress import LearnedRun
 from shortv.plan import Mode
 from shortv.request import Chunk, Completion, Failure, Likelihood, Message, Request, SamplingParams
 from shortv.sample import Sample
 from shortv.workers.serving.engine import Engine
+from shortv.workers.serving.preparing import prepare
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.sequence import Event, Sequence
 from tests.tiny_model import bundled
@@ -29,6 +30,7 @@ class Submitted:
     """A sequence and the events it has emitted."""
 
     sequence: Sequence
+    prompt: Prompt
     events: queue.Queue[Event]
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -75,16 +77,17 @@ def sequence_of(
     messages = (message_of(content),) if isinstance(content, Sample) else tuple(content)
     parameters, more = SamplingParams(**sampling), {"continuation": continuation, "timeout_s": timeout_s}
     events: queue.Queue[Event] = queue.Queue()
+    request = Request(request_id="test", messages=messages, sampling=parameters, **more)  # type: ignore[arg-type]
     sequence = Sequence(
-        request=Request(request_id="test", messages=messages, sampling=parameters, **more),  # type: ignore[arg-type]
-        prompt=prompt_of(loaded, messages),
+        request=request,
+        prepared=prepare(loaded, request),
         modes=tuple(modes or (Mode.FULL,) * len(loaded.decoder.layers)),
         run=run,
         plan_digest=None,
         emit=events.put,
         streams=streams,
     )
-    return Submitted(sequence=sequence, events=events)
+    return Submitted(sequence=sequence, prompt=prompt_of(loaded, messages), events=events)
 
 
 def submit(engine: Engine, *submitted: Submitted) -> list[Submitted]:

@@ -47,7 +47,7 @@ def generated(one: Submitted, loaded: LoadedModel | None = None, **arguments: An
     sampling = one.sequence.request.sampling
     arguments = {"do_sample": False, "max_new_tokens": sampling.max_tokens, **arguments}
     with executing(loaded.model, one.sequence.modes, one.sequence.run):
-        return generate(loaded, [one.sequence.prompt], arguments, sampling.stop)[0]
+        return generate(loaded, [one.prompt], arguments, sampling.stop)[0]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -82,7 +82,7 @@ def test_completions_equal_generate_for_every_plan_at_once() -> None:
         wanted = generated(one)
         assert (completion.text, completion.completion_tokens) == (wanted.text, wanted.completion_tokens)
         assert completion.prompt_tokens == wanted.prompt_tokens
-        assert completion.visual_tokens == 36 * len(one.sequence.prompt.images)
+        assert completion.visual_tokens == 36 * len(one.prompt.images)
         assert completion.finish_reason == ("length" if completion.completion_tokens == 12 else "stop")
     assert engine.vision.misses == 3  # six plans, three images
 
@@ -169,7 +169,7 @@ def test_likelihoods_equal_those_in_process() -> None:
         found = [one.last() for one in submit(engine, *submitted)]
     with executing(bundled().model, PLANS["freeze"]):
         for one, sample, value in zip(submitted, samples, found, strict=True):
-            prompt = replace(one.sequence.prompt, continuation=str(sample.answer))
+            prompt = replace(one.prompt, continuation=str(sample.answer))
             [wanted] = likelihoods(bundled(), [prompt])
             assert isinstance(value, Likelihood) and value.is_greedy == wanted.is_greedy
             assert value.log_probability == pytest.approx(wanted.log_probability, abs=1e-4)
@@ -331,16 +331,6 @@ def test_a_stream_that_comes_out_differently_after_a_failure_fails(monkeypatch: 
     with running() as engine:
         for one in submit(engine, *sampled_streams()):
             assert one.failure().reason is Reason.INTERNAL and one.streamed
-
-
-def test_a_prompt_that_cannot_be_encoded_is_the_callers_error() -> None:
-    sample = calibration()[0]
-    long = sequence_of(bundled(), replace(sample, prompt="circle " * 3000))
-    with running() as engine:
-        good = submit(engine, long, sequence_of(bundled(), sample))[1]
-        failure = long.failure()
-        assert failure.reason is Reason.INVALID and "exceed the model's context" in failure.message
-        assert good.completion().text
 
 
 def not_finite(monkeypatch: pytest.MonkeyPatch, *, forward: int, row: int, value: float) -> None:

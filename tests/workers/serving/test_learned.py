@@ -20,7 +20,7 @@ from shortv.learned.dyvte.parts import ExitRouters
 from shortv.learned.dyvte.recipe import RouterSettings
 from shortv.learned.files import PartsCache
 from shortv.plan import Mode, Plan, modes_of_layers
-from shortv.request import Completion
+from shortv.request import Completion, Work
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.serving.replica import Replica, ServedPlan, fit_plans
@@ -155,7 +155,8 @@ def test_plans_that_cannot_be_loaded_leave_a_replica_as_it_was(tmp_path: Path) -
 
     async def ask() -> Completion:
         request = sequence_of(bundled(), calibration()[0]).sequence.request
-        found = await replica.complete(replace(request, plan="learned"))
+        replies = await replica.complete_all([Work(request=request, plans=("learned",))])
+        found = replies.results[0]["learned"]
         assert isinstance(found, Completion)
         return found
 

@@ -14,7 +14,7 @@ from shortv.evals.generation import generate
 from shortv.families.downsampling import downsampled
 from shortv.families.preprocessing import prompt_of
 from shortv.plan import Plan
-from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams
+from shortv.request import Completion, Failure, Message, Reason, Request, SamplingParams, Work
 from shortv.spec import ModelSpec
 from shortv.tiny.accuracy import read_questions
 from shortv.workers.models import ModelLoader, RemoteModel
@@ -39,12 +39,17 @@ def request(*parts: str | bytes) -> Request:
     )
 
 
+async def complete(replica: Replica, request: Request) -> Any:
+    replies = await replica.complete_all([Work(request=request, plans=("",))])
+    return replies.results[0][""]
+
+
 @pytest.mark.parametrize("word", ["circle ", "é"])
 def test_a_prompt_beyond_the_context_never_reaches_the_engine(
     replica: Replica, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replica._engine, "submit", None)
-    found = asyncio.run(replica.complete(request(calibration()[0].images[0], word * 5000)))
+    found = asyncio.run(complete(replica, request(calibration()[0].images[0], word * 5000)))
     assert isinstance(found, Failure) and found.reason is Reason.INVALID
     assert "exceed the model's context of 1024" in found.message
 
@@ -52,7 +57,7 @@ def test_a_prompt_beyond_the_context_never_reaches_the_engine(
 def test_a_prompt_of_many_characters_and_few_tokens_is_answered(replica: Replica) -> None:
     text = "circle " * 400
     assert len(text) > 1024
-    found = asyncio.run(replica.complete(request(text)))
+    found = asyncio.run(complete(replica, request(text)))
     assert isinstance(found, Completion) and 400 < found.prompt_tokens < 500
 
 
@@ -61,13 +66,13 @@ def test_images_wait_for_memory(replica: Replica) -> None:
 
     async def go() -> None:
         with replica._image_memory(request(image, image, image).messages):
-            found = await replica.complete(request(image, "how many?"))
+            found = await complete(replica, request(image, "how many?"))
             assert isinstance(found, Failure) and found.reason is Reason.OVERLOADED and found.passing
-            assert isinstance(await replica.complete(request(picture(size=(10, 10)), "small?")), Completion)
-            assert isinstance(await replica.complete(request("none?")), Completion)
+            assert isinstance(await complete(replica, request(picture(size=(10, 10)), "small?")), Completion)
+            assert isinstance(await complete(replica, request("none?")), Completion)
         # One request alone may need more than the memory.
-        assert isinstance(await replica.complete(request(large, "how many?")), Completion)
-        found = await replica.complete(request(b"no image", "what?"))
+        assert isinstance(await complete(replica, request(large, "how many?")), Completion)
+        found = await complete(replica, request(b"no image", "what?"))
         assert isinstance(found, Failure) and found.reason is Reason.INVALID
 
     asyncio.run(go())
@@ -81,7 +86,8 @@ def test_a_plan_of_smaller_images_answers_as_the_model_does_with_smaller_images(
 
     async def go(name: str) -> list[str]:
         await replica.reconfigure({"plans": [json.loads(plan.to_json())]})
-        found = [await replica.complete(replace(one, plan=name)) for one in requests]
+        replies = await replica.complete_all([Work(request=one, plans=(name,)) for one in requests])
+        found = [results[name] for results in replies.results]
         return [one.text for one in found if isinstance(one, Completion)]
 
     prompts = [prompt_of(loaded, one.messages) for one in requests]
