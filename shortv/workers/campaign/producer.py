@@ -192,7 +192,10 @@ class Producer:
         plans = tuple(cell.served for cell in unit.cells)
         works = await self._in_pool(_first_works, benchmark, unit.docs, plans)
         client: Any = self._client(unit.app)
-        return list(await client.measure(works, seconds=seconds)) if works else []
+        found = await client.measure(works, seconds=seconds) if works else ()
+        if isinstance(found, Failure):
+            raise ShortVError(found.message)
+        return list(found)
 
     async def pictures(self, task: TaskSource, docs: Sequence[int]) -> list[dict[str, Any]]:
         """Return the question and a small picture of documents, as rows of the table `thumbnails`."""
