@@ -61,7 +61,7 @@ def _value(metrics: Sequence[Row], name: str | None) -> float | None:
 def _print_group(group: Group, rows: Rows, console: Console) -> None:
     metric = group.task.main_metric or next((row["metric"] for row in rows["metrics"]), None)
     learned = any(row["learned_parameters"] is not None for row in rows["cells"])
-    # With the two columns about learning, the table fits into 110 characters.
+    # With the two columns about learning, the table fits into 120 characters.
     table = Table(
         title=escape(printable(f"{group.model.name} on {group.task.name}")),
         title_justify="left",
@@ -145,7 +145,7 @@ def _interval(row: Row) -> str:
 
 def _share(p_value: float) -> str:
     """Return a p-value without the zero in front."""
-    return "<.001" if p_value < 0.001 else f"{p_value:.3f}".removeprefix("0")
+    return "<.001" if p_value < 0.001 else f"{p_value:.3f}".removeprefix("0").replace("1.000", "1")
 
 
 def _text(value: Any, form: str) -> str:
