@@ -73,15 +73,17 @@ class CampaignSpec(LoadingSpec):
     )
     gpus_per_replica: Gpus = Field(1.0, description="GPUs of a replica; above 1 the model is spread over them.")
     batch_size: Count = Field(
-        16, description="Maximum number of requests in a batch of a replica.", json_schema_extra={"short": "-b"}
+        16, description="Maximum number of sequences in a batch of a replica.", json_schema_extra={"short": "-b"}
     )
     num_concurrent: Count | None = Field(
-        None, description="Maximum number of concurrent requests. [default: as many as the replicas accept]"
+        None, description="Documents on their way to replicas at once. [default: 48 per replica]"
     )
     device: Device = Field("auto", description="Where replicas run.")
     output_path: Annotated[str, Field(min_length=1)] = Field(description="Folder or URI (s3://...) for the results.")
     fail_on_error: Share = Field(0.0, description="Share of the samples of a cell that may fail with exit status 0.")
-    retry_failed: bool = Field(False, description="Run cells again that failed or lack samples.")
+    retry_failed: bool = Field(
+        False, description="Ask documents again that failed, or score them again where only scoring failed."
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings by name, as JSON values."""
