@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,7 @@ from rich.table import Table
 from shortv.terminal import printable, say
 from shortv.workers.campaign.cells import CellState, Group, names_of
 from shortv.workers.campaign.comparisons import ALL, HARD
-from shortv.workers.campaign.plans import FULL
+from shortv.workers.campaign.plans import FULL, PlanKind
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Row]]
@@ -93,7 +93,8 @@ def _print_group(group: Group, rows: Rows, console: Console) -> None:
         columns = _columns(row, speeds[plan], _value(own, metric), compared.get(plan))
         table.add_row(plan, *columns, *(_learned(row) if learned else ()))
     console.print(table)
-    for line in _findings(rows, metric):
+    plans = {cell.entry.name for cell in group.cells if cell.entry.kind is PlanKind.PLAN}
+    for line in _findings(rows, metric, plans):
         say(console, line)
     if learned:
         console.print()
@@ -122,7 +123,8 @@ def _learned(row: Row) -> Iterator[str]:
         yield f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _findings(rows: Rows, metric: str | None) -> Iterator[str]:
+def _findings(rows: Rows, metric: str | None, plans: Collection[str]) -> Iterator[str]:
+    """Yield what the comparisons say of these plans, which are not controls."""
     judged = [row for row in rows["comparisons"] if row["metric"] == metric]
     for row in judged:
         if row["against"] != FULL and row["subset"] == ALL:
@@ -131,7 +133,7 @@ def _findings(rows: Rows, metric: str | None) -> Iterator[str]:
             verdict = f"loses {better} than random" if decided else "is no better than random"
             yield f"{row['plan']} {verdict}: {_interval(row)} against the {row['against']}"
     for row in judged:
-        if row["against"] == FULL and row["subset"] == HARD:
+        if row["against"] == FULL and row["subset"] == HARD and row["plan"] in plans:
             hard = f"the {row['n']} questions that smaller images get wrong"
             yield f"{row['plan']} on {hard}: {_interval(row)} to full"
     for row in rows["cells"]:
