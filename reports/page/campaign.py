@@ -1,7 +1,7 @@
 """The page of a campaign folder: accuracy and speed against FLOPs, differences, exit layers, plans and errors."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import altair as alt
@@ -79,6 +79,7 @@ def _results(campaign: CampaignData) -> list[Section]:
         _changed(campaign),
         Section(title="Exit layers", charts=exit_charts(campaign.answered.exits, campaign.answered.parts)),
         Section(title="All differences", grids=[differences]),
+        Section(title="All speeds", grids=[_speeds(group for _, group in groups)]),
         Section(title="All metrics", grids=[metrics]),
     ]
     return [section for section in sections if section.charts or any(table.rows for table in section.grids)]
@@ -102,6 +103,20 @@ def _changed(campaign: CampaignData) -> Section:
     if cards and cards.shown < cards.total:
         text.append(f"{cards.shown} of the {cards.total} answers in changes.parquet are on this page.")
     return Section(title="Changed answers", text=text, cards=cards, grids=[counts])
+
+
+def _speeds(groups: Iterable[Group]) -> Grid:
+    """Return a table of the speed of every plan."""
+    rows = [{**point, "model": group.model, "task": group.task} for group in groups for point in group.points]
+    return grid(
+        "Speed of every plan: prefill, decoding step, first token and memory of one measured batch; samples by the "
+        "model's own time; medians over all answers",
+        [row for row in rows if row["prefill_ratio"] is not None or row["latency_ms_median"] is not None],
+        "model task plan flops_ratio prefill_ratio batch_prefill_ms step_ms ttft_ms kv_bytes peak_bytes "
+        "samples_per_second idle_share preprocess_ms_median vision_ms_median latency_ms_median",
+        files=["speed.parquet"],
+        most=MOST_ROWS,
+    )
 
 
 def _differences(caption: str, rows: Sequence[Row], columns: str, most: int | None = None) -> Grid:
@@ -279,29 +294,44 @@ def speed_chart(group: Group, key: int) -> Chart | None:
     if not rows:
         return None
     least = min(min(row["flops_ratio"], row["prefill_ratio"], 1.0) for row in rows)
-    scale, axis = alt.Scale(zero=False, padding=15), alt.Axis(format=".0%")
-    x = alt.X("flops_ratio:Q", title="FLOPs ratio of the prefill", axis=axis, scale=scale)
-    y = alt.Y("prefill_ratio:Q", title="measured prefill time ratio", axis=axis, scale=scale)
+    axis = alt.Axis(format=".0%")
+    x = alt.X("flops_ratio:Q", title="FLOPs ratio of the prefill", axis=axis, scale=alt.Scale(zero=False, padding=15))
+    y: dict[str, Any] = {"title": "measured prefill time ratio", "axis": axis}
+    y["scale"] = alt.Scale(zero=False, padding=15)
     kinds = {row["kind"] for row in rows}
-    said = tips("plan", flops_ratio=".1%", prefill_ratio=".1%")
-    points = data().mark_point(filled=True, size=90, opacity=0.9)
-    points = points.encode(x, y, colour_of("kind", kinds), shape_of("kind", kinds), tooltip=said)
+    base = data().encode(x, colour_of("kind", kinds))
+    bars, points = intervals(
+        base, "y", "prefill_ratio", ("ratio_low", "ratio_high"), bar={"opacity": 0.6}, size=90, **y
+    )
+    said = tips("plan", flops_ratio=".1%", prefill_ratio=".1%", ratio_low=".1%", ratio_high=".1%")
+    points = points.encode(shape_of("kind", kinds), tooltip=said)
+    line = _dashed("line").encode(x, alt.Y("prefill_ratio:Q", **y))
     return Chart(
         key=f"speed-{key}",
         title=f"Speed against FLOPs, {group.model} on {group.task}",
-        note="Median prefill time over the full model's. Dashed: time falls as the FLOPs do; below it is faster.",
+        note="Prefill time of the language model over the full model's, measured in turn on the same batch, with 95 % "
+        f"intervals. Dashed: time falls as the FLOPs do; below it is faster.{_speed_note(rows[0])}",
         description=f"Prefill time of {len(rows)} plans of {group.model} on {group.task} against their FLOPs.",
-        marks=alt.layer(_dashed("line").encode(x, y), points),
+        marks=alt.layer(line, bars, points),
         height=260,
         data={"rows": rows, "line": [{"flops_ratio": end, "prefill_ratio": end} for end in (least, 1.0)]},
         numbers=grid(
             f"Speed of {group.model} on {group.task}",
             group.points,
-            "plan kind flops_ratio prefill_ratio prefill_ms latency_ms samples_per_second",
+            "plan kind flops_ratio prefill_ratio ratio_low ratio_high",
             files=["speed.parquet"],
+            ratio_low="95 % from",
+            ratio_high="to",
         ),
         half=True,
     )
+
+
+def _speed_note(point: Row) -> str:
+    """Return how the speed was measured, and how busy the replicas were with the task."""
+    batch = "" if point["batch"] is None else f" A batch has {point['batch']} documents."
+    idle = point["idle_share"]
+    return batch if idle is None else f"{batch} While the task was answered, replicas waited {idle:.0%} of the time."
 
 
 def exit_charts(exits: Sequence[Row], files: Sequence[str] = ()) -> list[Chart]:

@@ -28,6 +28,11 @@ _KINDS_OF: Final = {
     "last": KINDS[3],
     "lc": KINDS[0],
 }
+# Speed as it was measured apart, all plans beside each other, and as the answers say.
+MEASURED: Final = ("prefill_ratio", "batch", "batch_prefill_ms", "step_ms", "ttft_ms", "idle_share", "replicas")
+ANSWERED: Final = ("samples_per_second", "preprocess_ms_median", "vision_ms_median", "latency_ms_median")
+# How many bytes are one unit on the page.
+SIZES: Final[Mapping[str, float]] = {"kv_bytes": 1e3, "peak_bytes": 1e9}
 # Columns about what was learned for a plan.
 LEARNED: Final = ("learned_parameters", "train_seconds")
 
@@ -36,8 +41,8 @@ class Group(NamedTuple):
     """All plans of one model on one task, and the metric that they are judged by.
 
     A point is a row for each plan: `plan`, `kind`, `n`, `errors`, `flops_ratio`, the metric's `value` from `low` to
-    `high` (95 %, by the method `interval_by`), `prefill_ms`, `prefill_ratio`, `latency_ms` and `samples_per_second`.
-    What is not known is None.
+    `high` (95 %, by the method `interval_by`), and its speed: the columns `MEASURED` and `ANSWERED` of that table, the
+    `prefill_ratio` from `ratio_low` to `ratio_high` (95 %), and `SIZES` in kB and GB. What is not known is None.
     """
 
     model: str
@@ -75,19 +80,26 @@ class CampaignData:
         scores = {row["plan"]: row for row in reversed(metrics) if row["metric"] == metric}
         kinds = {item["name"]: kind_of_plan(item) for item in self.manifest.plans if item["model"] == model}
         speed = {row["plan"]: row for row in speeds}
-        full_ms = speed.get("full", {}).get("prefill_ms_median")
-        points = []
-        for cell in cells:
-            plan, own = cell["plan"], speed.get(cell["plan"], {})
-            own_ms, score = own.get("prefill_ms_median"), scores.get(plan, {})
-            points.append(
-                {"plan": plan, "kind": kinds.get(plan, KINDS[5])}
-                | {name: cell[name] for name in ("n", "errors", "flops_ratio")}
-                | {name: score.get(name) for name in ("value", "low", "high", "interval_by")}
-                | {"prefill_ms": own_ms, "prefill_ratio": own_ms / full_ms if own_ms is not None and full_ms else None}
-                | {"latency_ms": own.get("latency_ms_median"), "samples_per_second": own.get("samples_per_second")}
-            )
+        points = [
+            {"plan": cell["plan"], "kind": kinds.get(cell["plan"], KINDS[5])}
+            | {name: cell[name] for name in ("n", "errors", "flops_ratio")}
+            | {name: scores.get(cell["plan"], {}).get(name) for name in ("value", "low", "high", "interval_by")}
+            | _speed_of(speed.get(cell["plan"], {}))
+            for cell in cells
+        ]
         return Group(model, task, metric, points, comparisons)
+
+
+def _speed_of(row: Row) -> dict[str, Any]:
+    """Return what a row of the table of speed says of a plan; None for what is not known."""
+    ratio, error = row.get("prefill_ratio"), row.get("prefill_ratio_stderr")
+    width = None if ratio is None or error is None else _NORMAL_95 * error
+    return {
+        **{name: row.get(name) for name in (*MEASURED, *ANSWERED)},
+        **{name: row[name] / size if row.get(name) is not None else None for name, size in SIZES.items()},
+        "ratio_low": None if width is None else ratio - width,
+        "ratio_high": None if width is None else ratio + width,
+    }
 
 
 def kind_of_plan(plan: Row) -> str:

@@ -45,7 +45,9 @@
     const text = make("div");
     const question = make("p", card.question ?? "The question is not known.", "question");
     question.dir = "auto";
-    const of = [card.model, card.task, card.kind, `sample ${card.sample}`].filter(Boolean).join(", ");
+    // What all cards have in common has no filter.
+    const names = ["model", "task", "kind"].filter((name) => form.elements[name]).map((name) => card[name]);
+    const of = [...names, `sample ${card.sample}`].filter(Boolean).join(", ");
     text.append(question, make("p", of, "of"), table);
     item.append(side, text);
     return item;

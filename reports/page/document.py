@@ -30,7 +30,9 @@ _LABELS: Final = {
     **{"p_value": "p", "p_holm": "p (Holm)", "q_bh": "q (Benjamini-Hochberg)"},
     **{"samples_per_second": "samples/s", "share_changed": "answers changed", "config_digest": "architecture digest"},
     **{"train_seconds": "training seconds", "num_docs": "documents", "layer_left": "exit after layer"},
-    **{"count_all": "samples"},
+    **{"count_all": "samples", "prefill_ratio": "prefill time ratio", "batch_prefill_ms": "prefill ms"},
+    **{"step_ms": "decoding step ms", "ttft_ms": "first token ms", "kv_bytes": "KV cache kB", "peak_bytes": "peak GB"},
+    **{f"{name}_ms_median": f"{name} ms" for name in ("preprocess", "vision", "latency")},
 }
 
 Value = str | int | float | bool | None

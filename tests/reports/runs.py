@@ -124,7 +124,14 @@ def make_campaign(path: Path, *, shift: float = 0.0, failed: int = 0, **changes:
         score = names | digest | {"filter": "none", "stderr": 0.03, "stderr_clt": 0.03, "n": 50 - lost}
         metrics.append(score | {"metric": "exact_match", "value": value + shift, "stderr_clustered": None})
         metrics.append(score | {"metric": "exact_match_colour", "value": value / 2, "stderr_clustered": 0.04})
-        times = {"prefill_ms_median": 100 * flops + 8, "decode_ms_per_token_median": 2.0, "latency_ms_median": 150.0}
+        ratio = {
+            "prefill_ratio": flops + 0.1 * (1 - flops),
+            "prefill_ratio_stderr": 0.01,
+            "batch": 16,
+            "kv_bytes": 4096.0,
+        }
+        times = {"batch_prefill_ms": 100 * flops + 10, "idle_share": 0.25, **ratio}
+        times |= {"prefill_ms_median": 100 * flops + 8, "decode_ms_per_token_median": 2.0, "latency_ms_median": 150.0}
         rest = {"n": 50, "samples_per_second": 60.0, "t": 12.0, "v": 36.0, "flops_ratio": flops, "replicas": 1}
         speed.append(dict.fromkeys(SCHEMAS["speed"].names) | names | times | rest)
         if name != "full":

@@ -120,8 +120,11 @@ def test_a_campaign_tells_plans_controls_and_the_full_model_apart(tmp_path: Path
     assert column(chart, "high")[0] == pytest.approx(0.9 + 1.96 * 0.03)
     front = chart["datasets"]["front"]
     assert [(row["place"], row["value"]) for row in front] == [(1.0, 0.9), (pytest.approx(0.7 + 0.3 * 0.008), 0.88)]
-    assert column(charts["speed-0"], "prefill_ratio")[3] == pytest.approx(78 / 108)
+    speed = charts["speed-0"]
+    assert column(speed, "prefill_ratio")[3] == pytest.approx(0.73)
+    assert column(speed, "ratio_high")[3] == pytest.approx(0.73 + 1.96 * 0.01) and column(speed, "kv_bytes")[0] == 4.096
     text = Read(page).text
+    assert "replicas waited 25% of the time" in text
     for said in ("the prompt is too long", "exact_match_colour", "This run is partial", "answers changed"):
         assert said in text
 
