@@ -30,7 +30,7 @@ _SHARED = """
     cell string Key of the cell, one model under one plan on one task.
     model string Model as the campaign names it.
     plan string Name of the plan; `full` is the unmodified model.
-    plan_digest string SHA-256 of the plan's architecture, modes and learned parts.
+    plan_digest string SHA-256 of the plan's architecture, modes, learned parts and downsampling.
     task string lmms-eval task.
     flops_ratio double? FLOPs of the prefill, as a share of the full model's: predicted at (t, v), or as the exit \
         layers tell.

@@ -21,7 +21,7 @@ _MOST_STEPS: Final = 12
 
 
 def downsampled(preprocessor: Preprocessor, prompt: Prompt, share: float, architecture: Architecture) -> Prompt:
-    """Return a prompt with images so much smaller that its prefill takes this share of the FLOPs.
+    """Return a prompt with images so much smaller that its prefill, without a continuation, takes this share of FLOPs.
 
     Images keep their shape. Where their size decides the number of visual tokens, they shrink until there are as few
     as the share allows. Where it does not (LLaVA-1.5), no FLOPs are saved, and the images hold as many pixels as so
@@ -32,7 +32,8 @@ def downsampled(preprocessor: Preprocessor, prompt: Prompt, share: float, archit
     """
     if not prompt.images:
         return prompt
-    whole = batch_of(preprocessor, [prompt])
+    # Continuations of one prompt must see the same images.
+    whole = batch_of(preprocessor, [replace(prompt, continuation="")])
     n_text, n_visual = whole.types.n_text[0], whole.types.n_visual[0]
     wanted = max(1.0, visual_tokens_at(architecture, share, n_text, n_visual))
 

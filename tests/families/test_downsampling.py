@@ -72,6 +72,13 @@ def test_every_family_takes_the_smallest_images(name: str) -> None:
     assert all(torch.isfinite(value).all() for value in least.inputs.values())
 
 
+def test_continuations_of_a_prompt_see_the_same_images() -> None:
+    prompt = prompt_of(bundled(), [message_of(Sample(sample_id="a", prompt="How many?", images=(noise(60, 60),)))])
+    longer = replace(prompt, continuation="a long answer, so that the share of the image is small")
+    less, least = (downsampled(bundled(), one, 0.5, bundled().architecture) for one in (prompt, longer))
+    assert less.images == least.images and least.continuation == longer.continuation
+
+
 def test_a_prompt_without_images_stays_as_it_is() -> None:
     prompt = prompt_of(bundled(), [message_of(Sample(sample_id="a", prompt="How many?"))])
     assert downsampled(bundled(), prompt, 0.5, bundled().architecture) is prompt
