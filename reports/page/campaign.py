@@ -78,7 +78,7 @@ def _results(campaign: CampaignData) -> list[Section]:
         Section(title="Differences and speed", charts=[chart for chart in pairs if chart]),
         _changed(campaign),
         Section(title="Exit layers", charts=exit_charts(campaign.answered.exits, campaign.answered.parts)),
-        Section(title="All differences", grids=[differences]),
+        Section(title="All differences", text=[_TESTED], grids=[differences]),
         Section(title="All speeds", grids=[_speeds(group for _, group in groups)]),
         Section(title="All metrics", grids=[metrics]),
     ]
@@ -117,6 +117,12 @@ def _speeds(groups: Iterable[Group]) -> Grid:
         files=["speed.parquet"],
         most=MOST_ROWS,
     )
+
+
+_TESTED = (
+    "p is two-sided and paired; p (Holm) and q are corrected for all models, plans and tasks of the campaign. The hard "
+    "subset holds the questions that the first downsampled control gets wrong."
+)
 
 
 def _differences(caption: str, rows: Sequence[Row], columns: str, most: int | None = None) -> Grid:

@@ -82,7 +82,7 @@ def test_exit_layers_are_stored_costed_and_shown(tmp_path: Path) -> None:
     assert cells["full"]["flops_ratio"] == 1
     manifest = CampaignManifest.load(folder)
     assert [plan["parts"] and plan["parts"]["threshold"] for plan in manifest.plans] == [None, 0.5, 0.9]
-    exits = read_campaign_data(folder).exits
+    exits = read_campaign_data(folder).answered.exits
     counted = dict.fromkeys((row["plan"], row["kind"], row["samples"]) for row in exits if row["plan"] == "at-0.5")
     assert [*counted] == [("at-0.5", "all", 12), ("at-0.5", "colour", 6), ("at-0.5", "count", 6)]
     assert '"exits-0"' in (tmp_path / "out" / "report.html").read_text()
