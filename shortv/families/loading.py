@@ -34,7 +34,9 @@ class LoadedModel(Preprocessor):
 
     @property
     def cuda_devices(self) -> set[torch.device]:
-        """The GPUs that hold layers of the model or take its inputs."""
+        """The GPUs that hold layers of the model and take its inputs."""
+        if self.device.type != "cuda":
+            return set()
         devices = {self.device, *(self.decoder.device(layer) for layer in self.decoder.layers)}
         return {device for device in devices if device.type == "cuda"}
 

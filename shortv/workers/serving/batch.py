@@ -101,4 +101,4 @@ def _note_prefill(sequences: Iterable[Sequence], prefill_ms: float, tower: Tower
     sequences = list(sequences)
     for sequence in sequences:
         sequence.prefill_ms, sequence.prefill_batch = prefill_ms, len(sequences)
-        sequence.vision_ms = sum(tower.by_image.get(image.key, 0.0) for image in sequence.prepared.encoded.images)
+        sequence.vision_ms = sum(tower.by_image.get(image, 0.0) for image in sequence.prepared.images)

@@ -27,8 +27,14 @@ class Prepared:
     """A request's prompt as the model gets it, with its continuation if it has one."""
 
     encoded: EncodedPrompt
+    images: tuple[bytes, ...] = ()
+    """The keys of its images."""
     continuation: tuple[int, ...] = ()
     """The tokens to score."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end a completion."""
+    stop: tuple[str, ...] = ()
+    """The texts that end a completion."""
     preprocess_ms: float = 0.0
 
 
@@ -83,7 +89,15 @@ def prepare(loaded: LoadedModel, request: Request, downsample: float | None = No
         encoded = encode_one(loaded, prompt)
     else:
         encoded, continuation = encode_continuation(loaded, prompt)
-    for image in encoded.images:
-        image.key  # noqa: B018 - computed here, so that the engine's thread need not
+    # Digests are computed when they are first read: here, so that the engine's thread need not.
+    images = tuple(image.key for image in encoded.images)
+    ends, stop = loaded.end_tokens(request.sampling.stop)
     preprocess_ms = 1e3 * (time.perf_counter() - started)
-    return Prepared(encoded=encoded, continuation=continuation, preprocess_ms=preprocess_ms)
+    return Prepared(
+        encoded=encoded,
+        images=images,
+        continuation=continuation,
+        ends=tuple(ends),
+        stop=stop,
+        preprocess_ms=preprocess_ms,
+    )

@@ -14,9 +14,10 @@ from shortv.workers.serving.sequence import Sequence
 class EngineSettings:
     """How an engine batches sequences (see `Scheduler`) and what it may use.
 
-    Beyond `max_queued` sequences that wait while `batch_size` run, requests are refused. `vision_bytes` bounds the
-    cached vision features, `image_bytes` the decoded images of all requests. An engine that works for `stall_s`
-    seconds without finishing a decoder layer or a step counts as stuck.
+    A batch has at most `batch_size` sequences, and `batch_size / max_batches` of others may still run beside a full
+    one. Beyond `max_queued` sequences that wait, requests are refused. `vision_bytes` bounds the cached vision
+    features, `image_bytes` the decoded images of all requests. An engine that works for `stall_s` seconds without
+    finishing a decoder layer or a step counts as stuck.
     """
 
     batch_size: int = 16
@@ -33,15 +34,18 @@ class Scheduler:
     """The waiting sequences and the running batches of an engine; for the engine's thread alone.
 
     A batch holds sequences of one group (`Sequence.group`). It begins with the group of the oldest waiting sequence,
-    full or after `wait_s`. New batches, and small ones while many sequences wait, begin beside `max_batches` others
-    only if no place has become free for `patience_s`.
+    full or after `wait_s`. While a whole batch waits, smaller ones do not begin, and beside `max_batches` others none
+    does, unless no place has become free for `patience_s`: each batch takes as many steps as its longest completion,
+    so that two of half the size take twice the time of one.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[RunningBatch] = []
         self._settings = settings
-        self._free = settings.batch_size
+        # The last sequences of a batch do not keep the next one waiting.
+        self._places = settings.batch_size + settings.batch_size // settings.max_batches
+        self._free = self._places
         self._changed = time.monotonic()
 
     @property
@@ -70,19 +74,19 @@ class Scheduler:
     def next_batch(self) -> list[Sequence]:
         """Return the sequences to prefill now, or none yet."""
         settings = self._settings
-        free = settings.batch_size - self.load[0]
+        free = self._places - self.load[0]
         if free != self._free:
             self._free, self._changed = free, time.monotonic()
         if not self.waiting or free < 1:
             return []
         first = self.waiting[0]
-        size = min(free, first.max_batch)
+        whole = min(settings.batch_size, first.max_batch)
+        size = min(free, whole)
         # A sequence that may run in smaller batches only begins when it is the oldest.
         group = [one for one in self.waiting if one.group == first.group and one.max_batch >= size]
         if len(group) < size and self.due_in() > 0:
             return []
-        # With a long queue a few places are not worth a prefill and steps of their own, unless no others come.
-        few = len(group) > free and free < settings.batch_size // settings.max_batches
+        few = len(group) > size and size < whole
         is_patient = time.monotonic() - self._changed <= settings.patience_s
         return [] if (few or len(self.running) >= settings.max_batches) and is_patient else group[:size]
 

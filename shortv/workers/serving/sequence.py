@@ -100,6 +100,10 @@ class Sequence:
     cancelled: bool = False
     """Set by any thread: nobody waits for this sequence any more."""
     finished: bool = False
+    plan: tuple[tuple[Mode, ...], Hashable] = field(init=False)
+    """What the model has to run under."""
+    group: tuple[object, ...] = field(init=False)
+    """Sequences of one group can run in one batch: the same plan, and images in all prompts or in none."""
     sampler: Sampler = field(init=False)
     output: Detokenizer = field(init=False)
     queue_ms: float = 0.0
@@ -118,15 +122,9 @@ class Sequence:
     _streamed_chars: int = 0
     _streamed_logprobs: int = 0
 
-    @property
-    def plan(self) -> tuple[tuple[Mode, ...], Hashable]:
-        """What the model has to run under."""
-        return (self.modes, self.run.identity if self.run else None)
-
-    @property
-    def group(self) -> tuple[object, ...]:
-        """Sequences of one group can run in one batch: the same plan, and images in all prompts or in none."""
-        return (*self.plan, self.request.continuation is not None, self.prepared.encoded.n_visual > 0)
+    def __post_init__(self) -> None:
+        self.plan = (self.modes, self.run.identity if self.run else None)
+        self.group = (*self.plan, self.request.continuation is not None, self.prepared.encoded.n_visual > 0)
 
     @property
     def over(self) -> bool:
@@ -138,10 +136,10 @@ class Sequence:
         if len(self.tokens) >= self._streamed_tokens:
             self._replay = self.tokens[: self._streamed_tokens]
         sampling, tokenizer = self.request.sampling, loaded.processor.tokenizer
-        ends, texts = loaded.end_tokens(sampling.stop)
+        ends, stop = self.prepared.ends, self.prepared.stop
         limit = max(1, min(sampling.max_tokens, loaded.context - len(prompt)))
         self.sampler = Sampler(sampling, seed=self.seed, prompt=prompt, ends=ends, tokenizer=tokenizer)
-        self.output = Detokenizer(tokenizer, stop=texts, ends=ends, limit=limit)
+        self.output = Detokenizer(tokenizer, stop=stop, ends=ends, limit=limit)
         self.tokens, self.logprobs = [], []
         self.busy_ms = 0.0
         self.queue_ms = 1e3 * (started - self.arrived)

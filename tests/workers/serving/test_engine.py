@@ -225,6 +225,19 @@ def test_places_that_stay_free_are_used(monkeypatch: pytest.MonkeyPatch, held: t
         assert not any(one.sequence.finished for one in long)
 
 
+def test_batches_stay_full_while_documents_wait_under_many_plans() -> None:
+    engine = Engine(bundled(), EngineSettings(batch_size=8, max_queued=1000, patience_s=GUARD_S))
+    documents = [calibration()[at % 8] for at in range(16)]
+    submitted = [sequence_of(bundled(), one, modes, max_tokens=6) for one in documents for modes in PLANS.values()]
+    submit(engine, *submitted)
+    engine.start()
+    try:
+        found = [one.completion() for one in submitted]
+    finally:
+        engine.stop()
+    assert {one.prefill_batch for one in found} == {8} and len({one.completion_tokens for one in found}) > 1
+
+
 def test_more_requests_than_run_and_wait_are_refused() -> None:
     engine = Engine(bundled(), EngineSettings(batch_size=3, max_queued=1))
     submitted = [sequence_of(bundled(), calibration()[0], max_tokens=2) for _ in range(5)]
