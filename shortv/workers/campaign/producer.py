@@ -7,6 +7,7 @@ a replica, and scores the answers by the task's own functions. A unit comes back
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -134,6 +135,7 @@ class Producer:
         # One thread: tasks are third-party code that was written to be called by one.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shortv-task")
         self._window = Window()
+        self._began: float | None = None
 
     async def prepare(self, task: TaskSource) -> None:
         """Load a task. Raises ShortVError when it cannot be loaded here, or differs from the driver's."""
@@ -223,8 +225,19 @@ class Producer:
         folders = [one.local() if isinstance(one, ShippedFolder) else one for one in task.folders]
         return Benchmark(task.name, include_path=folders, **task.settings)
 
+    async def stuck_s(self) -> float:
+        """Return for how many seconds the task's thread has worked on what it is doing; 0 when it waits."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
     async def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, function, *arguments)
+
+    def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._began = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            self._began = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import os
 import secrets
 import threading
 import time
@@ -52,6 +53,8 @@ _PACK: Final = (4, 16)
 """Documents of a call: few while few replicas share the last ones, many where calls are many."""
 _MEASURE_S: Final = 2.0
 _REFRESH_S: Final = 2.0
+_STUCK_S: Final = 3600.0
+"""How long a task's own code may work on the documents of one call; a judge's replies take most of it."""
 # Losses of Ray that another producer can make good.
 _LOSSES: Final = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError)
 
@@ -109,7 +112,7 @@ class Pool:
         self._busy: Counter[Any] = Counter()
         self._in_flight = 0
         self._changed = asyncio.Condition()
-        self._refreshed = -math.inf
+        self._refreshed = self._asked_stuck = -math.inf
         self._lock = threading.Lock()
         self._add_producers()
 
@@ -131,9 +134,9 @@ class Pool:
         return replica_app(remote_model(self._loader, model), plans, self._placement, engine=engine)
 
     async def stop(self, app: str) -> None:
-        """End the replicas of an application."""
+        """End the replicas of an application, without waiting for their end."""
         self._apps.pop(app, None)
-        await asyncio.to_thread(undeploy, app)
+        await asyncio.to_thread(undeploy, app, wait=False)
 
     @property
     def _window_of_replica(self) -> int:
@@ -213,7 +216,21 @@ class Pool:
                 found = running_replicas(app)
                 if app in self._apps:
                     self._apps[app] = found
+            self._end_stuck_producers()
             self._add_producers()
+
+    def _end_stuck_producers(self) -> None:
+        """End producers in whose task's code nothing has ended for long; their units run again elsewhere."""
+        if time.monotonic() - self._asked_stuck < _STUCK_S / 60:
+            return
+        self._asked_stuck = time.monotonic()
+        asked = {one.stuck_s.remote(): one for one in self._producers}
+        # One that does not answer is starting, or dead, which its calls find out.
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
+        for found in done:
+            with suppress(ray.exceptions.RayError):
+                if ray.get(found) > _STUCK_S:
+                    ray.kill(asked[found])
 
     def _add_producers(self) -> None:
         """Start a producer on every node without one, two where a node's replicas can be many."""
@@ -234,7 +251,8 @@ class Pool:
         for producer in self._producers:
             ray.kill(producer)
         for app in list(self._apps):
-            undeploy(app)
+            # An embedded Ray ends with its replicas.
+            undeploy(app, wait=bool(os.environ.get("RAY_ADDRESS")))
 
 
 def client_of(app: str) -> ReplicaClient:

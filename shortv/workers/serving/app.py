@@ -226,11 +226,11 @@ def running_replicas(name: str) -> int:
     return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING") if deployment else 0
 
 
-def undeploy(name: str) -> None:
+def undeploy(name: str, *, wait: bool = True) -> None:
     """End an application. Replicas that have not ended within some seconds end with Serve, or with their cluster."""
     with suppress(ray.exceptions.RayError, RayServeException):
         serve.delete(name, _blocking=False)
-        until = time.monotonic() + _DELETION_S
+        until = time.monotonic() + (_DELETION_S if wait else 0.0)
         while application_status(name) is not None and time.monotonic() < until:
             time.sleep(_POLL_S)
 
