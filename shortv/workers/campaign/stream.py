@@ -96,9 +96,12 @@ class Work:
         The replicas of a model start when the last units of the one before are on their way.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for _, group in groupby(streams, key=lambda stream: stream.group.model.name):
-                    await self._hand_out([one for one in group if one.pairs or one.unmeasured], tasks)
+            async with asyncio.TaskGroup() as watching:
+                watch = watching.create_task(self._pool.watch())
+                async with asyncio.TaskGroup() as tasks:
+                    for _, group in groupby(streams, key=lambda stream: stream.group.model.name):
+                        await self._hand_out([one for one in group if one.pairs or one.unmeasured], tasks)
+                watch.cancel()
         except* Exception as errors:
             first: BaseException = errors
             while isinstance(first, BaseExceptionGroup):

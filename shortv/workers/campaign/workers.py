@@ -112,7 +112,7 @@ class Pool:
         self._busy: Counter[Any] = Counter()
         self._in_flight = 0
         self._changed = asyncio.Condition()
-        self._refreshed = self._asked_stuck = -math.inf
+        self._asked_stuck = -math.inf
         self._lock = threading.Lock()
         self._add_producers()
 
@@ -153,7 +153,6 @@ class Pool:
         async with self._changed:
             await self._changed.wait_for(lambda: self._in_flight < self._capacity)
             self._in_flight += 1
-        await self._refresh()
 
     async def leave(self) -> None:
         """Count a unit less."""
@@ -194,18 +193,20 @@ class Pool:
             return await call(producer)
         except _LOSSES as error:
             self._producers.pop(producer, None)
-            await self._refresh(now=True)
+            await self._refresh()
             raise ProducerLost(type(error).__name__) from error
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None  # type: ignore[no-untyped-call]
         finally:
             self._busy[producer] -= 1
 
-    async def _refresh(self, *, now: bool = False) -> None:
-        """Use replicas and nodes that have come, and forget those that have gone."""
-        if not now and time.monotonic() - self._refreshed < _REFRESH_S:
-            return
-        self._refreshed = time.monotonic()
+    async def watch(self) -> None:
+        """Use replicas and nodes that come, and forget those that go, until this is cancelled."""
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         await asyncio.to_thread(self._look)
         async with self._changed:
             self._changed.notify_all()

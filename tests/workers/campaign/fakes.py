@@ -199,6 +199,9 @@ class FakePool:
     async def stop(self, app: str) -> None:
         del self._plans[app]
 
+    async def watch(self) -> None:
+        pass
+
     async def enter(self) -> None:
         pass
 
