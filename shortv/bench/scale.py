@@ -37,7 +37,7 @@ from shortv.workers.campaign.workers import WINDOW, CampaignWorkers, Pool
 from shortv.workers.cluster import start
 from shortv.workers.models import ModelLoader
 from shortv.workers.placement import Placement
-from shortv.workers.serving.app import REPLICA
+from shortv.workers.serving.client import REPLICA
 
 _PLANS = ("last@4", "last@5", "last@6", "random:0@5", "first@5")
 # So many CPUs in name that a campaign starts two producers.

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -216,9 +217,29 @@ def _process_all(task: Any, documents: Mapping[int, _Document], seed: int, judge
 
 def _apply_filters(task: Any, instances: Sequence[Any]) -> None:
     # lmms-eval gives filters all documents, which is right only while none is missing.
-    docs = task.eval_docs_no_media.select([instance.doc_id for instance in instances])
+    docs = _Selected(task.eval_docs_no_media, [instance.doc_id for instance in instances])
     for ensemble in task._filters:
         ensemble.apply(list(instances), docs)
+
+
+class _Selected:
+    """A selection of a data set that is made when it is used: it takes milliseconds, and most filters use none."""
+
+    def __init__(self, docs: Any, at: Sequence[int]) -> None:
+        self._docs, self._at = docs, at
+
+    @cached_property
+    def _made(self) -> Any:
+        return self._docs.select(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._made[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
 
 
 def _process_filtered(task: Any, doc: Any, document: _Document) -> None:

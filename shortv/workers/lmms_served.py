@@ -107,7 +107,7 @@ def _handle(app: str) -> Any:
     from ray.serve.exceptions import RayServeException
 
     from shortv.workers.cluster import join
-    from shortv.workers.serving.app import REPLICA
+    from shortv.workers.serving.client import REPLICA
 
     join()
     try:

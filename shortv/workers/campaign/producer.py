@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 import pyarrow as pa
@@ -30,6 +30,7 @@ from shortv.workers.shipping import ShippedFolder
 
 REQUEST_SECONDS: Final = 600.0
 """How long one request may take, including the time until a lost replica is back."""
+_SAMPLE: Final = tuple(field.name for field in fields(ScoredSample))
 MEASURED_DOCUMENTS: Final = 16
 """Documents on which the speed of plans is measured."""
 
@@ -90,7 +91,8 @@ def answer_row(cell: UnitCell, digest: int, sample: ScoredSample) -> dict[str, A
     scores = sample.scores if sample.error is None else {}
     pairs = [{"metric": metric, "value": value if value == value else None} for metric, value in scores.items()]
     names = {"cell": cell.cell, "model": cell.model, "plan": cell.plan, "task": cell.task}
-    return {**asdict(sample), **names, "doc_digest": digest, "scores": pairs}
+    values = {name: getattr(sample, name) for name in _SAMPLE}
+    return {**values, **names, "doc_digest": digest, "scores": pairs}
 
 
 def lost_rows(unit: Unit, names: Callable[[int], str], message: str) -> UnitResult:

@@ -35,7 +35,6 @@ from shortv.workers.models import ModelLoader, remote_model
 from shortv.workers.placement import Placement
 from shortv.workers.run import stop_on_signal
 from shortv.workers.serving.app import (
-    REPLICA,
     applications,
     deploy,
     place_replicas,
@@ -242,7 +241,7 @@ class Pool:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
                 # Many calls at once: each is a unit that mostly waits.
                 options: Any = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": there}
-                producer: Any = ray.remote(**options)(self.producer).remote(client_of)
+                producer: Any = ray.remote(**options)(self.producer).remote(ReplicaClient.of_application)
                 self._producers[producer] = node["NodeID"]
                 for source in self.sources.values():
                     producer.prepare.remote(source)
@@ -254,11 +253,6 @@ class Pool:
         for app in list(self._apps):
             # An embedded Ray ends with its replicas.
             undeploy(app, wait=bool(os.environ.get("RAY_ADDRESS")))
-
-
-def client_of(app: str) -> ReplicaClient:
-    """Connect to an application of replicas, from a producer."""
-    return ReplicaClient(serve.get_deployment_handle(REPLICA, app_name=app), patient=True)
 
 
 def _app_prefix(spec: CampaignSpec) -> str:

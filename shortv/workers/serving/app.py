@@ -30,19 +30,19 @@ from shortv.terminal import printable
 from shortv.workers.cluster import living_nodes
 from shortv.workers.models import Environment, ModelLoader, RemoteModel, hub_environment
 from shortv.workers.placement import Node, Placement, place
-from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.client import REPLICA, ReplicaClient
 from shortv.workers.serving.endpoint import make_endpoint
 from shortv.workers.serving.replica import Replica, read_plans
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.spec import EndpointSpec, read_arguments
 from shortv.workers.shipping import offer
 
-REPLICA = "Replica"
 STARTUP_S = 1800.0
 """Within how many seconds replicas must have started, unless a limit is given."""
 # Requests that one process of the endpoint refuses at a time.
 _REFUSING = 32
-_POLL_S = 0.1
+# Serve takes 10 ms of CPU to say how applications are, which replicas that start on the same node would use.
+_POLL_S = 0.25
 _DELETION_S = 15.0
 # Serve's access log has a line per request with its path; the endpoint writes its own.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")

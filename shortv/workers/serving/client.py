@@ -12,12 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from shortv.request import Chunk, Completion, EngineClock, Failure, PlanSpeed, Reason, Replies, Request, Result, Work
 
 LOG = logging.getLogger("shortv.client")
+REPLICA = "Replica"
+"""The deployment of replicas in an application."""
 # How long a handle may take to find a replica that can list its plans.
 _PLANS_S = 10.0
 # Plans older than the first are looked up; those older than the second are not used.
@@ -45,6 +48,11 @@ class ReplicaClient:
         self._plans: Mapping[str, str] = {}
         self._plans_at = -math.inf
         self._lookup: asyncio.Task[bool] | None = None
+
+    @classmethod
+    def of_application(cls, name: str) -> ReplicaClient:
+        """Return a patient client of the replicas of an application, in any process of the cluster."""
+        return cls(serve.get_deployment_handle(REPLICA, app_name=name), patient=True)
 
     async def complete(self, request: Request) -> Any:
         """Return the completion of a request, the likelihood of its continuation, or a failure.

@@ -25,8 +25,8 @@ from shortv.request import Completion, Failure, Message, Reason, Replies, Reques
 from shortv.spec import ModelSpec
 from shortv.workers.models import ModelLoader, RemoteModel
 from shortv.workers.placement import Placement
-from shortv.workers.serving.app import REPLICA, deploy, replica_app
-from shortv.workers.serving.client import ReplicaClient
+from shortv.workers.serving.app import deploy, replica_app
+from shortv.workers.serving.client import REPLICA, ReplicaClient
 from shortv.workers.serving.replica import Replica
 from shortv.workers.serving.scheduler import EngineSettings
 from tests.tiny_model import TINY, calibration
