@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reports.answers import Answers, rows_by_cell
+from reports.answers import MAX_DOCS, Answers, rows_by_cell
 
 FULL: Final = "full"
 CHANGES: Final = ("worse", "better", "other")
@@ -24,12 +24,17 @@ Row = Mapping[str, Any]
 
 
 class Compared(NamedTuple):
-    """The cells of one model on one task: their keys by plan. Without a plan `full` nothing can be said of them."""
+    """The cells of one model on one task: their keys by plan. Without a plan `full` nothing can be said of them.
+
+    Without a `metric` the first one of each answer is compared. Documents from `num_docs` on do not count: a recipe may
+    ask for fewer than an earlier one.
+    """
 
     model: str
     task: str
     metric: str | None
     cells: Mapping[str, str]
+    num_docs: int = MAX_DOCS
 
 
 class _Full:
@@ -50,10 +55,11 @@ def changes(answers: Answers, groups: Sequence[Compared], *, most: int = MOST) -
     groups = [group for group in groups if FULL in group.cells]
     metrics = {cell: group.metric for group in groups for cell in group.cells.values()}
     full_of = {cell: group.cells[FULL] for group in groups for cell in group.cells.values()}
-    fulls = {cell: _Full(int(answers.docs(cell).max(initial=-1)) + 1) for cell in set(full_of.values())}
+    fulls = {cell: _Full(_size(answers, cell, group)) for group in groups if (cell := group.cells[FULL])}
     for cell, doc_R, answer_R, score_R in _answered(answers, {cell: metrics[cell] for cell in fulls}):
-        full = fulls[cell]
-        full.has_D[doc_R], full.answer_D[doc_R], full.score_D[doc_R] = True, answer_R, score_R
+        full, known_R = fulls[cell], doc_R < len(fulls[cell].has_D)
+        docs = doc_R[known_R]
+        full.has_D[docs], full.answer_D[docs], full.score_D[docs] = True, answer_R[known_R], score_R[known_R]
     plans = {cell: metrics[cell] for cell in full_of.keys() - fulls.keys()}
     # By cell, for each document 0 or the number of its change, counted from 1.
     changed = {cell: np.zeros(len(fulls[full_of[cell]].has_D), dtype=np.int8) for cell in plans}
@@ -77,6 +83,11 @@ def changes(answers: Answers, groups: Sequence[Compared], *, most: int = MOST) -
     ]
 
 
+def _size(answers: Answers, cell: str, group: Compared) -> int:
+    """Return how many documents of a cell can have an answer that counts."""
+    return min(group.num_docs, int(answers.docs(cell).max(initial=-1)) + 1)
+
+
 def documents_of(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Return the documents of rows of `changes` by task: those that need a thumbnail."""
     found = defaultdict[str, set[int]](set)
@@ -92,11 +103,15 @@ def with_questions(rows: Sequence[Row], thumbnails: Sequence[Row]) -> list[dict[
 
 
 def scores_of(scores: pa.ChunkedArray, metric: str | None) -> NDArray[np.float64]:
-    """Return the values of one metric from a column of scores, a value for each row; NaN where there is none."""
+    """Return the values of one metric, or of the first one, of each row of a column of scores; NaN without one."""
     whole = scores.combine_chunks()
-    pairs, rows = pc.list_flatten(whole), pc.list_parent_indices(whole)
-    own, found_R = pc.equal(pairs.field("metric"), pa.scalar(metric, pa.string())), np.full(len(scores), np.nan)
-    found_R[rows.filter(own).to_numpy()] = pairs.field("value").filter(own).to_numpy(zero_copy_only=False)
+    pairs, row_P = pc.list_flatten(whole), pc.list_parent_indices(whole).to_numpy()
+    if metric is None:
+        own_P = np.unique(row_P, return_index=True)[1]
+    else:
+        own_P = np.flatnonzero(pc.equal(pairs.field("metric"), metric).to_numpy(zero_copy_only=False))
+    found_R = np.full(len(scores), np.nan)
+    found_R[row_P[own_P]] = pairs.field("value").to_numpy(zero_copy_only=False)[own_P]
     return found_R
 
 

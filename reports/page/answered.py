@@ -8,7 +8,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.answers import Answers
+from reports.answers import MAX_DOCS, Answers
 from reports.manifest import CampaignManifest
 from reports.page.document import Row, cut
 from reports.store import Folder
@@ -46,8 +46,12 @@ def read_answered(folder: Folder, manifest: CampaignManifest, cells: Sequence[Ro
     # A plan with the modes of another one has no answers of its own, and a cell without results has none.
     own = {cell["cell"]: cell for cell in cells if cell["same_as"] is None and cell["n"]}
     answers, samples, reasons, exits = Answers(folder), Counter[str](), Counts(Counter), Exits(Counter)
-    for table in answers.scan(["cell", "kind", "exit_layer", "error"]):
-        _count(table, samples, reasons, exits)
+    # An earlier recipe may have asked more documents of a task.
+    num_docs = {task.get("name"): task.get("num_docs") for task in manifest.tasks}
+    for table in answers.scan(["cell", "task", "doc", "kind", "exit_layer", "error"]):
+        for task in table["task"].unique().to_pylist():
+            wanted = (pc.field("task") == task) & (pc.field("doc") < (num_docs.get(task) or MAX_DOCS))
+            _count(table.filter(wanted), samples, reasons, exits)
     lacking = defaultdict[str, list[str]](list)
     failures: list[Row] = []
     for key, cell in own.items():

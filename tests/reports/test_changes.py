@@ -39,6 +39,9 @@ def test_answers_that_got_worse_better_or_other_are_told_apart(tmp_path: Path) -
     asked = with_questions(rows, [{"task": "shapes", "doc": 2, "question": "Which colour?"}])
     assert [one["question"] for one in asked] == ["Which colour?", None, None, None]
     assert table_of("changes", asked)["plan"].unique().to_pylist() == ["lc-2"]
+    # A recipe that asks for two documents, of a task that names no metric: its first one is the length.
+    few = changes(Answers(folder), [GROUP._replace(num_docs=2, metric=None)])
+    assert [(one["doc"], one["change"], one["score"]) for one in few] == [(1, "worse", 8.0)]
 
 
 @pytest.mark.parametrize("sizes", [(90, 80, 70), (200, 2, 0), (3, 3, 3)])
@@ -68,4 +71,5 @@ def test_scores_are_found_by_metric_in_rows_with_any_number_of_them() -> None:
     assert scores_of(column, "acc").tolist() == pytest.approx(
         [float("nan"), 0.5, float("nan"), float("nan")], nan_ok=True
     )
+    assert scores_of(column[1:], None).tolist() == [0.5, 1.0, 1.0]
     assert scores_of(column[2:], "x").tolist() == [1.0, 1.0] and len(scores_of(column[:0], None)) == 0

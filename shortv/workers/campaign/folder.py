@@ -167,6 +167,7 @@ class CampaignFolder:
                 task=group.task.name,
                 metric=group.task.main_metric,
                 cells={cell.entry.name: cell.key for cell in group.cells if cell.entry.same_as is None},
+                num_docs=group.task.num_docs,
             )
             for group in groups
         ]

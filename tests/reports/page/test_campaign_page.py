@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from reports.manifest import CampaignManifest
 from reports.page import build_page, document
 from reports.page.campaign_data import KINDS, kind_of_plan, parts_of_plan, read_campaign_data
 from reports.page.document import Chart, Grid, Page, render
 from shortv.plan import PartsKind
 from tests.reports.page.campaigns import make_judged
-from tests.reports.runs import cut, keep_answers
+from tests.reports.runs import change_manifest, cut, keep_answers
 
 FULL, LC_2, DYVTE = "0" * 64, "1" * 64, "a" * 64
 PAGE = Path(document.__file__).parent
@@ -78,6 +79,27 @@ def test_an_answer_that_was_repeated_counts_once(tmp_path: Path) -> None:
     answered = read_campaign_data(folder).answered
     assert answered.problems == [] and answered.samples == 250
     assert [row["samples"] for row in answered.failures] == [1]
+
+
+def test_a_campaign_that_runs_says_how_many_answers_there_are(tmp_path: Path) -> None:
+    folder = make_judged(tmp_path)
+    for name in ("answers/part-000001", "cells", "metrics", "comparisons", "speed"):
+        folder.delete(f"{name}.parquet")
+    change_manifest(tmp_path, state="running", counts={}, finished=None)
+    page = build_page(folder)
+    assert dict(page.headline)["answers so far"] == 5 * 32
+    assert len(page.warnings) == 2 and "is not finished" in page.warnings[0]
+    assert page.warnings[1] == "No cell has finished yet."
+
+
+def test_answers_of_a_larger_recipe_do_not_count(tmp_path: Path) -> None:
+    folder = make_judged(tmp_path, failed=3)
+    cells = folder.read_table("cells").to_pylist()
+    folder.write_table("cells", [cell | {"n": 2, "errors": min(cell["errors"], 2)} for cell in cells])
+    change_manifest(tmp_path, tasks=[dict(CampaignManifest.load(folder).tasks[0]) | {"num_docs": 2}])
+    answered = read_campaign_data(folder).answered
+    assert answered.samples == 10 and answered.problems == []
+    assert [row["samples"] for row in answered.failures] == [2]
 
 
 def test_no_damage_to_answers_is_a_traceback(tmp_path: Path) -> None:
