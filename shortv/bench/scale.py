@@ -161,12 +161,11 @@ class _Producer(Producer):
 class _Pool(Pool):
     """The pool of a campaign, with replicas that wait."""
 
-    producer = _Producer
-
     def __init__(self, spec: CampaignSpec, loader: ModelLoader, case: _Case, source: TaskSource) -> None:
         self._case = case
         placement = Placement(low=case.processes, high=case.processes, cpus=0, gpus=0)
-        super().__init__(spec, loader, placement, {source.name: source})
+        sources = {source.name: source}
+        super().__init__(spec, loader, placement, sources, note=lambda text: None, producer=_Producer)
 
     def application(self, model: ModelSpec, plans: Sequence[Plan]) -> Any:
         """Return a deployment of so many processes as the case has, with its share of the replicas in each."""

@@ -10,8 +10,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from reports.store import Folder
-from shortv.errors import ShortVError
+from shortv.errors import ShortVError, one_line
 from shortv.evals.benchmark import Benchmark
 from shortv.families import quiet_transformers
 from shortv.plan import Plan
@@ -50,7 +51,8 @@ WINDOW: Final = 48
 """Documents on their way per replica: its running batches, and enough behind them that it never waits."""
 _PACK: Final = (4, 16)
 """Documents of a call: few while few replicas share the last ones, many where calls are many."""
-_MEASURE_S: Final = 2.0
+_MEASURE_S: Final = (1.0, 0.2)
+"""Seconds for measuring the speed of plans: in all, and for each plan."""
 _REFRESH_S: Final = 2.0
 _STUCK_S: Final = 3600.0
 """How long a task's own code may work on the documents of one call; a judge's replies take most of it."""
@@ -85,7 +87,8 @@ class CampaignWorkers:
             )
             if placement.note:
                 say(self._console, placement.note)
-            pool = Pool(spec, self.loader, placement, {task.name: source_of(task, spec) for task in tasks})
+            sources = {task.name: source_of(task, spec) for task in tasks}
+            pool = Pool(spec, self.loader, placement, sources, note=partial(say, self._console))
             try:
                 yield pool
             finally:
@@ -98,22 +101,30 @@ class Pool:
     All but `close` is for one event loop.
     """
 
-    producer = Producer
-
     def __init__(
-        self, spec: CampaignSpec, loader: ModelLoader, placement: Placement, sources: Mapping[str, TaskSource]
+        self,
+        spec: CampaignSpec,
+        loader: ModelLoader,
+        placement: Placement,
+        sources: Mapping[str, TaskSource],
+        *,
+        note: Callable[[str], None],
+        producer: type[Producer] = Producer,
     ) -> None:
+        """Start producers that load the tasks of these sources, given by name.
+
+        Args:
+            note: prints a line.
+            producer: the class of the actors.
+        """
         self.sources = sources
-        """How producers load the tasks, by name."""
         self._spec, self._loader, self._placement = spec, loader, placement
         self._apps: dict[str, int] = {}
-        self._producers: dict[Any, str] = {}
+        self._producers = _Producers(producer, tuple(sources.values()), note)
         self._busy: Counter[Any] = Counter()
         self._in_flight = 0
         self._changed = asyncio.Condition()
-        self._asked_stuck = -math.inf
         self._lock = threading.Lock()
-        self._add_producers()
 
     async def start(self, model: ModelSpec, plans: Sequence[Plan]) -> str:
         """Start replicas of a model that serve it under these plans; returns the name of their application.
@@ -162,11 +173,11 @@ class Pool:
     @property
     def _capacity(self) -> int:
         """Units that fill all windows, and one more for each producer, so that none waits for the next."""
-        return math.ceil(self.replicas * self._window_of_replica / SHARD) + max(1, len(self._producers))
+        return math.ceil(self.replicas * self._window_of_replica / SHARD) + max(1, len(self._producers.ready))
 
     async def run(self, unit: Unit) -> UnitResult:
         """Answer a unit on the producer with the fewest. Raises ProducerLost, or ShortVError as `Producer.run`."""
-        window = math.ceil(self.replicas * self._window_of_replica / max(1, len(self._producers)))
+        window = math.ceil(self.replicas * self._window_of_replica / max(1, len(self._producers.ready)))
         low, high = _PACK
         pack = max(low, min(high, self.replicas // 8))
         result: UnitResult = await self._called(lambda one: one.run.remote(unit, window=window, pack=pack))
@@ -174,7 +185,7 @@ class Pool:
 
     async def measure(self, unit: Unit) -> list[PlanSpeed]:
         """Measure the speed of a unit's plans on its first documents. Raises as `run`."""
-        seconds = _MEASURE_S + 0.5 * len(unit.cells)
+        seconds = _MEASURE_S[0] + _MEASURE_S[1] * len(unit.cells)
         found: list[PlanSpeed] = await self._called(lambda one: one.measure.remote(unit, seconds=seconds))
         return found
 
@@ -183,15 +194,15 @@ class Pool:
         found: list[dict[str, Any]] = await self._called(lambda one: one.pictures.remote(task, docs))
         return found
 
-    async def _called(self, call: Any) -> Any:
-        if not self._producers:
-            self._add_producers()
-        producer = min(self._producers, key=lambda one: self._busy[one])
+    async def _called(self, call: Callable[[Any], Any]) -> Any:
+        while not self._producers.ready:
+            await asyncio.to_thread(self._producers.wait)
+        producer = min(self._producers.ready, key=lambda one: self._busy[one])
         self._busy[producer] += 1
         try:
             return await call(producer)
         except _LOSSES as error:
-            self._producers.pop(producer, None)
+            self._producers.ready.pop(producer, None)
             await self._refresh()
             raise ProducerLost(type(error).__name__) from error
         except ray.exceptions.RayTaskError as error:
@@ -216,43 +227,85 @@ class Pool:
                 found = running_replicas(app)
                 if app in self._apps:
                     self._apps[app] = found
-            self._end_stuck_producers()
-            self._add_producers()
+            self._producers.look()
 
-    def _end_stuck_producers(self) -> None:
+    def close(self) -> None:
+        """End producers and replicas."""
+        self._producers.end()
+        for app in list(self._apps):
+            # An embedded Ray ends with its replicas.
+            undeploy(app, wait=bool(os.environ.get("RAY_ADDRESS")))
+
+
+class _Producers:
+    """One or two producers on each node that can load the tasks; `ready` has those that have loaded them, by node."""
+
+    def __init__(self, actor: type[Producer], sources: Sequence[TaskSource], note: Callable[[str], None]) -> None:
+        self.ready: dict[Any, str] = {}
+        self._actor, self._sources, self._note = actor, sources, note
+        self._starting: dict[Any, tuple[str, list[Any]]] = {}
+        self._refused: dict[str, str] = {}
+        self._asked_stuck = time.monotonic()
+        self._add()
+
+    def look(self) -> None:
+        """Note who has loaded the tasks, who cannot, and who is stuck; start producers on nodes without one."""
+        for producer, (node, loading) in list(self._starting.items()):
+            done, left = ray.wait(loading, num_returns=len(loading), timeout=0) if loading else ([], [])
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                self._refused[node] = one_line(error.cause)
+                self._note(f"Warning: node {node[:8]} has no producer: {self._refused[node]}")
+                ray.kill(producer)
+                del self._starting[producer]
+            except ray.exceptions.RayError:
+                del self._starting[producer]
+            else:
+                if not left:
+                    self.ready[producer] = self._starting.pop(producer)[0]
+        self._end_stuck()
+        self._add()
+
+    def wait(self) -> None:
+        """Wait a little for the first producer. Raises ShortVError when no node can have one."""
+        loading = [one for _, some in self._starting.values() for one in some]
+        if loading:
+            ray.wait(loading, num_returns=len(loading), timeout=0.2)
+        self.look()
+        if not self.ready and not self._starting:
+            raise ShortVError(f"no node can load the tasks: {next(iter(self._refused.values()), 'there is no node')}")
+
+    def _end_stuck(self) -> None:
         """End producers in whose task's code nothing has ended for long; their units run again elsewhere."""
         if time.monotonic() - self._asked_stuck < _STUCK_S / 60:
             return
         self._asked_stuck = time.monotonic()
-        asked = {one.stuck_s.remote(): one for one in self._producers}
-        # One that does not answer is starting, or dead, which its calls find out.
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=5.0)
+        asked = {one.stuck_s.remote(): one for one in self.ready}
+        # One that does not answer is dead, which its calls find out.
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=5.0) if asked else ([], [])
         for found in done:
             with suppress(ray.exceptions.RayError):
                 if ray.get(found) > _STUCK_S:
                     ray.kill(asked[found])
 
-    def _add_producers(self) -> None:
-        """Start a producer on every node without one, two where a node's replicas can be many."""
-        have = Counter(self._producers.values())
+    def _add(self) -> None:
+        have = Counter([*self.ready.values(), *(node for node, _ in self._starting.values())])
         for node in living_nodes():
-            wanted = 2 if node["Resources"].get("CPU", 0) >= 16 else 1
-            for _ in range(wanted - have[node["NodeID"]]):
-                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+            name = node["NodeID"]
+            # Where a node's replicas can be many, one producer would keep them waiting.
+            wanted = 0 if name in self._refused else 2 if node["Resources"].get("CPU", 0) >= 16 else 1
+            for _ in range(wanted - have[name]):
+                there = NodeAffinitySchedulingStrategy(name, soft=True)
                 # Many calls at once: each is a unit that mostly waits.
                 options: Any = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": there}
-                producer: Any = ray.remote(**options)(self.producer).remote(ReplicaClient.of_application)
-                self._producers[producer] = node["NodeID"]
-                for source in self.sources.values():
-                    producer.prepare.remote(source)
+                producer: Any = ray.remote(**options)(self._actor).remote(ReplicaClient.of_application)
+                self._starting[producer] = name, [producer.prepare.remote(source) for source in self._sources]
 
-    def close(self) -> None:
-        """End producers and replicas."""
-        for producer in self._producers:
+    def end(self) -> None:
+        """End all producers."""
+        for producer in (*self.ready, *self._starting):
             ray.kill(producer)
-        for app in list(self._apps):
-            # An embedded Ray ends with its replicas.
-            undeploy(app, wait=bool(os.environ.get("RAY_ADDRESS")))
 
 
 def _app_prefix(spec: CampaignSpec) -> str:
