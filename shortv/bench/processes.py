@@ -96,7 +96,8 @@ class Meter:
                 used = cpu_seconds(pid)
                 # A process that has ended keeps what it used.
                 if used:
-                    self._latest[pid] = role, used
+                    # Its name is gone before it is.
+                    self._latest[pid] = role or self._latest.get(pid, ("",))[0], used
             cpu: defaultdict[str, float] = defaultdict(float)
             for role, used in self._latest.values():
                 cpu[role] += used
@@ -124,7 +125,7 @@ def _role(pid: int) -> str:
     try:
         words = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return "ended"
+        return ""
     title = words[0]
     if title.startswith("ray::"):
         return title.removeprefix("ray::").partition(":")[0].partition(".")[0]

@@ -51,9 +51,14 @@ def bench(spec: ScaleBench) -> Iterator[Row]:
     for replicas in spec.replicas:
         for part in ("simulated", "images"):
             if part in chosen:
-                yield _measured(spec, replicas, min(replicas, spec.processes), images=part == "images")
+                yield _measured(spec, replicas, _processes(replicas, spec.processes), images=part == "images")
     if "real" in chosen:
         yield _measured(spec, spec.real_replicas, spec.real_replicas, images=False)
+
+
+def _processes(replicas: int, most: int) -> int:
+    """Return the most processes in which so many replicas can be simulated, as many in each."""
+    return max(count for count in range(1, min(replicas, most) + 1) if replicas % count == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
