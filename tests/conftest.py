@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# CI uses the same examples every time; other runs keep searching for new ones.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# CI uses the same examples every time; other runs keep searching for new ones. A busy machine is slow, not wrong.
+settings.register_profile("ci", derandomize=bool(os.environ.get("CI")), deadline=None)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,7 @@ from shortv.workers.run import LOCK_NAME, one_driver
 from shortv.workers.sweep import driver
 from shortv.workers.sweep.driver import run_sweep
 from shortv.workers.sweep.spec import sweep_submission_id
-from tests.workers.campaign.fakes import FakeRunner, campaign_spec
+from tests.workers.campaign.fakes import FakeWorkers, campaign_spec
 from tests.workers.fakes import FakeEngine, make_spec, run_units_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_what_is_refused(tmp_path: Path, printed: Callable[..., str]) -> None:
     out = tmp_path / "out"
     arguments = (*SWEEP[1:], "--output-path", out)
     assert "--batch-size is '0'" in printed(lc_sweep, *arguments, "-b", 0, status=2)
-    assert run_campaign(campaign_spec(out), runner=FakeRunner()) == 0
+    assert run_campaign(campaign_spec(out), workers=FakeWorkers()) == 0
     assert "of kind 'campaign'" in printed(lc_sweep, *arguments, status=2)
 
 
@@ -117,12 +117,12 @@ def test_each_start_of_a_campaign_is_an_attempt(tmp_path: Path) -> None:
     asked = campaign_spec(tmp_path / "out")
     first = campaign_submission_id(asked)
     assert first.endswith("-1")
-    assert run_campaign(asked, runner=FakeRunner()) == 0
+    assert run_campaign(asked, workers=FakeWorkers()) == 0
     assert campaign_submission_id(asked) == f"{first[:-2]}-2"
-    assert run_campaign(asked, runner=FakeRunner()) == 0, "a finished campaign is shown"
+    assert run_campaign(asked, workers=FakeWorkers()) == 0, "a finished campaign is shown"
     assert CampaignManifest.load(Folder(asked.output_path)).attempts == 1
     more = asked.model_copy(update={"plans": (*asked.plans, "first@2")})
-    assert run_campaign(more, runner=FakeRunner()) == 0
+    assert run_campaign(more, workers=FakeWorkers()) == 0
     assert campaign_submission_id(more).endswith("-3") and campaign_submission_id(more)[:-2] != first[:-2]
 
 
