@@ -296,12 +296,13 @@ def difference_chart(group: Group, key: int) -> Chart | None:
 
 def speed_chart(group: Group, key: int) -> Chart | None:
     """Draw the measured prefill time against the FLOPs of the prefill, both as shares of the full model's."""
-    rows = _judged_last(_known(group, "prefill_ratio"))
-    if not rows:
+    known = _known(group, "prefill_ratio")
+    if not known:
         return None
+    rows = _side_by_side(_judged_last(known))
     least = min(min(row["flops_ratio"], row["prefill_ratio"], 1.0) for row in rows)
     axis = alt.Axis(format=".0%")
-    x = alt.X("flops_ratio:Q", title="FLOPs ratio of the prefill", axis=axis, scale=alt.Scale(zero=False, padding=15))
+    x = alt.X("place:Q", title="FLOPs ratio of the prefill", axis=axis, scale=alt.Scale(zero=False, padding=15))
     y: dict[str, Any] = {"title": "measured prefill time ratio", "axis": axis}
     y["scale"] = alt.Scale(zero=False, padding=15)
     kinds = {row["kind"] for row in rows}
@@ -320,7 +321,7 @@ def speed_chart(group: Group, key: int) -> Chart | None:
         description=f"Prefill time of {len(rows)} plans of {group.model} on {group.task} against their FLOPs.",
         marks=alt.layer(line, bars, points),
         height=260,
-        data={"rows": rows, "line": [{"flops_ratio": end, "prefill_ratio": end} for end in (least, 1.0)]},
+        data={"rows": rows, "line": [{"place": end, "prefill_ratio": end} for end in (least, 1.0)]},
         numbers=grid(
             f"Speed of {group.model} on {group.task}",
             group.points,

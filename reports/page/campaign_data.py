@@ -97,7 +97,7 @@ def _speed_of(row: Row) -> dict[str, Any]:
     return {
         **{name: row.get(name) for name in (*MEASURED, *ANSWERED)},
         **{name: row[name] / size if row.get(name) is not None else None for name, size in SIZES.items()},
-        "ratio_low": None if width is None else ratio - width,
+        "ratio_low": None if width is None else max(ratio - width, 0.0),
         "ratio_high": None if width is None else ratio + width,
     }
 
