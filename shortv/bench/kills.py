@@ -31,7 +31,7 @@ from shortv.workers.campaign.folder import TABLES
 from shortv.workers.cluster import start
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-_SIZE: Final = (320, 240)
+_SIZE: Final = (128, 96)
 _POLL_S: Final = 0.5
 _LIMIT_S: Final = 3600.0
 # What Ray names the processes of replicas and producers.
@@ -75,7 +75,8 @@ def bench(spec: specs.KillsBench) -> Iterator[Row]:
                 replica_s=spec.replica_seconds,
                 producer_s=spec.producer_seconds,
                 drivers=spec.drivers,
-                driver_s=max(10.0, whole.seconds / (spec.drivers + 1)),
+                # Early enough that the last driver has work left.
+                driver_s=whole.seconds / (spec.drivers + 2),
             )
             run(killed, command, kills)
             left = len(_found("replica"))
