@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
@@ -87,6 +87,20 @@ class _Call(NamedTuple):
     digest: str
 
 
+class _Hook(NamedTuple):
+    """A method of a class, and what replaces it."""
+
+    owner: type
+    name: str
+    original: Any
+    replacement: Any
+
+
+def _hook(owner: type, name: str, make: Callable[[Any], Any]) -> _Hook:
+    original = getattr(owner, name)
+    return _Hook(owner, name, original, make(original))
+
+
 class _Reply(NamedTuple):
     status: int
     retry_after: str | None
@@ -120,6 +134,8 @@ class Judge:
         self._failed_in_a_row = 0
         self._failure: str | None = None
         self._doc: int | None = None
+        self._loaded: tuple[str, ...] | None = None
+        self._made: tuple[_Hook, ...] = ()
         self._repeats: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -135,36 +151,42 @@ class Judge:
         """
         self._failure, self._doc = None, doc
         self._repeats.clear()
-        with ExitStack() as undo:
-            for owner, name, replacement in self._hooks():
-                undo.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, replacement)
-            try:
-                yield
-            except (Exception, _Abandoned):
-                if self._failure is None:
-                    raise
+        hooks = self._hooks()
+        try:
+            for hook in hooks:
+                setattr(hook.owner, hook.name, hook.replacement)
+            yield
+        except (Exception, _Abandoned):
+            if self._failure is None:
+                raise
+        finally:
+            for hook in hooks:
+                setattr(hook.owner, hook.name, hook.original)
         if self._failure is not None:
             raise JudgeFailed(f"judge: {self._failure}")
 
-    def _hooks(self) -> Iterator[tuple[Any, str, Any]]:
-        """Yield class, name of a method, and what replaces it."""
+    def _hooks(self) -> Sequence[_Hook]:
+        """Return what to replace; libraries that a task has imported by now are among it."""
+        loaded = tuple(name for name in _GUARDED if name in sys.modules)
+        if loaded != self._loaded:
+            self._loaded, self._made = loaded, tuple(self._make_hooks(loaded))
+        return self._made
+
+    def _make_hooks(self, loaded: Sequence[str]) -> Iterator[_Hook]:
         import requests
 
-        yield requests.Session, "send", self._send_requests(requests)
-        yield requests.Session, "prepare_request", self._guard(requests.Session.prepare_request)
+        yield _hook(requests.Session, "send", partial(self._send_requests, requests))
+        yield _hook(requests.Session, "prepare_request", self._guard)
         for name in ("httpx", "httpx2"):
             with suppress(ImportError):
-                module: Any = importlib.import_module(name)
-                yield module.Client, "send", self._send_httpx(module)
-                yield module.AsyncClient, "send", self._send_async(module)
-        for module in (found for name in _GUARDED if (found := sys.modules.get(name))):
-            for owner, method in (name.split(".") for name in _GUARDED[module.__name__]):
-                yield getattr(module, owner), method, self._guard(getattr(getattr(module, owner), method))
+                module = importlib.import_module(name)
+                yield _hook(module.Client, "send", partial(self._send_httpx, module))
+                yield _hook(module.AsyncClient, "send", partial(self._send_async, module))
+        for name in loaded:
+            for owner, method in (guarded.split(".") for guarded in _GUARDED[name]):
+                yield _hook(getattr(sys.modules[name], owner), method, self._guard)
 
-    def _send_requests(self, requests: Any) -> Any:
-        original = requests.Session.send
-
+    def _send_requests(self, requests: Any, original: Any) -> Any:
         def send(session: Any, request: Any, **more: Any) -> Any:
             call = self._call(request.method, request.url, request.body)
             if call is None:
@@ -183,9 +205,7 @@ class Judge:
 
         return send
 
-    def _send_httpx(self, httpx: Any) -> Any:
-        original = httpx.Client.send
-
+    def _send_httpx(self, httpx: Any, original: Any) -> Any:
         def send(client: Any, request: Any, **more: Any) -> Any:
             call = self._call(request.method, str(request.url), _content(request))
             if call is None:
@@ -198,9 +218,7 @@ class Judge:
 
         return send
 
-    def _send_async(self, httpx: Any) -> Any:
-        original = httpx.AsyncClient.send
-
+    def _send_async(self, httpx: Any, original: Any) -> Any:
         async def send(client: Any, request: Any, **more: Any) -> Any:
             call = self._call(request.method, str(request.url), _content(request))
             if call is None:
