@@ -37,6 +37,7 @@ _ANSWERS: Final = ("choices", "content", "output")
 # What makes a call beneath the HTTP libraries, or fails before one: their errors are failed judge calls too.
 _GUARDED: Final = {
     "openai": ("OpenAI.__init__", "AsyncOpenAI.__init__", "AzureOpenAI.__init__", "AsyncAzureOpenAI.__init__"),
+    "lmms_eval.llm_judge.base": ("AsyncServerInterface.evaluate",),
     "lmms_eval.llm_judge.providers": (
         "OpenAIProvider.evaluate",
         "AzureOpenAIProvider.evaluate",
@@ -144,11 +145,12 @@ class Judge:
         """Answer the judge calls of what runs inside: the scoring of one document, or a task's aggregation.
 
         Only POST requests whose JSON body has `messages` are intercepted, in `requests`, `httpx` and `httpx2`, of any
-        thread. Everything is undone at the end.
+        thread. Everything is undone at the end, but that the thread has an event loop.
 
         Raises:
             JudgeFailed: a call failed, also where the task hides that; no secret is in its message.
         """
+        _ensure_event_loop()
         self._failure, self._doc = None, doc
         self._repeats.clear()
         hooks = self._hooks()
@@ -320,6 +322,14 @@ class Judge:
         with self._lock:
             self._failure = self._failure or why
         raise _Abandoned
+
+
+def _ensure_event_loop() -> None:
+    """Give this thread an event loop if it has none: lmms-eval's asynchronous judges take it, as in a main thread."""
+    try:
+        asyncio.get_event_loop()
+    except RuntimeError:
+        asyncio.set_event_loop(asyncio.new_event_loop())
 
 
 def _judged(outcome: _Outcome) -> tuple[str, bool, float]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -46,7 +47,6 @@ def _users(url: str) -> dict[str, Callable[[str], Any]]:
         from lmms_eval.llm_judge import Request
 
         def call(text: str) -> str:
-            asyncio.set_event_loop(asyncio.new_event_loop())
             judge = get_server(kind, ServerConfig(model_name="judge"))
             return str(judge.evaluate(Request(messages=messages(text))).content)
 
@@ -94,6 +94,15 @@ def test_a_call_is_retried_then_cached_for_every_plan_and_run(server: FlakyJudge
         assert ask("blue") == "blue" and len(server.asked) == 6
         assert ask("blue") == "blue" and len(server.asked) == 7
     assert [reply.doc for reply in resumed.new.values()] == [3] and not set(resumed.new) & set(judge.new)
+
+
+def test_a_producers_thread_is_as_good_as_the_main_one(server: FlakyJudge, ask: Callable[[str], Any]) -> None:
+    def score() -> Any:
+        with Judge(policy=QUICK).scoring():
+            return ask("red")
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(score).result() == "red"
 
 
 def test_a_failed_call_is_an_error_though_the_task_hides_it(server: FlakyJudge, ask: Callable[[str], Any]) -> None:
