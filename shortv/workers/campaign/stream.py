@@ -44,6 +44,8 @@ class Stream:
         self.unscored = folder.unscored(group) if spec.retry_failed else []
         self.unmeasured = bool(group.task.num_docs) and not self.missing.keys() <= folder.measured().keys()
         self.clocks: dict[str, EngineClock] = {}
+        self.suspects: list[Unit] = []
+        """Units of one document with which producers died among others; they are tried again when all else is done."""
         self.problem: str | None = None
         """Why documents could not be asked."""
 
@@ -146,7 +148,10 @@ class Work:
             await self._pool.leave()
 
     async def _finish(self, stream: Stream, unit: Unit, deaths: int = 0) -> None:
-        """Answer a unit and commit it; where producers keep dying with it, its documents are tried one by one."""
+        """Answer a unit and commit it; where producers keep dying with it, its documents are tried one by one.
+
+        A producer works on many units, and each of them may be the cause of its end.
+        """
         try:
             result = await self._pool.run(unit)
         except ProducerLost as error:
@@ -156,6 +161,9 @@ class Work:
             if len(unit.docs) > 1:
                 for single in unit.singles():
                     await self._finish(stream, single)
+                return
+            if unit not in stream.suspects:
+                stream.suspects.append(unit)
                 return
             message = f"answer: lost: {_DEATHS} producers died with the document ({error})"
             result = lost_rows(unit, lambda doc: stream.group.task.label(doc).sample_id, message)
@@ -169,6 +177,8 @@ class Work:
     async def _end_stream(self, stream: Stream, app: str, units: Sequence[asyncio.Task[None]]) -> None:
         """Measure the plans of a group when its answers are there, and make its tables."""
         await asyncio.gather(*units)
+        for unit in stream.suspects:
+            await self._finish(stream, unit)
         if stream.unmeasured and stream.problem is None:
             await self._measure(stream, app)
         await self._tables.end(stream, stream.problem)

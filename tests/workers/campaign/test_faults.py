@@ -85,7 +85,8 @@ def test_a_unit_whose_producer_dies_runs_again_and_the_document_that_kills_it_is
 
     def die(unit: Unit) -> None:
         deaths[unit.docs] += 1
-        if 70 in unit.docs or deaths[unit.docs] < 2:
+        # Document 75 is with producers that others end, until it is tried again at the end.
+        if 70 in unit.docs or deaths[unit.docs] < 2 or (unit.docs == (75,) and deaths[unit.docs] <= 3):
             raise ProducerLost("ActorDiedError")
 
     output = campaign(small(tmp_path), FakeWorkers(samples=150, before=die), status=3)
