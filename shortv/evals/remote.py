@@ -32,6 +32,7 @@ _REASONS: Final[Mapping[int, Reason]] = {
     HTTPStatus.GATEWAY_TIMEOUT: Reason.DEADLINE,
     HTTPStatus.BAD_GATEWAY: Reason.LOST,
 }
+_TIMES: Final = ("queue_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_ms")
 _RETRIES: Final = 20
 _CONNECT_S: Final = 10.0
 # The endpoint's own time limit should end a request first.
@@ -241,10 +242,8 @@ def completion_of(body: Any) -> Completion | Failure:
             visual_tokens=int(usage.get("visual_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),
             plan_digest=own.get("plan_digest"),
-            queue_ms=float(own.get("queue_ms", 0.0)),
-            prefill_ms=float(own.get("prefill_ms", 0.0)),
-            decode_ms=float(own.get("decode_ms", 0.0)),
             exit_layer=None if own.get("exit_layer") is None else int(own["exit_layer"]),
+            **{name: float(own.get(name, 0.0)) for name in _TIMES},
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         message = f"the endpoint's response is not in OpenAI's form ({type(error).__name__}: {one_line(error)})"

@@ -41,7 +41,14 @@ def completion(body: Any) -> dict[str, Any]:
     return {
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 40, "completion_tokens": 3, "total_tokens": 43, "visual_tokens": 36},
-        "shortv": {"plan": "", "plan_digest": digest, "queue_ms": 1.5, "prefill_ms": 2.5, "decode_ms": 3.5},
+        "shortv": {
+            "plan": "",
+            "plan_digest": digest,
+            "queue_ms": 1.5,
+            "vision_ms": 0.5,
+            "prefill_ms": 2.5,
+            "decode_ms": 3.5,
+        },
     }
 
 
@@ -239,6 +246,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(endpoint: Callable[
     found = complete()
     assert isinstance(found, Completion) and not failures
     assert (found.queue_ms, found.prefill_ms, found.decode_ms, found.visual_tokens) == (1.5, 2.5, 3.5, 36)
+    assert (found.preprocess_ms, found.vision_ms) == (0.0, 0.5)
     tried: list[int] = []
     for status, reason in ((500, Reason.INTERNAL), (504, Reason.DEADLINE), (404, Reason.UNKNOWN_PLAN)):
 

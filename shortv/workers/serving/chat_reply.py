@@ -31,6 +31,7 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_TIMES = ("queue_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_ms")
 T = TypeVar("T")
 
 
@@ -113,7 +114,7 @@ class ChatReply(Response):
             "plan": self._request.plan or "full",
             "plan_digest": completion.plan_digest,
             "exit_layer": completion.exit_layer,
-            **{name: round(getattr(completion, name), 3) for name in ("queue_ms", "prefill_ms", "decode_ms")},
+            **{name: round(getattr(completion, name), 3) for name in _TIMES},
         }
 
 

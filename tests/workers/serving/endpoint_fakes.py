@@ -76,6 +76,8 @@ def _completion(request: Request) -> Completion:
         completion_tokens=2,
         plan_digest=PLANS[request.plan],
         queue_ms=0.5,
+        preprocess_ms=2.0,
+        vision_ms=1.5,
         prefill_ms=3.25,
         decode_ms=1.0,
         exit_layer=5,

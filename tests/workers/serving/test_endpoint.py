@@ -63,7 +63,7 @@ def test_a_completion_has_openais_form() -> None:
         ],
         "usage": {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 14, "visual_tokens": 8},
         "shortv": {"plan": "last3", "plan_digest": "d3", "exit_layer": 5}
-        | {"queue_ms": 0.5, "prefill_ms": 3.25, "decode_ms": 1.0},
+        | {"queue_ms": 0.5, "preprocess_ms": 2.0, "vision_ms": 1.5, "prefill_ms": 3.25, "decode_ms": 1.0},
     }
     assert request.plan == "last3" and request.timeout_s == 120
     assert request.sampling.max_tokens == 7 and request.sampling.temperature == 0
