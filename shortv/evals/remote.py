@@ -232,6 +232,7 @@ def completion_of(body: Any) -> Completion | Failure:
         choice = body["choices"][0]
         text, finish_reason = choice["message"]["content"], choice["finish_reason"]
         usage, own = body.get("usage") or {}, body.get(VENDOR) or {}
+        times: dict[str, Any] = {name: float(own.get(name, 0.0)) for name in _TIMES}
         if not isinstance(text, str) or finish_reason not in ("stop", "length"):
             found = f"finish_reason {finish_reason!r:.80} and {type(text).__name__} as text"
             return Failure(reason=Reason.INTERNAL, message=f"the endpoint's response has {found}")
@@ -243,7 +244,7 @@ def completion_of(body: Any) -> Completion | Failure:
             completion_tokens=int(usage.get("completion_tokens", 0)),
             plan_digest=own.get("plan_digest"),
             exit_layer=None if own.get("exit_layer") is None else int(own["exit_layer"]),
-            **{name: float(own.get(name, 0.0)) for name in _TIMES},
+            **times,
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         message = f"the endpoint's response is not in OpenAI's form ({type(error).__name__}: {one_line(error)})"

@@ -23,7 +23,7 @@ from shortv.request import FULL_MODEL, PlanSpeed
 from shortv.workers.serving.forward import CachedForward
 from shortv.workers.serving.preparing import Prepared
 
-_LEAST_ROUNDS, _TOWER_RUNS = 3, 3
+_LEAST_ROUNDS, _TOWER_RUNS = 5, 3
 _DECODE_STEPS, _DECODE_ROUNDS = 4, 5
 _STDERR = 0.005
 # The standard error of a median is so much larger than that of a mean, for values that are normally distributed.
@@ -46,7 +46,7 @@ class MeasuredPlan:
 def measure_plans(loaded: LoadedModel, plans: Mapping[str, MeasuredPlan], *, seconds: float) -> tuple[PlanSpeed, ...]:
     """Measure plans, the full model among them, in this thread; the model must be under no plan.
 
-    It ends when the standard error of every ratio is below 0.5 %, or after `seconds`, with three rounds at least.
+    It ends when the standard error of every ratio is below 0.5 %, or after `seconds`, with five rounds at least.
     """
     until = time.perf_counter() + seconds
     vision = VisionCache(loaded)

@@ -287,7 +287,7 @@ class Replica:
 
         Everything is preprocessed before and runs as one batch of at most `batch_size`; nothing else runs meanwhile.
         Prompts with images are preferred. It ends when every ratio's standard error is below 0.5 %, or after `seconds`,
-        with three rounds at least. A request that cannot be prepared is left out.
+        with five rounds at least. A request that cannot be prepared is left out.
         """
         plans: dict[str, MeasuredPlan] = {}
         batches: dict[float | None, list[Prepared]] = {}

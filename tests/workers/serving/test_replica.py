@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from shortv.spec import ModelSpec
 from shortv.tiny.accuracy import read_questions
 from shortv.untrusted import open_image
 from shortv.workers.models import ModelLoader, RemoteModel
+from shortv.workers.serving import forward
 from shortv.workers.serving.replica import Replica
 from shortv.workers.serving.scheduler import EngineSettings
 from shortv.workers.serving.sequence import Sequence
@@ -206,7 +209,9 @@ def test_who_goes_away_frees_the_places(planned: Replica, monkeypatch: pytest.Mo
     assert all(sequence.cancelled for sequence in submitted)
 
 
-def test_the_full_model_under_two_names_is_equally_fast(planned: Replica) -> None:
+def test_the_full_model_under_two_names_is_equally_fast(planned: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The thread's own time, which other processes on the machine do not lengthen.
+    monkeypatch.setattr(forward, "time", SimpleNamespace(perf_counter=time.thread_time))
     works = [
         Work(request=request(*message_of(sample).parts), plans=("same", DROP, FREEZE)) for sample in calibration()[:6]
     ]
@@ -221,7 +226,7 @@ def test_the_full_model_under_two_names_is_equally_fast(planned: Replica) -> Non
     of_all = speeds[""].kv_bytes
     assert speeds[FREEZE].kv_bytes == of_all > speeds[DROP].kv_bytes > of_all * 6 / 8
     for speed in found:
-        assert speed.batch == 6 and speed.rounds >= 3 and speed.peak_bytes is None
+        assert speed.batch == 6 and speed.rounds >= 5 and speed.peak_bytes is None
         assert (
             speed.ttft_ms > speed.prefill_ms > 0 < speed.decode_ms_per_token and speed.vision_ms == same.vision_ms > 0
         )
