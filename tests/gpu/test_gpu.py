@@ -19,7 +19,10 @@ from shortv.families import Batch, LoadedModel, encode, load
 from shortv.layers.apply import executing
 from shortv.layers.reference import reference
 from shortv.plan import Mode, modes_of_ablation
+from shortv.request import Message, Request
 from shortv.sweep import engine
+from shortv.workers.serving.measuring import MeasuredPlan, measure_plans
+from shortv.workers.serving.preparing import prepare
 from tests.models import LAYERS, Spec, batch_of, loaded, random_model
 from tests.tiny_model import TINY, calibration
 
@@ -173,3 +176,18 @@ def test_a_sweep_by_workers_with_gpus_gives_the_same_lc(number: int, device: tor
     job(*command, str(expected), *(["--gpus-per-worker", "0"] if device.type == "cuda" else []))
     for found, wanted in zip(lc_of(tmp_path / "out"), lc_of(expected), strict=True):
         assert abs(found - wanted) <= 1e-6 + 1e-3 * wanted
+
+
+def test_the_full_model_under_two_names_is_equally_fast(device: torch.device) -> None:
+    bundled = load(str(TINY / "model"), dtype="float32", device=str(device))
+    messages = [Message(role="user", parts=(*one.images, one.prompt)) for one in calibration()[:8]]
+    batch = [prepare(bundled, Request(request_id="", messages=(message,))) for message in messages]
+    full, frozen = (Mode.FULL,) * 8, (Mode.FULL, *[Mode.FREEZE_VISUAL] * 7)
+    plans = {
+        name: MeasuredPlan(modes=modes, run=None, prepared=batch)
+        for name, modes in {"": full, "same": full, "frozen": frozen}.items()
+    }
+    for speed in measure_plans(bundled, plans, seconds=10):
+        assert (speed.peak_bytes is None) == (device.type == "cpu") and speed.peak_bytes != 0
+        assert min(speed.vision_ms, speed.prefill_ms, speed.decode_ms_per_token) > 0
+        assert speed.plan != "same" or abs(speed.prefill_ratio - 1) < 0.02 + 3 * speed.prefill_ratio_stderr

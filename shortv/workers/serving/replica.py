@@ -183,6 +183,8 @@ class Replica:
         return Replies(results=results, clock=self._engine.clock(self._id))
 
     async def _complete(self, work: Work) -> dict[str, Result]:
+        if not work.plans:
+            return {}
         started, done, loop = time.monotonic(), asyncio.Event(), asyncio.get_running_loop()
         results: dict[str, Result] = {}
 

@@ -187,8 +187,10 @@ def test_what_fails_in_a_call_fails_alone(planned: Replica) -> None:
     works = [
         Work(request=good, plans=("", "none", FREEZE)),
         *(Work(request=one, plans=("",)) for one in (damaged, odd)),
+        Work(request=good, plans=()),
     ]
-    first, second, third = asyncio.run(planned.complete_all(works)).results
+    first, second, third, none = asyncio.run(planned.complete_all(works)).results
+    assert none == {}
     assert isinstance(first[""], Completion) and isinstance(first[FREEZE], Completion)
     assert isinstance(first["none"], Failure) and first["none"].reason is Reason.UNKNOWN_PLAN
     for failed in (second[""], third[""]):
