@@ -145,14 +145,15 @@ def _photo_in(folder: Path) -> Path:
 
 
 def steady(spans: Sequence[Span], sent: int) -> tuple[float, float]:
-    """Return when the last replica began its first batch, and when so many documents were done."""
+    """Return when 99 % of the replicas have begun their first batch, and when so many documents were done."""
     first: dict[str, float] = {}
     done, end = 0, 0.0
     for span in spans:
         first[span.replica] = min(span.began, first.get(span.replica, span.began))
         if done < sent:
             done, end = done + span.documents, span.ended
-    return max(first.values()), end
+    # Where there are many, a few are drawn late.
+    return sorted(first.values())[-1 - len(first) // 100], end
 
 
 class _Producer(Producer):
