@@ -246,10 +246,18 @@ class _Producers:
         self._starting: dict[Any, tuple[str, list[Any]]] = {}
         self._refused: dict[str, str] = {}
         self._asked_stuck = time.monotonic()
+        self._lock = threading.Lock()
         self._add()
 
     def look(self) -> None:
         """Note who has loaded the tasks, who cannot, and who is stuck; start producers on nodes without one."""
+        # Every unit that waits for a producer looks, in a thread of its own.
+        with self._lock:
+            self._look_at_starting()
+            self._end_stuck()
+            self._add()
+
+    def _look_at_starting(self) -> None:
         for producer, (node, loading) in list(self._starting.items()):
             done, left = ray.wait(loading, num_returns=len(loading), timeout=0) if loading else ([], [])
             try:
@@ -264,12 +272,11 @@ class _Producers:
             else:
                 if not left:
                     self.ready[producer] = self._starting.pop(producer)[0]
-        self._end_stuck()
-        self._add()
 
     def wait(self) -> None:
         """Wait a little for the first producer. Raises ShortVError when no node can have one."""
-        loading = [one for _, some in self._starting.values() for one in some]
+        with self._lock:
+            loading = [one for _, some in self._starting.values() for one in some]
         if loading:
             ray.wait(loading, num_returns=len(loading), timeout=0.2)
         self.look()
