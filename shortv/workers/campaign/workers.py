@@ -195,9 +195,10 @@ class Pool:
         return found
 
     async def _called(self, call: Callable[[Any], Any]) -> Any:
-        while not self._producers.ready:
+        # A copy: other threads find producers.
+        while not (ready := list(self._producers.ready)):
             await asyncio.to_thread(self._producers.wait)
-        producer = min(self._producers.ready, key=lambda one: self._busy[one])
+        producer = min(ready, key=lambda one: self._busy[one])
         self._busy[producer] += 1
         try:
             return await call(producer)
