@@ -51,7 +51,7 @@ WINDOW: Final = 48
 """Documents on their way per replica: its running batches, and enough behind them that it never waits."""
 _PACK: Final = (4, 16)
 """Documents of a call: few while few replicas share the last ones, many where calls are many."""
-_MEASURE_S: Final = (1.0, 0.2)
+_MEASURE_S: Final = (4.0, 0.5)
 """Seconds for measuring the speed of plans: in all, and for each plan."""
 _REFRESH_S: Final = 2.0
 _STUCK_S: Final = 3600.0
