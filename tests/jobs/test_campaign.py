@@ -160,14 +160,22 @@ def kill_one_of_each_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[
         advance(self, *given)
         told.append(1)
         if len(told) == count:
-            children = psutil.Process().children(recursive=True)
+            names = {one: command_of(one) for one in psutil.Process().children(recursive=True)}
             for name in ("ServeReplica:shortv-campaign", "Producer"):
-                some = [one for one in children if name in " ".join(one.cmdline())]
+                some = [one for one, command in names.items() if name in command]
                 os.kill(some[0].pid, signal.SIGKILL)
                 killed.append(len(some))
 
     monkeypatch.setattr(SampleProgress, "advance", advance_and_kill)
     return killed
+
+
+def command_of(process: psutil.Process) -> str:
+    """The command line of a process; one that has just ended has none."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_what_cannot_be_right_is_refused_in_one_line(job: Any, tmp_path: Path) -> None:
