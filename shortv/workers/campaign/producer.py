@@ -35,6 +35,8 @@ MEASURED_DOCUMENTS: Final = 16
 """Documents on which the speed of plans is measured."""
 
 
+_ROTATED: Final = 16
+"""Documents after which another plan is the first; as many as a batch has, as a rule."""
 # What scoring says of an answer.
 _SCORED: Final = ("prediction", "target", "kind", "scores", "error", "responses", "values")
 
@@ -182,7 +184,7 @@ class Producer:
                 _Timed(self._client(unit.app), clocks),
                 instances,
                 benchmark.documents,
-                plans=[cell.served for cell in unit.cells],
+                plans=_rotated([cell.served for cell in unit.cells], docs[0] // _ROTATED),
                 seed=benchmark.seed,
                 timeout_s=REQUEST_SECONDS,
                 pool=self._pool,
@@ -256,6 +258,12 @@ class _Timed:
         if replies.clock is not None:
             self.clocks[replies.clock.replica] = replies.clock
         return replies
+
+
+def _rotated(plans: Sequence[str], turn: int) -> list[str]:
+    """Return plans so that each of them is first for as many documents: the first ones wait for preprocessing."""
+    start = turn % len(plans)
+    return [*plans[start:], *plans[:start]]
 
 
 def _check_documents(unit: Unit, benchmark: Benchmark) -> None:
