@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from reports.manifest import CampaignManifest
 from tests.reports.runs import MODES, change_manifest, keep_answers, make_campaign, make_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,9 @@ def test_the_page_of_a_campaign_with_a_million_answers(tmp_path: Path) -> None:
         folder.write_table(f"answers/part-{part:06d}", pa.table(rows, schema=answers.schema))
     cells = folder.read_table("cells").to_pylist()
     folder.write_table("cells", [cell | {"n": DOCS} for cell in cells])
-    change_manifest(tmp_path, counts={"cells": len(cells), "samples": DOCS * len(cells), "errors": 0})
+    tasks = [dict(task) | {"num_docs": DOCS} for task in CampaignManifest.load(folder).tasks]
+    counts = {"cells": len(cells), "samples": DOCS * len(cells), "errors": 0}
+    change_manifest(tmp_path, tasks=tasks, counts=counts)
     _check_page(tmp_path)
     assert "have fewer samples" not in (tmp_path / "report.html").read_text("utf-8")
     assert len(folder.read_table("changes")) == 150
